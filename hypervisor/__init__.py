@@ -1,0 +1,1 @@
+"""The process that owns the arena and serves tmem hypercalls."""

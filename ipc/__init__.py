@@ -1,0 +1,1 @@
+"""The vocabulary, the wire and the transports; knows nothing of what is above it."""

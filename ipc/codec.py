@@ -1,0 +1,75 @@
+"""msgpack, for the control socket and for streams; guests' hypercalls never come near it.
+
+Records are maps with string keys.  A frame on a stream socket is a 4-byte little-endian length and
+that many bytes of msgpack, at most `CONTROL_MESSAGE_BYTES_MAX`.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Any, cast
+
+import msgpack
+
+from ipc.limits import CONTROL_MESSAGE_BYTES_MAX
+
+Record = dict[str, Any]
+
+_LENGTH = struct.Struct("<I")
+
+
+class BadRecord(Exception):
+    """The bytes are no record: too long, cut short, or not msgpack."""
+
+
+def encode(record: Record) -> bytes:
+    """A record as a frame."""
+    body = cast(bytes, msgpack.packb(record))
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode(body: bytes) -> Record:
+    """The record in a frame's body; raises BadRecord."""
+    try:
+        record = msgpack.unpackb(body, strict_map_key=True)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise BadRecord(str(error)) from None
+    if not isinstance(record, dict):
+        raise BadRecord("not a map")
+    return record
+
+
+def frame_length(buffer: bytes) -> int | None:
+    """Length of the body of the frame that starts `buffer`, None if that is not known yet."""
+    if len(buffer) < _LENGTH.size:
+        return None
+    (length,) = _LENGTH.unpack_from(buffer)
+    if length > CONTROL_MESSAGE_BYTES_MAX:
+        raise BadRecord(f"a frame of {length} bytes")
+    return int(length)
+
+
+def split_frame(buffer: bytes) -> tuple[bytes, bytes] | None:
+    """(body, rest) if `buffer` starts with a whole frame; raises BadRecord if it is too long."""
+    length = frame_length(buffer)
+    if length is None or len(buffer) < _LENGTH.size + length:
+        return None
+    return buffer[_LENGTH.size : _LENGTH.size + length], buffer[_LENGTH.size + length :]
+
+
+def send_record(connection: socket.socket, record: Record) -> None:
+    connection.sendall(encode(record))
+
+
+def receive_record(connection: socket.socket) -> Record | None:
+    """The next record of a blocking socket; None at the end of the stream."""
+    buffer = b""
+    while (frame := split_frame(buffer)) is None:
+        chunk = connection.recv(65536)
+        if not chunk:
+            if buffer:
+                raise BadRecord("cut short")
+            return None
+        buffer += chunk
+    return decode(frame[0])

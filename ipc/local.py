@@ -1,0 +1,64 @@
+"""The local transport: both ends in one process, deterministic, with injected faults.
+
+Fault model: what a guest can see of a hypervisor that dies and comes back around one call.
+
+    LOSE_REQUEST  the hypervisor died before it executed the call
+    LOSE_REPLY    it executed the call and died before the reply
+
+Both surface as `Disconnected` and close the channel, exactly as with real queues; the guest then
+attaches again.  Messages are never reordered or doubled: a POSIX queue does neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from enum import Enum
+from itertools import repeat
+
+from ipc.errors import Disconnected
+from ipc.window import Window, anonymous_window
+
+
+class Fault(Enum):
+    NONE = "none"
+    LOSE_REQUEST = "lose-request"
+    LOSE_REPLY = "lose-reply"
+
+
+Handler = Callable[[bytes, Window], bytes]
+
+
+class LocalChannel:
+    """A `Channel` whose other end is `handler(request, window) -> reply`; one fault a call is
+    drawn from `faults`."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        faults: Iterator[Fault] | None = None,
+        generation: int = 1,
+        resumed: bool = False,
+    ) -> None:
+        self.window = anonymous_window()
+        self.generation = generation
+        self.resumed = resumed
+        self._handler = handler
+        self._faults = repeat(Fault.NONE) if faults is None else faults
+        self._closed = False
+
+    def call(self, request: bytes) -> bytes:
+        if self._closed:
+            raise Disconnected("the channel is closed")
+        fault = next(self._faults)
+        if fault is Fault.LOSE_REQUEST:
+            self._closed = True
+            raise Disconnected("the hypervisor died before the call")
+        reply = self._handler(request, self.window)
+        if fault is Fault.LOSE_REPLY:
+            self._closed = True
+            raise Disconnected("the hypervisor died after the call")
+        return reply
+
+    def close(self) -> None:
+        self._closed = True

@@ -1,0 +1,106 @@
+"""The window: one shared mapping between one guest and the hypervisor, for page bytes.
+
+Layout, in pages of 4 KiB: 0 shared info, 1 batch table, 2-3 reserved for the ring, then the slots.
+The offsets are also told in WELCOME, so a client need not know them.
+
+Invariants
+  I1  Only the guest and the hypervisor map it.  It has no name: it is a memfd whose descriptor is
+      handed over the attach socket.  A POSIX segment would have a name to guess and could be
+      truncated by the guest, which kills whoever touches the mapping next (SIGBUS); the memfd is
+      sealed against shrinking and growing before it leaves the hypervisor.
+  I2  The hypervisor never reads the shared info page; it writes there and believes nothing.
+  I3  Whatever the hypervisor reads (a batch table, a page) it copies once and then checks the copy.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+from typing import Final
+
+from ipc.abi import BATCH_ENTRY, EXTENT_PAGES_MAX, PAGE_BYTES
+from ipc.limits import (
+    BATCH_TABLE_BYTES,
+    WINDOW_BYTES,
+    WINDOW_SLOTS,
+    WINDOW_SLOTS_OFFSET,
+    WINDOW_TABLE_OFFSET,
+)
+
+_SHARED_INFO: Final = struct.Struct("<4sIIQQ")
+"""magic, hypervisor generation, notification bits, balloon target (pages), spare."""
+_SHARED_INFO_MAGIC: Final = b"TMWI"
+
+
+class Window:
+    """A mapped window; `slots` is a writable view of all page slots, slot 0 first."""
+
+    def __init__(self, mapping: mmap.mmap, fd: int = -1) -> None:
+        self._mapping = mapping
+        self._view = memoryview(mapping)
+        self.fd = fd
+        self.slots_count = WINDOW_SLOTS
+        self.table = self._view[WINDOW_TABLE_OFFSET : WINDOW_TABLE_OFFSET + BATCH_TABLE_BYTES]
+        self.slots = self._view[
+            WINDOW_SLOTS_OFFSET : WINDOW_SLOTS_OFFSET + WINDOW_SLOTS * PAGE_BYTES
+        ]
+
+    def slot(self, number: int, count: int = 1) -> memoryview:
+        """The bytes of `count` slots from slot `number` on, writable."""
+        return self.slots[number * PAGE_BYTES : (number + count) * PAGE_BYTES]
+
+    def publish_info(self, generation: int) -> None:
+        """Hypervisor only: write the shared info page."""
+        _SHARED_INFO.pack_into(self._view, 0, _SHARED_INFO_MAGIC, generation, 0, 0, 0)
+
+    def write_table(self, entries: list[tuple[int, int, int, int, bytes, int]]) -> None:
+        """Guest only: the batch table, entries as `ipc.abi.BATCH_ENTRY` has them."""
+        if len(entries) > EXTENT_PAGES_MAX:
+            raise ValueError(f"a batch has at most {EXTENT_PAGES_MAX} entries")
+        offset = 0
+        for entry in entries:
+            BATCH_ENTRY.pack_into(self.table, offset, *entry)
+            offset += BATCH_ENTRY.size
+
+    def read_table(self, count: int) -> bytes:
+        """Hypervisor only: the first `count` entries, copied out once (I3)."""
+        return bytes(self.table[: count * BATCH_ENTRY.size])
+
+    def close(self) -> None:
+        """Unmap and close the descriptor; views handed out must be gone."""
+        self.table.release()
+        self.slots.release()
+        self._view.release()
+        self._mapping.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def create_window() -> Window:
+    """A new sealed window; its descriptor is `window.fd` until `close`."""
+    fd = os.memfd_create("tmem-window", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, WINDOW_BYTES)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
+        return Window(mmap.mmap(fd, WINDOW_BYTES), fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def map_window(fd: int) -> Window:
+    """Map a window received from the hypervisor; takes over `fd`."""
+    try:
+        return Window(mmap.mmap(fd, WINDOW_BYTES), fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def anonymous_window() -> Window:
+    """A window inside one process, for the local transport."""
+    return Window(mmap.mmap(-1, WINDOW_BYTES))
