@@ -1,0 +1,259 @@
+"""The arena: one shared-memory segment with the pages and all that is needed to find them again.
+
+  header | guest records | pool records | frame columns | page frames | object columns
+                                          state  u64                    word u32
+                                          object u32                    oid  24 bytes
+                                          index  u32
+
+A *frame* holds one page.  Three column words say whose it is: object number, page index, and a
+state word that is 0 for a free frame and else the *sequence* of the put that filled it.  An
+*object number* stands for (pool record, object id), so that a page costs 16 bytes and not 40.
+
+Invariants (they let the hypervisor be killed at any instruction and started again)
+  A1  A frame is live if and only if its state is not 0.  State is written last when a page is put,
+      by one aligned store, and first when a page goes.
+  A2  A live page is never overwritten in place: a duplicate put fills another frame, publishes it
+      with a higher sequence, then frees the old one.  Of two live frames with one handle the
+      higher sequence is the page (`recovery` frees the other).
+  A3  An object record is published before a page names it, and used again only when no frame
+      names it.  The same holds for pool records and objects, guest records and pools.
+  A4  A pool or object word with DEAD set disowns every page below it at once; the frames are freed
+      later, in slices.
+  A5  A put's sequence is above that of every live frame, whoever restarted in between.
+
+What a killed process stored is in memory up to the instruction it died at, in program order, so A1
+needs no fence.  Slices of up to 64 state words go through memcpy, which moves an aligned span of at
+most 512 bytes in whole 8-byte words; no word is ever torn.
+
+The object columns come last and fill from the bottom up, so that an arena of large files never
+allocates most of them.  Xen kept all of this in a heap that died with the hypervisor.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from typing import Final, NamedTuple
+
+from ipc.abi import OID_BYTES, PAGE_BYTES, GuestId, PoolId
+from ipc.errors import ExitCode, OperatorError
+from ipc.limits import GUEST_NAME_CHARACTERS_MAX, GUESTS_MAX
+
+POOLS_MAX: Final = 4096
+FRAMES_MIN: Final = 64
+
+LIVE: Final = 1
+DEAD: Final = 1 << 31
+
+_MAGIC: Final = b"TMEMARN1"
+_HEADER: Final = struct.Struct("<8sIIQ")
+"""magic, frames, generation, segment bytes."""
+_GENERATION_OFFSET: Final = 12
+_GUEST: Final = struct.Struct("<IIQI4x32s8x")
+"""word (0 free, LIVE), pid, process start (clock ticks), uid, name."""
+_POOL: Final = struct.Struct("<IIII16s")
+"""word (0 free, LIVE, LIVE | DEAD), guest record, pool id, pool flags, uuid."""
+
+_HEADER_BYTES: Final = PAGE_BYTES
+_FRAME_COLUMN_BYTES: Final = 8 + 4 + 4
+_OBJECT_COLUMN_BYTES: Final = 4 + OID_BYTES
+
+assert _GUEST.size == 64
+assert _POOL.size == 32
+assert GUEST_NAME_CHARACTERS_MAX < 32
+
+
+class GuestRecord(NamedTuple):
+    """A guest that has attached; its number is its place in the table."""
+
+    number: GuestId
+    name: str
+    pid: int
+    start_ticks: int
+    uid: int
+
+
+class PoolRecord(NamedTuple):
+    number: int
+    dead: bool
+    guest: GuestId
+    pool_id: PoolId
+    flags: int
+    uuid: bytes
+
+
+class Layout(NamedTuple):
+    """Offsets into a segment of `frames` frames, in bytes."""
+
+    frames: int
+    guests: int
+    pools: int
+    state: int
+    object: int
+    index: int
+    data: int
+    object_word: int
+    object_oid: int
+    end: int
+
+
+def layout(frames: int) -> Layout:
+    guests = _HEADER_BYTES
+    pools = guests + GUESTS_MAX * _GUEST.size
+    state = pools + POOLS_MAX * _POOL.size
+    object_ = state + 8 * frames
+    index = object_ + 4 * frames
+    data = -(-(index + 4 * frames) // PAGE_BYTES) * PAGE_BYTES
+    object_word = data + PAGE_BYTES * frames
+    object_oid = object_word + 4 * frames
+    end = object_oid + OID_BYTES * frames
+    return Layout(frames, guests, pools, state, object_, index, data, object_word, object_oid, end)
+
+
+def frames_that_fit(arena_bytes: int) -> int:
+    """The most frames whose whole segment is at most `arena_bytes`; raises OperatorError below
+    FRAMES_MIN."""
+    per_frame = PAGE_BYTES + _FRAME_COLUMN_BYTES + _OBJECT_COLUMN_BYTES
+    frames = max(0, arena_bytes - layout(0).end) // per_frame
+    while frames and layout(frames).end > arena_bytes:
+        frames -= 1
+    if frames < FRAMES_MIN:
+        least = layout(FRAMES_MIN).end
+        raise OperatorError(
+            f"an arena of {arena_bytes} bytes is too small; it needs at least {least}",
+            ExitCode.BAD_CONFIG,
+        )
+    return frames
+
+
+class Arena:
+    """Typed views of one mapped segment.  It stores and finds nothing by itself: `Machine` keeps
+    the rules A1 to A5, `recovery` relies on them."""
+
+    def __init__(self, mapping: mmap.mmap) -> None:
+        magic, frames, generation, segment_bytes = _HEADER.unpack_from(mapping, 0)
+        if magic != _MAGIC or segment_bytes != len(mapping) or layout(frames).end > len(mapping):
+            raise OperatorError(
+                "the segment is no arena of this version; remove it with 'tmem clean'",
+                ExitCode.BAD_CONFIG,
+            )
+        self.mapping = mapping
+        self.layout = layout(frames)
+        self.frames_count = frames
+        self.generation = generation
+        self.bytes = len(mapping)
+        view = memoryview(mapping)
+        where = self.layout
+        self._view = view
+        self.data = view[where.data : where.object_word]
+        self.state = view[where.state : where.object].cast("Q")
+        self.object = view[where.object : where.index].cast("I")
+        self.index = view[where.index : where.index + 4 * frames].cast("I")
+        self.object_word = view[where.object_word : where.object_oid].cast("I")
+
+    def next_generation(self) -> int:
+        """Count a start of a hypervisor on this arena; guests see it go up."""
+        self.generation += 1
+        struct.pack_into("<I", self.mapping, _GENERATION_OFFSET, self.generation)
+        return self.generation
+
+    # --- objects
+
+    def publish_object(self, number: int, pool_number: int, oid: bytes) -> None:
+        start = self.layout.object_oid + number * OID_BYTES
+        self.mapping[start : start + OID_BYTES] = oid
+        self.object_word[number] = pool_number + 1
+
+    def kill_object(self, number: int) -> None:
+        self.object_word[number] |= DEAD
+
+    def free_object(self, number: int) -> None:
+        self.object_word[number] = 0
+
+    def read_object(self, number: int) -> tuple[int, bytes] | None:
+        """(pool record number, oid) of a live object, None of a free or dead one."""
+        word = self.object_word[number]
+        if word == 0 or word & DEAD:
+            return None
+        start = self.layout.object_oid + number * OID_BYTES
+        return word - 1, self.mapping[start : start + OID_BYTES]
+
+    # --- pools
+
+    def publish_pool(
+        self, number: int, guest: GuestId, pool_id: PoolId, flags: int, uuid: bytes
+    ) -> None:
+        offset = self._pool_offset(number)
+        _POOL.pack_into(self.mapping, offset, 0, guest, pool_id, flags, uuid)
+        self._view[offset : offset + 4] = LIVE.to_bytes(4, "little")
+
+    def kill_pool(self, number: int) -> None:
+        offset = self._pool_offset(number)
+        self._view[offset : offset + 4] = (LIVE | DEAD).to_bytes(4, "little")
+
+    def free_pool(self, number: int) -> None:
+        offset = self._pool_offset(number)
+        self._view[offset : offset + 4] = bytes(4)
+
+    def read_pools(self) -> list[PoolRecord]:
+        """All pool records that are not free, dead ones too."""
+        records = []
+        for number in range(POOLS_MAX):
+            offset = self._pool_offset(number)
+            word, guest, pool_id, flags, uuid = _POOL.unpack_from(self.mapping, offset)
+            if word:
+                dead = bool(word & DEAD)
+                records.append(
+                    PoolRecord(number, dead, GuestId(guest), PoolId(pool_id), flags, uuid)
+                )
+        return records
+
+    def _pool_offset(self, number: int) -> int:
+        return self.layout.pools + number * _POOL.size
+
+    # --- guests
+
+    def publish_guest(self, record: GuestRecord) -> None:
+        offset = self._guest_offset(record.number)
+        name = record.name.encode()
+        _GUEST.pack_into(
+            self.mapping, offset, 0, record.pid, record.start_ticks, record.uid, name
+        )
+        self._view[offset : offset + 4] = LIVE.to_bytes(4, "little")
+
+    def free_guest(self, number: GuestId) -> None:
+        offset = self._guest_offset(number)
+        self._view[offset : offset + 4] = bytes(4)
+
+    def read_guests(self) -> list[GuestRecord]:
+        records = []
+        for number in range(GUESTS_MAX):
+            word, pid, start_ticks, uid, name = _GUEST.unpack_from(
+                self.mapping, self._guest_offset(GuestId(number))
+            )
+            if word:
+                text = name.rstrip(b"\0").decode("ascii", "replace")
+                records.append(GuestRecord(GuestId(number), text, pid, start_ticks, uid))
+        return records
+
+    def _guest_offset(self, number: GuestId) -> int:
+        return self.layout.guests + number * _GUEST.size
+
+    def close(self) -> None:
+        for view in (self.data, self.state, self.object, self.index, self.object_word, self._view):
+            view.release()
+        self.mapping.close()
+
+
+def format_arena(mapping: mmap.mmap) -> Arena:
+    """Make an arena of a zero-filled mapping of any size that holds FRAMES_MIN frames."""
+    frames = frames_that_fit(len(mapping))
+    _HEADER.pack_into(mapping, 0, _MAGIC, frames, 0, len(mapping))
+    return Arena(mapping)
+
+
+def private_arena(arena_bytes: int) -> Arena:
+    """An arena in this process alone, for tests, simulation and fuzzing."""
+    return format_arena(mmap.mmap(-1, arena_bytes))
+
+

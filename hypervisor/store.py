@@ -1,0 +1,398 @@
+"""The store: pages between the guests' windows and the frames of the arena.
+
+The way of a page is  pool -> object -> leaf -> frame; what a refusal is called and who is charged is
+`Machine`'s business.  Two differences in mechanism from Xen:
+
+  * *Room first, then look.*  A put makes room before it looks its object up, because eviction may
+    take pages, leaves and the very object that was looked up.
+  * *Doom, then reap.*  Flushing an object and destroying a pool disown all their pages by one word
+    in the segment (arena A4) and free the frames in slices (`reap`), so that a guest's million
+    pages never hold up its neighbours; Xen walked them all under a lock.
+
+Extents are done leaf by leaf, and within a leaf run by run: a run of neighbouring frames is found
+by comparing a slice of the leaf with a slice of the identity array, and moved by one copy.  No
+Python object exists for a page.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from typing import Final
+
+from hypervisor.arena import POOLS_MAX, Arena
+from hypervisor.eviction import make_policy
+from hypervisor.frames import HOT, PERSISTENT, Frames
+from hypervisor.pools import LEAF_PAGES, NO_FRAMES, Pool, TmemObject
+from ipc.abi import EXTENT_PAGES_MAX, PAGE_BYTES, PoolId
+
+REAP_SLICE_PAGES: Final = 512
+"""Doomed pages freed between two turns of the server."""
+
+_MASKS: Final = tuple((1 << n) - 1 for n in range(EXTENT_PAGES_MAX + 1))
+_FREE_STATES: Final = tuple(array("Q", [0]) * n for n in range(EXTENT_PAGES_MAX + 1))
+
+
+class NoObjectNumber(Exception):
+    """Every object number is in use; only reaping or eviction gives one back."""
+
+
+class Store:
+    """`objects[n]` is the object with number n.  A graveyard is a pool of no guest that holds the
+    flushed objects of its kind until they are reaped."""
+
+    def __init__(self, arena: Arena, policy: str) -> None:
+        self.arena = arena
+        self.frames = Frames(arena.frames_count)
+        self.policy = make_policy(policy, self.frames)
+        self.evictions = 0
+        self.sequence = 0
+        self.objects: list[TmemObject | None] = []
+        self.free_object_numbers: list[int] = []
+        self.doomed_pools: deque[Pool] = deque()
+        self.free_pool_numbers = list(range(POOLS_MAX - 1, -1, -1))
+        self.graveyards = tuple(
+            Pool(-1, PoolId(-1), 0, b"", persistent=persistent) for persistent in (False, True)
+        )
+        # The frame numbers themselves: a slice compared with a slice of a leaf tells a run, and
+        # copied into a leaf writes one.
+        count = max(arena.frames_count, LEAF_PAGES)
+        self._ident = array("i", range(count))
+        self._indexes = array("I", range(count))
+
+    # --- get
+
+    def get(
+        self, pool: Pool, oid: bytes, index: int, count: int, slots: memoryview, slot: int
+    ) -> int:
+        """Copy pages to window slots; bits of those that were there.  A private ephemeral get
+        removes them."""
+        found = pool.objects.get(oid)
+        if found is None:
+            return 0
+        bitmap = 0
+        at = 0
+        while at < count:
+            place = (index + at) & 63
+            leaf_number = (index + at) >> 6
+            wanted = min(count - at, LEAF_PAGES - place)
+            leaf = found.leaf(leaf_number)
+            if leaf is not None:
+                bits = self._get_from_leaf(
+                    found, leaf_number, leaf, place, wanted, slots, slot + at
+                )
+                bitmap |= bits << at
+            at += wanted
+        return bitmap
+
+    def _get_from_leaf(
+        self,
+        found: TmemObject,
+        leaf_number: int,
+        leaf: array[int],
+        place: int,
+        wanted: int,
+        slots: memoryview,
+        slot: int,
+    ) -> int:
+        """Bits of the pages that were copied to the window, from bit 0 for `place`."""
+        frames = leaf[place : place + wanted]
+        count = len(frames)
+        if not count:
+            return 0
+        first = frames[0]
+        data = self.arena.data
+        exclusive = not found.pool.persistent
+        if first >= 0 and (count == 1 or frames == self._ident[first : first + count]):
+            slots[slot * PAGE_BYTES : (slot + count) * PAGE_BYTES] = data[
+                first * PAGE_BYTES : (first + count) * PAGE_BYTES
+            ]
+            if exclusive:
+                self._remove(found, leaf_number, leaf, place, count, first)
+            return _MASKS[count]
+        bitmap = 0
+        for at, length, first in _runs(frames):
+            slots[(slot + at) * PAGE_BYTES : (slot + at + length) * PAGE_BYTES] = data[
+                first * PAGE_BYTES : (first + length) * PAGE_BYTES
+            ]
+            bitmap |= _MASKS[length] << at
+            if exclusive:
+                self._remove(found, leaf_number, leaf, place + at, length, first)
+        return bitmap
+
+    # --- put
+
+    def put(
+        self, pool: Pool, oid: bytes, index: int, count: int, slots: memoryview, slot: int
+    ) -> tuple[int, int]:
+        """Store pages from window slots; (bits of the pages stored, bits of older pages that were
+        dropped because the new one did not fit).  Raises NoObjectNumber with nothing changed but
+        pages evicted."""
+        if self.frames.free < count:
+            self._make_room(count)
+        target = pool.objects.get(oid)
+        if target is None:
+            target = self._new_object(pool, oid)
+        self.sequence += 1
+        # What does not fit now is refused to the end of the call, though dropping older pages may
+        # free frames on the way: the object could be gone by then.
+        fits = min(count, self.frames.free)
+        bitmap = 0
+        dropped = 0
+        at = 0
+        while at < count:
+            place = (index + at) & 63
+            leaf_number = (index + at) >> 6
+            wanted = min(count - at, LEAF_PAGES - place)
+            storing = min(wanted, fits)
+            if storing:
+                self._put_in_leaf(pool, target, leaf_number, place, storing, slots, slot + at)
+                bitmap |= _MASKS[storing] << at
+                fits -= storing
+            if storing < wanted:
+                bits = self._flush_in_leaf(target, leaf_number, place + storing, wanted - storing)
+                dropped |= bits << (at + storing)
+            at += wanted
+        if not target.pages and pool.objects.get(oid) is target:
+            self._drop_object(target)
+        return bitmap, dropped
+
+    def _put_in_leaf(
+        self,
+        pool: Pool,
+        target: TmemObject,
+        leaf_number: int,
+        place: int,
+        count: int,
+        slots: memoryview,
+        slot: int,
+    ) -> None:
+        """Store `count` pages; precondition: as many frames are free."""
+        leaf = target.leaf_for(leaf_number, place + count)
+        old = leaf[place : place + count]
+        arena = self.arena
+        number = target.number
+        index = leaf_number * LEAF_PAGES + place
+        sequence = self.sequence
+        kind = PERSISTENT if pool.persistent else HOT
+        for first, length in self.frames.allocate(count):
+            arena.data[first * PAGE_BYTES : (first + length) * PAGE_BYTES] = slots[
+                slot * PAGE_BYTES : (slot + length) * PAGE_BYTES
+            ]
+            if length == 1:
+                arena.object[first] = number
+                arena.index[first] = index
+                arena.state[first] = sequence
+                leaf[place] = first
+            else:
+                arena.object[first : first + length] = array("I", [number]) * length
+                arena.index[first : first + length] = self._index_run(index, length)
+                arena.state[first : first + length] = array("Q", [sequence]) * length
+                leaf[place : place + length] = self._ident[first : first + length]
+            self.frames.mark(first, length, kind)
+            if kind == HOT:
+                self.policy.inserted(first, length)
+            place += length
+            index += length
+            slot += length
+        if old == NO_FRAMES[count]:
+            target.pages += count
+            pool.pages += count
+            return
+        fresh = count
+        for _, length, first in _runs(old):
+            self._release(pool, first, length)
+            fresh -= length
+        target.pages += fresh
+        pool.pages += fresh
+
+    def _index_run(self, index: int, length: int) -> array[int]:
+        if index + length <= len(self._indexes):
+            return self._indexes[index : index + length]
+        return array("I", range(index, index + length))
+
+    # --- flush
+
+    def flush(self, pool: Pool, oid: bytes, index: int, count: int) -> int:
+        """Drop pages; bits of those that were there."""
+        found = pool.objects.get(oid)
+        bitmap = 0
+        at = 0
+        while found is not None and at < count:
+            place = (index + at) & 63
+            wanted = min(count - at, LEAF_PAGES - place)
+            bitmap |= self._flush_in_leaf(found, (index + at) >> 6, place, wanted) << at
+            at += wanted
+        return bitmap
+
+    def _flush_in_leaf(
+        self, found: TmemObject, leaf_number: int, place: int, wanted: int
+    ) -> int:
+        leaf = found.leaf(leaf_number)
+        bitmap = 0
+        if leaf is not None:
+            for at, length, first in _runs(leaf[place : place + wanted]):
+                self._remove(found, leaf_number, leaf, place + at, length, first)
+                bitmap |= _MASKS[length] << at
+        return bitmap
+
+    def flush_object(self, pool: Pool, oid: bytes) -> int:
+        """Disown an object; the number of pages that it had."""
+        found = pool.objects.pop(oid, None)
+        if found is None:
+            return 0
+        self.arena.kill_object(found.number)
+        graveyard = self.graveyards[pool.persistent]
+        found.pool = graveyard
+        found.key = found.number
+        graveyard.objects[found.number] = found
+        graveyard.pages += found.pages
+        pool.pages -= found.pages
+        return found.pages
+
+    def doom_pool(self, pool: Pool) -> None:
+        """Disown a pool that no client refers to any more."""
+        self.arena.kill_pool(pool.number)
+        self.doomed_pools.append(pool)
+
+    # --- making room
+
+    @property
+    def doomed(self) -> bool:
+        """Something waits to be reaped."""
+        return bool(self.doomed_pools or any(yard.objects for yard in self.graveyards))
+
+    def reap(self, limit_pages: int = REAP_SLICE_PAGES) -> int:
+        """Free up to about `limit_pages` doomed frames; how many."""
+        freed = 0
+        while freed < limit_pages:
+            found = self._next_doomed()
+            if found is None:
+                break
+            while found.pages and freed < limit_pages:
+                leaf_number, leaf = found.first_leaf()
+                for place, length, first in _runs(leaf):
+                    self._remove(found, leaf_number, leaf, place, length, first)
+                    freed += length
+        return freed
+
+    def take_pool_number(self) -> int | None:
+        """A pool record that is free; None if all are taken, or wait with a doomed pool's pages."""
+        return self.free_pool_numbers.pop() if self.free_pool_numbers else None
+
+    def _next_doomed(self) -> TmemObject | None:
+        for yard in self.graveyards:
+            if yard.objects:
+                return next(iter(yard.objects.values()))
+        while self.doomed_pools:
+            pool = self.doomed_pools[0]
+            if pool.objects:
+                return next(iter(pool.objects.values()))
+            self.doomed_pools.popleft()
+            self.arena.free_pool(pool.number)
+            self.free_pool_numbers.append(pool.number)
+        return None
+
+    def _make_room(self, count: int) -> None:
+        """Free frames until `count` are free or nothing evictable is left: doomed pages first."""
+        while self.frames.free < count and self.reap(count - self.frames.free):
+            pass
+        while self.frames.free < count:
+            victims = self.policy.victims(count - self.frames.free)
+            if not victims:
+                break
+            for first, length in victims:
+                self._evict(first, length)
+
+    def _evict(self, first: int, count: int) -> None:
+        """Drop the ephemeral pages in `count` neighbouring frames, whosesoever they are."""
+        numbers = self.arena.object[first : first + count].tolist()
+        indexes = self.arena.index[first : first + count].tolist()
+        at = 0
+        while at < count:
+            number, index = numbers[at], indexes[at]
+            limit = min(count, at + LEAF_PAGES - (index & 63))
+            end = at + 1
+            while end < limit and numbers[end] == number and indexes[end] == index + end - at:
+                end += 1
+            owner = self.objects[number]
+            assert owner is not None
+            leaf = owner.leaf(index >> 6)
+            assert leaf is not None
+            self._remove(owner, index >> 6, leaf, index & 63, end - at, first + at)
+            at = end
+        self.evictions += count
+
+    # --- the bookkeeping that all of them share
+
+    def _remove(
+        self,
+        owner: TmemObject,
+        leaf_number: int,
+        leaf: array[int],
+        place: int,
+        count: int,
+        first: int,
+    ) -> None:
+        """Pages `place`... of a leaf, in `count` neighbouring frames from `first`, are no more."""
+        pool = owner.pool
+        self._release(pool, first, count)
+        if count == 1:
+            leaf[place] = -1
+        else:
+            leaf[place : place + count] = NO_FRAMES[count]
+        owner.pages -= count
+        pool.pages -= count
+        if not owner.pages:
+            self._drop_object(owner)
+        elif leaf == NO_FRAMES[len(leaf)]:
+            owner.drop_leaf(leaf_number)
+
+    def _release(self, pool: Pool, first: int, count: int) -> None:
+        """Frames become free, in the segment first (arena A1)."""
+        if count == 1:
+            self.arena.state[first] = 0
+        else:
+            self.arena.state[first : first + count] = _FREE_STATES[count]
+        if not pool.persistent:
+            self.policy.removed(first, count)
+        self.frames.release(first, count, persistent=pool.persistent)
+
+    def _new_object(self, pool: Pool, oid: bytes) -> TmemObject:
+        if self.free_object_numbers:
+            number = self.free_object_numbers.pop()
+        elif len(self.objects) < self.arena.frames_count:
+            number = len(self.objects)
+            self.objects.append(None)
+        else:
+            raise NoObjectNumber
+        made = TmemObject(number, pool, oid)
+        self.objects[number] = made
+        pool.objects[oid] = made
+        self.arena.publish_object(number, pool.number, oid)
+        return made
+
+    def _drop_object(self, owner: TmemObject) -> None:
+        self.arena.free_object(owner.number)
+        del owner.pool.objects[owner.key]
+        self.objects[owner.number] = None
+        self.free_object_numbers.append(owner.number)
+
+
+def _runs(frames: array[int]) -> list[tuple[int, int, int]]:
+    """(place, count, first frame) of each run of neighbouring frames in a slice of a leaf."""
+    runs = []
+    at = 0
+    total = len(frames)
+    while at < total:
+        first = frames[at]
+        start = at
+        at += 1
+        if first < 0:
+            continue
+        while at < total and frames[at] == first + at - start:
+            at += 1
+        runs.append((start, at - start, first))
+    return runs
+
+
