@@ -37,8 +37,7 @@ class Histogram:
             self.counts[(bits << _SUB_BITS) + ((duration_ns >> (bits - 3)) & 3)] += 1
         else:
             self.counts[duration_ns] += 1
-        if duration_ns > self.max_ns:
-            self.max_ns = duration_ns
+        self.max_ns = max(self.max_ns, duration_ns)
 
     @property
     def total(self) -> int:

@@ -88,9 +88,9 @@ class Layout(NamedTuple):
     frames: int
     guests: int
     pools: int
-    state: int
-    object: int
-    index: int
+    state_column: int
+    object_column: int
+    index_column: int
     data: int
     object_word: int
     object_oid: int
@@ -139,16 +139,16 @@ class Arena:
             )
         self.mapping = mapping
         self.layout = layout(frames)
-        self.frames_count = frames
-        self.generation = generation
+        self.frames_count: int = frames
+        self.generation: int = generation
         self.bytes = len(mapping)
         view = memoryview(mapping)
         where = self.layout
         self._view = view
         self.data = view[where.data : where.object_word]
-        self.state = view[where.state : where.object].cast("Q")
-        self.object = view[where.object : where.index].cast("I")
-        self.index = view[where.index : where.index + 4 * frames].cast("I")
+        self.state = view[where.state_column : where.object_column].cast("Q")
+        self.object = view[where.object_column : where.index_column].cast("I")
+        self.index = view[where.index_column : where.index_column + 4 * frames].cast("I")
         self.object_word = view[where.object_word : where.object_oid].cast("I")
 
     def next_generation(self) -> int:
@@ -216,9 +216,7 @@ class Arena:
     def publish_guest(self, record: GuestRecord) -> None:
         offset = self._guest_offset(record.number)
         name = record.name.encode()
-        _GUEST.pack_into(
-            self.mapping, offset, 0, record.pid, record.start_ticks, record.uid, name
-        )
+        _GUEST.pack_into(self.mapping, offset, 0, record.pid, record.start_ticks, record.uid, name)
         self._view[offset : offset + 4] = LIVE.to_bytes(4, "little")
 
     def free_guest(self, number: GuestId) -> None:
@@ -255,5 +253,3 @@ def format_arena(mapping: mmap.mmap) -> Arena:
 def private_arena(arena_bytes: int) -> Arena:
     """An arena in this process alone, for tests, simulation and fuzzing."""
     return format_arena(mmap.mmap(-1, arena_bytes))
-
-

@@ -113,7 +113,9 @@ def _check_objects(store: Store, owned: dict[int, tuple[TmemObject, int]]) -> No
 
 def _check_records(machine: Machine) -> None:
     store = machine.store
-    pools = {pool.number: pool for client in machine.clients.values() for pool in client.pools.values()}
+    pools = {
+        pool.number: pool for client in machine.clients.values() for pool in client.pools.values()
+    }
     doomed = {pool.number for pool in store.doomed_pools}
     records = {record.number: record for record in store.arena.read_pools()}
     if {n for n, record in records.items() if not record.dead} != set(pools):

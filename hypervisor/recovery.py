@@ -19,7 +19,7 @@ from hypervisor.frames import HOT, PERSISTENT
 from hypervisor.machine import Machine
 from hypervisor.pools import LEAF_PAGES, Client, Pool, TmemObject
 from hypervisor.store import Store
-from ipc.abi import PoolFlag
+from ipc.abi import GuestId, PoolFlag
 from ipc.errors import InvariantError
 
 
@@ -41,7 +41,7 @@ def recover(machine: Machine) -> Recovered:
     arena = store.arena
     if machine.clients or store.objects or store.sequence:
         raise InvariantError("recovery needs a fresh machine")
-    by_number = {}
+    by_number: dict[GuestId, Client] = {}
     for record in arena.read_guests():
         client = Client(record.number, record.name, record.pid, record.start_ticks, record.uid)
         machine.clients[record.name] = client
@@ -69,7 +69,7 @@ def recover(machine: Machine) -> Recovered:
 
 
 def _recover_pools(
-    store: Store, records: list[PoolRecord], clients: dict[int, Client]
+    store: Store, records: list[PoolRecord], clients: dict[GuestId, Client]
 ) -> dict[int, Pool]:
     """Pools by record number; a dead record, or one without a guest, gives none."""
     pools = {}
@@ -78,9 +78,7 @@ def _recover_pools(
         if record.dead or client is None:
             continue
         persistent = bool(record.flags & PoolFlag.PERSIST)
-        pool = Pool(
-            record.number, record.pool_id, record.flags, record.uuid, persistent=persistent
-        )
+        pool = Pool(record.number, record.pool_id, record.flags, record.uuid, persistent=persistent)
         client.pools[record.pool_id] = pool
         pools[record.number] = pool
         store.free_pool_numbers.remove(record.number)

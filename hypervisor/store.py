@@ -225,9 +225,7 @@ class Store:
             at += wanted
         return bitmap
 
-    def _flush_in_leaf(
-        self, found: TmemObject, leaf_number: int, place: int, wanted: int
-    ) -> int:
+    def _flush_in_leaf(self, found: TmemObject, leaf_number: int, place: int, wanted: int) -> int:
         leaf = found.leaf(leaf_number)
         bitmap = 0
         if leaf is not None:
@@ -394,5 +392,3 @@ def _runs(frames: array[int]) -> list[tuple[int, int, int]]:
             at += 1
         runs.append((start, at - start, first))
     return runs
-
-

@@ -173,29 +173,6 @@ class WelcomeFlag(IntFlag):
     RESUMED = 1  # the guest's pools were kept (it came back after a hypervisor restart)
 
 
-class Handle(NamedTuple):
-    """The name of a page: pool, 192-bit object id (little-endian bytes), page index."""
-
-    pool: PoolId
-    oid: bytes
-    index: int
-
-
-class Request(NamedTuple):
-    """A request as the wire carries it, before any field was checked."""
-
-    sequence: int
-    op: int
-    flags: int
-    count: int
-    pool: int
-    index: int
-    oid: bytes
-    slot: int
-    token: int
-    reserved: int
-
-
 class Reply(NamedTuple):
     sequence: int
     status: int

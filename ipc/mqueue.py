@@ -45,7 +45,7 @@ class QueuePair:
     ) -> None:
         self.window = window
         self._registry = registry
-        self._named = []
+        self._named: list[str] = []
         self.request_name = object_name(cluster, "q", random_bytes)
         self.reply_name = object_name(cluster, "r", random_bytes)
         self._requests = self._create(self.request_name, REQUEST_QUEUE_MESSAGES, REQUEST_BYTES)

@@ -134,12 +134,12 @@ def _check_count(count: int) -> None:
         raise GuestFault(Reason.BAD_COUNT, str(count))
 
 
-_FIELDS = dict(zip("sequence op flags count pool index oid slot token".split(), range(9), strict=True))
+_FIELDS = ("sequence", "op", "flags", "count", "pool", "index", "oid", "slot", "token")
 
 
 def _check_unused(request: RequestTuple, names: str) -> None:
     for name in names.split():
-        value = request[_FIELDS[name]]
+        value = request[_FIELDS.index(name)]
         if value not in (0, _ZERO_OID):
             _unused(name)
 

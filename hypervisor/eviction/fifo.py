@@ -55,7 +55,7 @@ class Fifo:
         return runs
 
     def check(self) -> None:
-        listed = []
+        listed: list[int] = []
         frame = self._next[self._end]
         while frame != self._end and len(listed) <= self._frames.count:
             listed.append(frame)

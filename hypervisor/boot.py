@@ -1,0 +1,108 @@
+"""The hypervisor as a process: find or make the arena, recover, serve, leave nothing behind.
+
+The file `arena` in the run directory holds the segment's name.  It is written once the segment is
+formatted and removed before the segment goes, so a hypervisor that is started again after SIGKILL
+finds its arena by it and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypervisor.arena import Arena, format_arena
+from hypervisor.machine import Machine
+from hypervisor.recovery import recover
+from hypervisor.server import Server
+from ipc.errors import ExitCode, OperatorError
+from ipc.names import Registry, object_name
+from ipc.segment import create_segment, open_segment, remove_segment
+
+log = logging.getLogger(__name__)
+
+ARENA_FILE = "arena"
+
+
+@dataclass(frozen=True)
+class HypervisorSpec:
+    """What a hypervisor process is started with.  It ends with its supervisor, if one is named."""
+
+    cluster: str
+    run_directory: Path
+    arena_bytes: int
+    eviction: str = "clock"
+    supervisor_pid: int | None = None
+
+
+def run(spec: HypervisorSpec) -> None:
+    """Serve until told to stop; then remove the arena.  Exits with an `ExitCode`."""
+    _log_to(spec.run_directory / "log" / "hypervisor.log")
+    try:
+        _serve(spec)
+    except OperatorError as error:
+        log.error("%s", error)
+        print(f"hypervisor: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception:
+        log.critical("event=bug", exc_info=True)
+        sys.exit(ExitCode.HYPERVISOR_BUG)
+
+
+def _serve(spec: HypervisorSpec) -> None:
+    registry = Registry(spec.run_directory)
+    registry.add_process(os.getpid())
+    name, arena = _open_arena(spec, registry)
+    machine = Machine(arena, policy=spec.eviction)
+    recovered = recover(machine)
+    log.info(
+        "event=start generation=%d frames=%d guests=%d pools=%d objects=%d persistent=%d "
+        "ephemeral=%d freed=%d",
+        machine.generation,
+        arena.frames_count,
+        *recovered,
+    )
+    server = Server(
+        machine,
+        spec.run_directory,
+        spec.cluster,
+        registry,
+        supervisor_pid=spec.supervisor_pid,
+    )
+    try:
+        server.run()
+    finally:
+        server.close()
+    (spec.run_directory / ARENA_FILE).unlink(missing_ok=True)
+    remove_segment(name, registry)
+    registry.remove_process(os.getpid())
+    log.info("event=stop")
+
+
+def _open_arena(spec: HypervisorSpec, registry: Registry) -> tuple[str, Arena]:
+    path = spec.run_directory / ARENA_FILE
+    if path.exists():
+        name = path.read_text().strip()
+        mapping = open_segment(name)
+        if mapping is not None:
+            return name, Arena(mapping)
+        log.error("event=arena-lost segment=%s", name)
+    name = object_name(spec.cluster, "arena", os.urandom)
+    arena = format_arena(create_segment(name, spec.arena_bytes, registry))
+    temporary = path.with_suffix(".new")
+    temporary.write_text(name + "\n")
+    temporary.rename(path)
+    return name, arena
+
+
+def _log_to(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        filename=path,
+        level=logging.INFO,
+        format="%(asctime)s.%(msecs)03d %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )

@@ -1,0 +1,276 @@
+"""Who is attached: the handshake on the attach socket, guests' lives and deaths.
+
+A *session* is one attachment of one guest process: its queues and window (the `QueuePair`), its
+connection to the attach socket and a pidfd.  The client in the machine outlives the session: after
+a hypervisor restart the guest's new session finds its client, and pools, as they were.
+
+  state of a client   session   how it ends
+  attached            yes       BYE or process end: departed, pools freed in slices
+  detached            no        comes back (same process), or its process ends: departed
+
+Process end is seen on the pidfd, never guessed from silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from hypervisor.machine import Machine
+from hypervisor.pools import Client
+from ipc import attach
+from ipc.abi import BYE_MAGIC, CONFIRM, CONFIRM_BYTES, CONFIRM_MAGIC, HELLO_BYTES
+from ipc.errors import OperatorError
+from ipc.limits import HANDSHAKE_SECONDS, HANDSHAKES_MAX
+from ipc.mqueue import QueuePair
+from ipc.names import Registry, process_start
+from ipc.window import create_window
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[], None]
+
+
+class Session:
+    """An attachment; `client` and `pair` are None until the guest has said who it is."""
+
+    __slots__ = ("client", "connection", "deadline", "pair", "peer")
+
+    def __init__(self, connection: socket.socket, deadline: float) -> None:
+        self.connection = connection
+        self.deadline = deadline
+        self.peer: attach.Peer | None = None
+        self.client: Client | None = None
+        self.pair: QueuePair | None = None
+
+
+class Sessions:
+    """Owns the attach socket.  `handlers` maps each descriptor it watches in `poll` to what to do
+    when it is readable; `serving` maps request queues' descriptors to sessions."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        run_directory: Path,
+        cluster: str,
+        registry: Registry,
+        poll: select.epoll,
+        handlers: dict[int, Handler],
+        *,
+        now_seconds: Callable[[], float],
+        random_bytes: Callable[[int], bytes],
+    ) -> None:
+        self._machine = machine
+        self._run_directory = run_directory
+        self._cluster = cluster
+        self._registry = registry
+        self._poll = poll
+        self._handlers = handlers
+        self._now_seconds = now_seconds
+        self._random_bytes = random_bytes
+        self.serving: dict[int, Session] = {}
+        self._by_client: dict[str, Session] = {}
+        self._pidfds: dict[str, int] = {}
+        self._pending: dict[int, Session] = {}
+        self._listener = attach.listen(run_directory)
+        self._watch(self._listener.fileno(), self._accept)
+        for client in list(machine.clients.values()):
+            self._await_return(client)
+
+    def _watch(self, fd: int, handler: Handler) -> None:
+        self._handlers[fd] = handler
+        self._poll.register(fd, select.EPOLLIN)
+
+    def _unwatch(self, fd: int) -> None:
+        if self._handlers.pop(fd, None) is not None:
+            self._poll.unregister(fd)
+
+    def is_attached(self, client: Client) -> bool:
+        return client.name in self._by_client
+
+    def _await_return(self, client: Client) -> None:
+        """A client that was found in the arena: its process may come back, or be dead already."""
+        if process_start(client.pid) == client.start_ticks:
+            with contextlib.suppress(ProcessLookupError):
+                self._watch_life(client, os.pidfd_open(client.pid))
+                return
+        log.info("guest=%s event=gone-before-restart pid=%d", client.name, client.pid)
+        self._machine.depart(client)
+
+    def _watch_life(self, client: Client, pidfd: int) -> None:
+        self._forget_life(client)
+        self._pidfds[client.name] = pidfd
+        self._watch(pidfd, lambda: self._guest_died(client))
+
+    def _forget_life(self, client: Client) -> None:
+        pidfd = self._pidfds.pop(client.name, None)
+        if pidfd is not None:
+            self._unwatch(pidfd)
+            os.close(pidfd)
+
+    # --- handshake
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        if len(self._pending) >= HANDSHAKES_MAX:
+            attach.send_refusal(connection, "too many guests attach at once; try again")
+            connection.close()
+            return
+        connection.setblocking(False)
+        session = Session(connection, self._now_seconds() + HANDSHAKE_SECONDS)
+        self._pending[connection.fileno()] = session
+        self._watch(connection.fileno(), lambda: self._advance(session))
+
+    def expire(self) -> None:
+        """Drop handshakes that take too long."""
+        now = self._now_seconds()
+        for session in list(self._pending.values()):
+            if session.deadline < now:
+                self._abandon(session, "the handshake took too long")
+
+    @property
+    def shaking_hands(self) -> bool:
+        return bool(self._pending)
+
+    def _advance(self, session: Session) -> None:
+        try:
+            if session.pair is None:
+                self._welcome(session)
+            else:
+                self._confirm(session)
+        except (attach.HandshakeError, OperatorError) as refusal:
+            self._abandon(session, str(refusal))
+        except OSError as error:
+            self._abandon(session, error.strerror or "connection error")
+
+    def _welcome(self, session: Session) -> None:
+        untrusted_message = session.connection.recv(HELLO_BYTES + 1)
+        if not untrusted_message:
+            raise attach.HandshakeError("the guest hung up")
+        session.peer = peer = attach.identify(session.connection)
+        hello = attach.decode_hello(untrusted_message)
+        if not attach.is_enrolled(self._run_directory, hello, peer.uid):
+            raise attach.HandshakeError(f"guest {hello.name} is not enrolled with this token")
+        client, resumed = self._client_for(hello.name, peer)
+        session.client = client
+        window = create_window()
+        try:
+            session.pair = QueuePair(self._cluster, self._registry, window, self._random_bytes)
+        except OperatorError:
+            window.close()
+            raise
+        window.publish_info(self._machine.generation)
+        attach.send_welcome(
+            session.connection,
+            client.number,
+            self._machine.generation,
+            session.pair,
+            resumed=resumed,
+        )
+
+    def _client_for(self, name: str, peer: attach.Peer) -> tuple[Client, bool]:
+        """The client for this process and whether it was known before."""
+        start_ticks = process_start(peer.pid)
+        if start_ticks is None:
+            raise attach.HandshakeError("your process is gone")
+        client = self._machine.clients.get(name)
+        if client is not None:
+            if (client.pid, client.start_ticks) == (peer.pid, start_ticks):
+                return client, True
+            if process_start(client.pid) == client.start_ticks:
+                raise attach.HandshakeError(f"guest {name} is attached by process {client.pid}")
+            self._end(client, "replaced")
+        client = self._machine.attach(name, peer.pid, start_ticks, peer.uid)
+        if client is None:
+            raise attach.HandshakeError("the guest table is full")
+        return client, False
+
+    def _confirm(self, session: Session) -> None:
+        untrusted_message = session.connection.recv(CONFIRM_BYTES + 1)
+        client, pair, peer = session.client, session.pair, session.peer
+        assert client is not None and pair is not None and peer is not None
+        if untrusted_message != CONFIRM.pack(CONFIRM_MAGIC, client.number):
+            raise attach.HandshakeError("this is no CONFIRM")
+        pair.forget_names()
+        earlier = self._by_client.get(client.name)
+        if earlier is not None:
+            self._close(earlier)
+        session.connection.send(untrusted_message)
+        fd = session.connection.fileno()
+        del self._pending[fd]
+        self._handlers[fd] = lambda: self._hear(session)
+        self._by_client[client.name] = session
+        self.serving[pair.fileno()] = session
+        self._poll.register(pair.fileno(), select.EPOLLIN)
+        self._watch_life(client, peer.pidfd)
+        session.peer = peer._replace(pidfd=-1)
+        log.info("guest=%s event=attached pid=%d id=%d", client.name, client.pid, client.number)
+
+    def _abandon(self, session: Session, why: str) -> None:
+        """Give a handshake up and tell the peer."""
+        client = session.client
+        log.info("guest=%s event=refused why=%r", client.name if client else "?", why)
+        attach.send_refusal(session.connection, why)
+        self._pending.pop(session.connection.fileno(), None)
+        self._close(session)
+        if session.peer is not None and session.peer.pidfd >= 0:
+            os.close(session.peer.pidfd)
+        # A client that was made for this handshake alone goes with it.
+        if client is not None and client.name not in self._pidfds:
+            self._machine.depart(client)
+
+    # --- life and death
+
+    def _hear(self, session: Session) -> None:
+        """An attached guest says good-bye, or its connection ends."""
+        try:
+            untrusted_message = session.connection.recv(CONFIRM_BYTES + 1)
+        except OSError:
+            untrusted_message = b""
+        client = session.client
+        assert client is not None
+        if untrusted_message == CONFIRM.pack(BYE_MAGIC, 0):
+            self._end(client, "detached")
+        elif not untrusted_message:
+            # Its process may live on and come back; the pidfd tells when it does not.
+            self._close(session)
+            log.info("guest=%s event=disconnected", client.name)
+
+    def _guest_died(self, client: Client) -> None:
+        self._end(client, "died")
+
+    def _end(self, client: Client, event: str) -> None:
+        session = self._by_client.get(client.name)
+        if session is not None:
+            self._close(session)
+        self._forget_life(client)
+        self._machine.depart(client)
+        log.info("guest=%s event=%s pid=%d", client.name, event, client.pid)
+
+    def _close(self, session: Session) -> None:
+        self._unwatch(session.connection.fileno())
+        session.connection.close()
+        client, pair = session.client, session.pair
+        if pair is not None:
+            if self.serving.pop(pair.fileno(), None) is not None:
+                self._poll.unregister(pair.fileno())
+            pair.close()
+        if client is not None and self._by_client.get(client.name) is session:
+            del self._by_client[client.name]
+
+    def close(self) -> None:
+        for session in [*self._pending.values(), *self._by_client.values()]:
+            self._close(session)
+        for client in list(self._machine.clients.values()):
+            self._forget_life(client)
+        self._unwatch(self._listener.fileno())
+        self._listener.close()
+        (self._run_directory / attach.ATTACH_SOCKET).unlink(missing_ok=True)
