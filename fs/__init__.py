@@ -1,0 +1,1 @@
+"""File systems on block devices. Knows nothing of processes, transports or tmem; standard library only."""

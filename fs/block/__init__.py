@@ -1,0 +1,1 @@
+"""Block devices: one interface (`device`), one real device (`file`), and small devices that stack on any other."""
