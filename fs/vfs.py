@@ -1,0 +1,384 @@
+"""The virtual file system: what a program in a guest calls. Paths, open handles and errno as on Linux.
+
+Differs from Linux on purpose: one user who may do everything (no permission checks), no access times (as `noatime`),
+no working directory (relative paths start at the root), no devices, pipes or sockets (opening one is ENXIO).
+
+Invariants:
+  I1  a file's data goes through `FilePages` only;
+  I2  an inode without names lives while a handle is open on it, and is freed by the last close (or unmount): its pages
+      are forgotten first, then its blocks and number are given back.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from fs import pathwalk
+from fs.block.device import Bytes
+from fs.errors import corrupt, error
+from fs.filesystem import FilePages, FileSystem, FsStat
+from fs.inode import Inode, Stat
+from fs.pathwalk import Last, Path
+
+WRITE_CHUNK_BYTES: Final = 64 * 4096
+"""A write is done in pieces of this size, so that ENOSPC in the middle gives a short write as Linux does."""
+
+HANDLES_MAX: Final = 1024
+"""Open handles of one mount; the next open is EMFILE."""
+
+
+@dataclass(slots=True)
+class Handle:
+    """An open file and its position."""
+
+    inode: Inode
+    flags: int
+    offset: int = 0
+
+    @property
+    def readable(self) -> bool:
+        """Opened for reading."""
+        return self.flags & os.O_ACCMODE != os.O_WRONLY
+
+    @property
+    def writable(self) -> bool:
+        """Opened for writing."""
+        return self.flags & os.O_ACCMODE != os.O_RDONLY
+
+
+class Vfs:
+    """One mounted file system as a program sees it."""
+
+    def __init__(self, fs: FileSystem, pages: FilePages) -> None:
+        self.fs = fs
+        self.pages = pages
+        self._handles: dict[int, Handle] = {}
+        self._opens: dict[Inode, int] = {}
+
+    # Files
+
+    def open(self, path: Path, flags: int = os.O_RDONLY, mode: int = 0o644) -> int:
+        """Open a file (or, for reading, a directory) and return a handle number. Knows O_RDONLY, O_WRONLY, O_RDWR,
+        O_CREAT, O_EXCL, O_TRUNC, O_APPEND, O_DIRECTORY and O_NOFOLLOW."""
+        if len(self._handles) >= HANDLES_MAX:
+            raise error(errno.EMFILE, repr(path))
+        created = False
+        if flags & os.O_CREAT:
+            inode, created = self._open_or_create(path, flags, mode)
+        else:
+            inode = pathwalk.resolve(self.fs, path, follow=not flags & os.O_NOFOLLOW)
+        handle = Handle(inode, flags)
+        _check_openable(handle, path)
+        if not created and (handle.writable or flags & os.O_TRUNC) and self.fs.read_only:
+            raise error(errno.EROFS, repr(path))
+        if flags & os.O_TRUNC and inode.is_file and not created:
+            self._truncate(inode, 0)
+        number = next(n for n in range(3, HANDLES_MAX + 4) if n not in self._handles)
+        self._handles[number] = handle
+        self._opens[inode] = self._opens.get(inode, 0) + 1
+        return number
+
+    def _open_or_create(self, path: Path, flags: int, mode: int) -> tuple[Inode, bool]:
+        if flags & os.O_DIRECTORY:
+            raise error(errno.EINVAL, "O_CREAT with O_DIRECTORY")
+        where = pathwalk.last(self.fs, path)
+        for _ in range(pathwalk.LINKS_MAX + 1):
+            if where.is_dots or where.slash:
+                exclusive = flags & os.O_EXCL and where.is_dots
+                raise error(errno.EEXIST if exclusive else errno.EISDIR, repr(path))
+            inode = self._find(where)
+            if inode is None:
+                return self.fs.create(where.directory, where.name, mode), True
+            if flags & os.O_EXCL:
+                raise error(errno.EEXIST, repr(path))
+            if inode.is_dir:
+                raise error(errno.EISDIR, repr(path))
+            if not inode.is_symlink or flags & os.O_NOFOLLOW:
+                return inode, False
+            where = pathwalk.last(self.fs, self.fs.readlink(inode), where.directory)
+        raise error(errno.ELOOP, repr(path))
+
+    def close(self, number: int) -> None:
+        """Give a handle back."""
+        handle = self._handle(number)
+        del self._handles[number]
+        self._opens[handle.inode] -= 1
+        if not self._opens[handle.inode]:
+            del self._opens[handle.inode]
+            self._free_if_gone(handle.inode)
+
+    def read(self, number: int, size: int) -> bytes:
+        """At most `size` bytes from the handle's position, which moves on; empty at the end."""
+        data = self.pread(number, size, self._handle(number).offset)
+        self._handle(number).offset += len(data)
+        return data
+
+    def pread(self, number: int, size: int, offset: int) -> bytes:
+        """At most `size` bytes from `offset`."""
+        handle = self._handle(number)
+        if not handle.readable:
+            raise error(errno.EBADF, "not open for reading")
+        if handle.inode.is_dir:
+            raise error(errno.EISDIR)
+        if size < 0 or offset < 0:
+            raise error(errno.EINVAL)
+        return self.pages.read(handle.inode, offset, size)
+
+    def write(self, number: int, data: Bytes) -> int:
+        """Write at the handle's position (at the end with O_APPEND); returns the bytes written, fewer than asked
+        only when space ran out."""
+        handle = self._handle(number)
+        offset = handle.inode.size if handle.flags & os.O_APPEND else handle.offset
+        done = self._write_at(handle, data, offset)
+        handle.offset = offset + done
+        return done
+
+    def pwrite(self, number: int, data: Bytes, offset: int) -> int:
+        """Write at `offset`; with O_APPEND at the end all the same, as Linux does."""
+        handle = self._handle(number)
+        if offset < 0:
+            raise error(errno.EINVAL)
+        return self._write_at(handle, data, handle.inode.size if handle.flags & os.O_APPEND else offset)
+
+    def _write_at(self, handle: Handle, data: Bytes, offset: int) -> int:
+        if not handle.writable:
+            raise error(errno.EBADF, "not open for writing")
+        view = memoryview(data).cast("B")
+        if not view.nbytes:
+            return 0
+        self._check_writable()
+        if offset >= self.fs.file_bytes_max:
+            raise error(errno.EFBIG)
+        view = view[: self.fs.file_bytes_max - offset]
+        inode = handle.inode
+        done = 0
+        try:
+            while done < view.nbytes:
+                # Pieces end at multiples of the chunk size, so that only the first and last can be partial pages.
+                size = WRITE_CHUNK_BYTES - (offset + done) % WRITE_CHUNK_BYTES
+                piece = view[done : done + size]
+                self.pages.write(inode, offset + done, piece)
+                done += piece.nbytes
+        except OSError as reason:
+            if not done or reason.errno != errno.ENOSPC:
+                raise
+        finally:
+            if done:
+                inode.mtime_ns = inode.ctime_ns = self.fs.now_ns()
+                self.fs.write_inode(inode)
+        return done
+
+    def seek(self, number: int, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move the handle's position and return it."""
+        handle = self._handle(number)
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: handle.offset, os.SEEK_END: handle.inode.size}.get(whence)
+        if base is None or base + offset < 0:
+            raise error(errno.EINVAL)
+        handle.offset = base + offset
+        return handle.offset
+
+    def fsync(self, number: int) -> None:
+        """The file's data, then all metadata, then the device: as strong as `sync` for this file."""
+        handle = self._handle(number)
+        if handle.inode.is_file:
+            self.pages.sync(handle.inode)
+        self.fs.sync()
+
+    def fstat(self, number: int) -> Stat:
+        """What `stat` says of an open file."""
+        return Stat.of(self._handle(number).inode)
+
+    def inode_of(self, number: int) -> Inode:
+        """The inode behind a handle."""
+        return self._handle(number).inode
+
+    def ftruncate(self, number: int, size: int) -> None:
+        """Set the size of an open file."""
+        handle = self._handle(number)
+        if size < 0 or not handle.writable:
+            raise error(errno.EINVAL)
+        self._truncate(handle.inode, size)
+
+    def truncate(self, path: Path, size: int) -> None:
+        """Set the size of a file."""
+        if size < 0:
+            raise error(errno.EINVAL)
+        inode = pathwalk.resolve(self.fs, path)
+        if inode.is_dir:
+            raise error(errno.EISDIR, repr(path))
+        if not inode.is_file:
+            raise error(errno.EINVAL, repr(path))
+        self._truncate(inode, size)
+
+    def _truncate(self, inode: Inode, size: int) -> None:
+        self._check_writable()
+        if size > self.fs.file_bytes_max:
+            raise error(errno.EFBIG)
+        self.pages.truncate(inode, size)
+        self.fs.truncate(inode, size)
+
+    # Names
+
+    def stat(self, path: Path) -> Stat:
+        """What a path means, links followed."""
+        return Stat.of(pathwalk.resolve(self.fs, path))
+
+    def lstat(self, path: Path) -> Stat:
+        """What a path means, a link in the last place not followed."""
+        return Stat.of(pathwalk.resolve(self.fs, path, follow=False))
+
+    def readlink(self, path: Path) -> str:
+        """The target of a symbolic link."""
+        return _decode(self.fs.readlink(pathwalk.resolve(self.fs, path, follow=False)))
+
+    def listdir(self, path: Path) -> list[str]:
+        """The names in a directory, in on-disk order, without `.` and `..`."""
+        return [_decode(entry.name) for entry in self.fs.readdir(pathwalk.resolve(self.fs, path))]
+
+    def walk(self, top: Path = "/") -> Iterator[tuple[str, list[str], list[str]]]:
+        """Like `os.walk` from the top down, not following links: (path, directories, other names). Each directory is
+        visited once: one that is met again (only on a damaged image) is EUCLEAN."""
+        pending = [(_decode(pathwalk.encode(top)).rstrip("/") or "/", pathwalk.resolve(self.fs, top))]
+        seen: set[int] = set()
+        while pending:
+            path, inode = pending.pop()
+            if inode.ino in seen:
+                raise corrupt(f"directory {inode.ino} has two places in the tree")
+            seen.add(inode.ino)
+            directories: list[str] = []
+            others: list[str] = []
+            below: list[tuple[str, Inode]] = []
+            for entry in self.fs.readdir(inode):
+                name = _decode(entry.name)
+                child = self.fs.iget(entry.ino)
+                if child.is_dir:
+                    directories.append(name)
+                    below.append((f"{path.rstrip('/')}/{name}", child))
+                else:
+                    others.append(name)
+            yield path, directories, others
+            pending.extend(reversed(below))
+
+    def mkdir(self, path: Path, mode: int = 0o755) -> None:
+        """Make a directory."""
+        where = self._place_for_new(path)
+        self.fs.mkdir(where.directory, where.name, mode)
+
+    def symlink(self, target: Path, path: Path) -> None:
+        """Make a symbolic link at `path` to `target`."""
+        content = pathwalk.encode(target)
+        where = self._place_for_new(path)
+        if where.slash:
+            raise error(errno.ENOENT, repr(path))
+        self.fs.symlink(where.directory, where.name, content)
+
+    def link(self, old: Path, new: Path) -> None:
+        """Give the file `old` (a link is not followed) the further name `new`."""
+        inode = pathwalk.resolve(self.fs, old, follow=False)
+        where = self._place_for_new(new)
+        if where.slash:
+            raise error(errno.ENOENT, repr(new))
+        self.fs.link(inode, where.directory, where.name)
+
+    def _place_for_new(self, path: Path) -> Last:
+        where = pathwalk.last(self.fs, path)
+        if where.is_dots or self._find(where) is not None:
+            raise error(errno.EEXIST, repr(path))
+        return where
+
+    def unlink(self, path: Path) -> None:
+        """Remove a name of a file."""
+        where = pathwalk.last(self.fs, path)
+        if where.is_dots:
+            raise error(errno.EISDIR, repr(path))
+        if where.slash:
+            found = self.fs.lookup(where.directory, where.name)
+            raise error(errno.EISDIR if found.is_dir else errno.ENOTDIR, repr(path))
+        self._free_if_gone(self.fs.unlink(where.directory, where.name))
+
+    def rmdir(self, path: Path) -> None:
+        """Remove an empty directory."""
+        where = pathwalk.last(self.fs, path)
+        if where.is_dots:
+            code = {b"": errno.EBUSY, b".": errno.EINVAL, b"..": errno.ENOTEMPTY}[where.name]
+            raise error(code, repr(path))
+        self._free_if_gone(self.fs.rmdir(where.directory, where.name))
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Move a name, over an existing one if its kind allows it."""
+        source = pathwalk.last(self.fs, old)
+        target = pathwalk.last(self.fs, new)
+        if source.is_dots or target.is_dots:
+            raise error(errno.EBUSY, repr(old if source.is_dots else new))
+        inode = self.fs.lookup(source.directory, source.name)
+        if (source.slash or target.slash) and not inode.is_dir:
+            raise error(errno.ENOTDIR, repr(old))
+        gone = self.fs.rename(source.directory, source.name, target.directory, target.name)
+        if gone is not None:
+            self._free_if_gone(gone)
+
+    # The whole file system
+
+    def sync(self) -> None:
+        """All data, then all metadata, then the device."""
+        self.pages.sync_all()
+        self.fs.sync()
+
+    def statfs(self) -> FsStat:
+        """Space used and free."""
+        return self.fs.statfs()
+
+    def unmount(self) -> None:
+        """Close all handles (freeing files that lost their names), write everything back, mark the image clean."""
+        for number in list(self._handles):
+            self.close(number)
+        if not self.fs.read_only:
+            self.pages.sync_all()
+        self.fs.unmount()
+
+    # Helpers
+
+    def _handle(self, number: int) -> Handle:
+        handle = self._handles.get(number)
+        if handle is None:
+            raise error(errno.EBADF, f"handle {number}")
+        return handle
+
+    def _check_writable(self) -> None:
+        if self.fs.read_only:
+            raise error(errno.EROFS)
+
+    def _find(self, where: Last) -> Inode | None:
+        try:
+            return self.fs.lookup(where.directory, where.name)
+        except FileNotFoundError:
+            return None
+
+    def _free_if_gone(self, inode: Inode) -> None:
+        if inode.nlink or inode in self._opens:
+            return
+        if inode.is_file:
+            self.pages.forget(inode)
+        self.fs.free_inode(inode)
+
+
+def _check_openable(handle: Handle, path: Path) -> None:
+    inode, flags = handle.inode, handle.flags
+    if inode.is_symlink:
+        raise error(errno.ENOTDIR if flags & os.O_DIRECTORY else errno.ELOOP, repr(path))
+    if inode.is_dir:
+        if handle.writable or flags & os.O_TRUNC:
+            raise error(errno.EISDIR, repr(path))
+        return
+    if flags & os.O_DIRECTORY:
+        raise error(errno.ENOTDIR, repr(path))
+    if not inode.is_file:
+        raise error(errno.ENXIO, repr(path))
+
+
+def _decode(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
