@@ -1,1 +1,4 @@
-"""File systems on block devices. Knows nothing of processes, transports or tmem; standard library only."""
+"""File systems on block devices.
+
+Knows nothing of processes, transports or tmem; standard library only.
+"""

@@ -1,16 +1,19 @@
 """The buffer cache: a bounded number of metadata blocks in memory, written back later.
 
-Holds what a file system reads and changes a few bytes at a time: bitmaps, inode tables, directories, indirect
-blocks. Regular files' data never comes here.
+Holds what a file system reads and changes a few bytes at a time: bitmaps, inode tables,
+directories, indirect blocks. Regular files' data never comes here.
 
 Invariants:
-  I1  there is one `Buffer` for a block while anyone holds a reference to it, cached or not (a weak map finds the ones
-      that were evicted while in use), so a change is never made to a second copy;
+  I1  there is one `Buffer` for a block while anyone holds a reference to it, cached or not (a
+      weak map finds the ones that were evicted while in use), so a change is never made to a
+      second copy;
   I2  a dirty buffer is in the cache, and leaves it only written or forgotten;
-  I3  a freed block is forgotten: old metadata is never written over a block that now belongs to a file's data.
+  I3  a freed block is forgotten: old metadata is never written over a block that now belongs to a
+      file's data.
 
-Eviction takes the least recently used clean buffer; when all are dirty they are written first, all together and in
-ascending order of blocks, because a disk likes neighbours. Simpler than Linux: no ageing and no thread of its own.
+Eviction takes the least recently used clean buffer; when all are dirty they are written first,
+all together and in ascending order of blocks, because a disk likes neighbours. Simpler than
+Linux: no ageing and no thread of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ from weakref import WeakValueDictionary
 from fs.block.device import BlockDevice
 
 CAPACITY_BLOCKS_MIN = 8
-"""Deepest chain that one operation holds: rename with two directories, two inode blocks, a bitmap and its group."""
+"""Deepest chain that one operation holds.
+
+Rename with two directories, two inode blocks, a bitmap and its group.
+"""
 
 
 class Buffer:
@@ -40,7 +46,9 @@ class Buffers:
 
     def __init__(self, device: BlockDevice, capacity_blocks: int) -> None:
         if capacity_blocks < CAPACITY_BLOCKS_MIN:
-            raise ValueError(f"a buffer cache needs at least {CAPACITY_BLOCKS_MIN} blocks, not {capacity_blocks}")
+            raise ValueError(
+                f"a buffer cache needs at least {CAPACITY_BLOCKS_MIN} blocks, not {capacity_blocks}"
+            )
         self._device = device
         self._capacity_blocks = capacity_blocks
         self._cached: OrderedDict[int, Buffer] = OrderedDict()
@@ -64,7 +72,10 @@ class Buffers:
         return buffer
 
     def zeroed(self, block: int) -> Buffer:
-        """The buffer of a block that was just allocated: all zeros and dirty, without reading it."""
+        """The buffer of a block that was just allocated.
+
+        All zeros and dirty, without reading it.
+        """
         buffer = self._cached.get(block) or self._live.get(block)
         if buffer is None:
             buffer = Buffer(block, bytearray(self._device.block_bytes))
@@ -84,7 +95,9 @@ class Buffers:
     def forget(self, first: int, count: int) -> None:
         """Blocks were freed: drop their buffers without writing them."""
         if count > len(self._cached) + len(self._live):
-            blocks = [block for block in {*self._cached, *self._live} if first <= block < first + count]
+            blocks = [
+                block for block in {*self._cached, *self._live} if first <= block < first + count
+            ]
         else:
             blocks = list(range(first, first + count))
         for block in blocks:
@@ -94,14 +107,23 @@ class Buffers:
                 self._live.pop(block, None)
 
     def flush(self) -> None:
-        """Write all dirty buffers, neighbours in one write, block 0 (the superblock) after everything else."""
-        dirty = sorted((b for b in self._cached.values() if b.dirty), key=lambda b: (b.block == 0, b.block))
+        """Write all dirty buffers, neighbours in one write, block 0.
+
+        (the superblock) after everything else.
+        """
+        dirty = sorted(
+            (b for b in self._cached.values() if b.dirty), key=lambda b: (b.block == 0, b.block)
+        )
         start = 0
         for end in range(1, len(dirty) + 1):
             if end < len(dirty) and dirty[end].block == dirty[end - 1].block + 1:
                 continue
             run = dirty[start:end]
-            self._device.write(run[0].block, len(run), b"".join(b.data for b in run) if len(run) > 1 else run[0].data)
+            self._device.write(
+                run[0].block,
+                len(run),
+                b"".join(b.data for b in run) if len(run) > 1 else run[0].data,
+            )
             for buffer in run:
                 buffer.dirty = False
             start = end

@@ -1,5 +1,6 @@
-"""File data without a cache: every read and write goes to the device. For tests, tools and as the reference
-against which a page cache is compared.
+"""File data without a cache: every read and write goes to the device.
+
+For tests, tools and as the reference against which a page cache is compared.
 """
 
 from __future__ import annotations
@@ -32,11 +33,16 @@ class DirectPages:
             blocks = self._fs.map_blocks(inode, first + start, min(EXTENT_PAGES, count - start))
             for run in runs(blocks):
                 if run.block:
-                    self._fs.device.read(run.block, run.count, view[(start + run.position) * BLOCK_BYTES :])
+                    self._fs.device.read(
+                        run.block, run.length, view[(start + run.position) * BLOCK_BYTES :]
+                    )
         return bytes(view[offset - first * BLOCK_BYTES : end - first * BLOCK_BYTES])
 
     def write(self, inode: Inode, offset: int, data: Bytes) -> None:
-        """Write whole pages at once; the first and the last page are read before when only part of them changes."""
+        """Write whole pages at once.
+
+        The first and the last page are read before when only part of them changes.
+        """
         view = memoryview(data).cast("B")
         if not view.nbytes:
             return
@@ -62,7 +68,9 @@ class DirectPages:
         view = memoryview(pages)
         for run in runs(blocks):
             start = run.position * BLOCK_BYTES
-            self._fs.device.write(run.block, run.count, view[start : start + run.count * BLOCK_BYTES])
+            self._fs.device.write(
+                run.block, run.length, view[start : start + run.length * BLOCK_BYTES]
+            )
 
     def truncate(self, inode: Inode, new_size: int) -> None:
         """Zero the tail of the page that the new end cuts."""

@@ -1,8 +1,9 @@
 """The two ways in which a file system says no.
 
-An image that can't be used at all raises `ImageError`: one line for the person who named the image. Everything that
-can go wrong on a mounted file system is an `OSError` with an errno, as a program expects: `eio`-like damage is
-`corrupt()` (EUCLEAN), which Linux uses for the same purpose.
+An image that can't be used at all raises `ImageError`: one line for the person who named the
+image. Everything that can go wrong on a mounted file system is an `OSError` with an errno, as a
+program expects: `eio`-like damage is `corrupt()` (EUCLEAN), which Linux uses for the same
+purpose.
 """
 
 from __future__ import annotations

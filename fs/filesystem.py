@@ -1,12 +1,15 @@
-"""The two interfaces around a mounted file system: what it offers (`FileSystem`) and how file data reaches it
-(`FilePages`).
+"""The two interfaces around a mounted file system: what it offers.
 
-A file system answers "which block holds page n of this file" and keeps names and free space; it never moves the data
-of a regular file. That is the work of a `FilePages`: a page cache in a guest, `fs.directpages.DirectPages` in tests
-and tools. Directories, symbolic links and all other metadata stay inside the file system and its buffer cache.
+(`FileSystem`) and how file data reaches it (`FilePages`).
 
-Names are bytes without `/` and NUL. One thread. All methods raise `OSError`: ENOENT, EEXIST, ENOTDIR, EISDIR,
-ENOTEMPTY, ENAMETOOLONG, EMLINK, ENOSPC, EFBIG, EROFS as Linux does, EUCLEAN for damaged metadata, EIO from the device.
+A file system answers "which block holds page n of this file" and keeps names and free space; it
+never moves the data of a regular file. That is the work of a `FilePages`: a page cache in a
+guest, `fs.directpages.DirectPages` in tests and tools. Directories, symbolic links and all other
+metadata stay inside the file system and its buffer cache.
+
+Names are bytes without `/` and NUL. One thread. All methods raise `OSError`: ENOENT, EEXIST,
+ENOTDIR, EISDIR, ENOTEMPTY, ENAMETOOLONG, EMLINK, ENOSPC, EFBIG, EROFS as Linux does, EUCLEAN for
+damaged metadata, EIO from the device.
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ from fs.inode import Inode
 
 
 class Entry(NamedTuple):
-    """One directory entry; `kind` is one of stat's `S_IF...` values, 0 when the directory doesn't say."""
+    """One directory entry.
+
+    `kind` is one of stat's `S_IF...` values, 0 when the directory doesn't say.
+    """
 
     name: bytes
     ino: int
@@ -53,7 +59,10 @@ class FileSystem(Protocol):
 
     @property
     def device(self) -> BlockDevice:
-        """Where the blocks are; file data is read from and written to it directly by a `FilePages`."""
+        """Where the blocks are.
+
+        File data is read from and written to it directly by a `FilePages`.
+        """
         ...
 
     @property
@@ -103,31 +112,46 @@ class FileSystem(Protocol):
         ...
 
     def unlink(self, directory: Inode, name: bytes) -> Inode:
-        """Remove a name of a non-directory and return its inode. When its `nlink` is now 0 the caller must call
-        `free_inode` once no handle is open."""
+        """Remove a name of a non-directory and return its inode.
+
+        When its `nlink` is now 0 the caller must call `free_inode` once no handle is open.
+        """
         ...
 
     def rmdir(self, directory: Inode, name: bytes) -> Inode:
         """Remove an empty directory and return its inode, `nlink` 0; then as for `unlink`."""
         ...
 
-    def rename(self, old_dir: Inode, old_name: bytes, new_dir: Inode, new_name: bytes) -> Inode | None:
-        """Move a name, over an existing one where Linux allows it. Returns the inode that lost its name (then as for
-        `unlink`) or None. EINVAL when a directory would move below itself."""
+    def rename(
+        self, old_dir: Inode, old_name: bytes, new_dir: Inode, new_name: bytes
+    ) -> Inode | None:
+        """Move a name, over an existing one where Linux allows it.
+
+        Returns the inode that lost its name (then as for `unlink`) or None. EINVAL when a
+        directory would move below itself.
+        """
         ...
 
     def truncate(self, inode: Inode, size: int) -> None:
-        """Set the size of a regular file and free blocks beyond it (no blocks are allocated when it grows).
-        `FilePages.truncate` comes first."""
+        """Set the size of a regular file and free blocks beyond it.
+
+        (no blocks are allocated when it grows). `FilePages.truncate` comes first.
+        """
         ...
 
     def map_blocks(self, inode: Inode, index: int, count: int) -> list[int]:
-        """The block numbers of pages `index .. index+count-1`; 0 stands for a hole (reads as zeros)."""
+        """The block numbers of pages `index .. index+count-1`; 0 stands for a hole.
+
+        (reads as zeros).
+        """
         ...
 
     def allocate_blocks(self, inode: Inode, index: int, count: int) -> list[int]:
-        """As `map_blocks`, but holes get blocks first. All or nothing: ENOSPC leaves everything as it was. The
-        content of a block that was a hole before is undefined on the disk: the caller writes it whole."""
+        """As `map_blocks`, but holes get blocks first.
+
+        All or nothing: ENOSPC leaves everything as it was. The content of a block that was a hole
+        before is undefined on the disk: the caller writes it whole.
+        """
         ...
 
     def write_inode(self, inode: Inode) -> None:
@@ -135,16 +159,24 @@ class FileSystem(Protocol):
         ...
 
     def free_inode(self, inode: Inode) -> None:
-        """The last name and the last handle are gone: free its blocks and its number. `FilePages.forget` comes
-        first."""
+        """The last name and the last handle are gone: free its blocks and its number.
+
+        `FilePages.forget` comes first.
+        """
         ...
 
     def sync(self) -> None:
-        """Write all metadata back and flush the device. `FilePages.sync_all` comes first: data before metadata."""
+        """Write all metadata back and flush the device.
+
+        `FilePages.sync_all` comes first: data before metadata.
+        """
         ...
 
     def unmount(self) -> None:
-        """`sync`, mark the file system clean, close the device. Every inode with no name left must be freed before."""
+        """`sync`, mark the file system clean, close the device.
+
+        Every inode with no name left must be freed before.
+        """
         ...
 
     def statfs(self) -> FsStat:
@@ -153,10 +185,12 @@ class FileSystem(Protocol):
 
 
 class FilePages(Protocol):
-    """The way of regular files' data: implemented by a guest's page cache, and uncached by `DirectPages`.
+    """The way of regular files' data: implemented by a guest's page cache, and uncached by
+    `DirectPages`.
 
-    Rule for bytes past the end of a file: they are zero. So a page read from the disk is zeroed past `inode.size`
-    (an image may hold anything there), and `truncate` to a size inside a page zeroes that page's tail.
+    Rule for bytes past the end of a file: they are zero. So a page read from the disk is zeroed
+    past `inode.size` (an image may hold anything there), and `truncate` to a size inside a page
+    zeroes that page's tail.
     """
 
     def read(self, inode: Inode, offset: int, size: int) -> bytes:
@@ -164,14 +198,20 @@ class FilePages(Protocol):
         ...
 
     def write(self, inode: Inode, offset: int, data: Bytes) -> None:
-        """Write all of `data` at `offset`. Calls `FileSystem.allocate_blocks` before it makes a page dirty, so that
-        ENOSPC is told here and not lost at write-back; all or nothing. Sets `inode.size` when the file grows; times
-        and `write_inode` are the caller's."""
+        """Write all of `data` at `offset`.
+
+        Calls `FileSystem.allocate_blocks` before it makes a page dirty, so that ENOSPC is told
+        here and not lost at write-back; all or nothing. Sets `inode.size` when the file grows;
+        times and `write_inode` are the caller's.
+        """
         ...
 
     def truncate(self, inode: Inode, new_size: int) -> None:
-        """Called before `FileSystem.truncate`, `inode.size` still old: drop pages beyond `new_size` without
-        writing them back, zero the tail of the page that `new_size` cuts, flush what the hooks hold of them."""
+        """Called before `FileSystem.truncate`, `inode.size` still old.
+
+        Drop pages beyond `new_size` without writing them back, zero the tail of the page that
+        `new_size` cuts, flush what the hooks hold of them.
+        """
         ...
 
     def sync(self, inode: Inode) -> None:
@@ -183,5 +223,8 @@ class FilePages(Protocol):
         ...
 
     def forget(self, inode: Inode) -> None:
-        """The file is gone: drop its pages without writing them back and flush the inode in the hooks."""
+        """The file is gone.
+
+        Drop its pages without writing them back and flush the inode in the hooks.
+        """
         ...

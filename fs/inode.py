@@ -1,7 +1,8 @@
 """The inode in memory: what every file system tells about a file, and what `stat` shows of it.
 
-There is at most one `Inode` object for an inode number while anyone holds it (the file system keeps a weak map), so a
-page cache and open handles may use the object itself as the file's identity.
+There is at most one `Inode` object for an inode number while anyone holds it (the file system
+keeps a weak map), so a page cache and open handles may use the object itself as the file's
+identity.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ SECTOR_BYTES = 512
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Inode:
-    """A file. After changing a field, call `FileSystem.write_inode`. Times are nanoseconds since 1970."""
+    """A file.
+
+    After changing a field, call `FileSystem.write_inode`. Times are nanoseconds since 1970.
+    """
 
     ino: int
     generation: int

@@ -1,8 +1,9 @@
 """From a path to an inode, one component at a time.
 
-Relative paths start at the root: there is no working directory here. Symbolic links are followed at most 40 times in
-one walk (Linux's limit too), then ELOOP. Every step consumes a component and a link adds at most a path's length, so a
-walk ends on any image, also on one whose directories form a loop.
+Relative paths start at the root: there is no working directory here. Symbolic links are followed
+at most 40 times in one walk (Linux's limit too), then ELOOP. Every step consumes a component and
+a link adds at most a path's length, so a walk ends on any image, also on one whose directories
+form a loop.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def encode(path: Path) -> bytes:
 
 
 def resolve(fs: FileSystem, path: Path, *, follow: bool = True) -> Inode:
-    """The inode that `path` means; a symbolic link in the last place is followed when `follow` or a slash says so."""
+    """The inode that `path` means.
+
+    A symbolic link in the last place is followed when `follow` or a slash says so.
+    """
     name = encode(path)
     return _walk(fs, fs.root, name, follow=follow, parent=False)[0]
 
@@ -61,7 +65,9 @@ def last(fs: FileSystem, path: Path, start: Inode | None = None) -> Last:
     return Last(directory, component, name.endswith(b"/"))
 
 
-def _walk(fs: FileSystem, start: Inode, path: bytes, *, follow: bool, parent: bool) -> tuple[Inode, bytes]:
+def _walk(
+    fs: FileSystem, start: Inode, path: bytes, *, follow: bool, parent: bool
+) -> tuple[Inode, bytes]:
     current = fs.root if path.startswith(b"/") else start
     pending = deque(part for part in path.split(b"/") if part)
     component = pending.pop() if parent and pending else b""

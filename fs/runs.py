@@ -1,4 +1,4 @@
-"""Runs of neighbouring blocks in a block map: what can be read or written at once."""
+"""Runs of neighbouring blocks: what can be read, written or freed at once."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from typing import NamedTuple
 
 
 class Run(NamedTuple):
-    """`count` pages from `position` on (an index into the map) that start at `block`; block 0 is a hole."""
+    """`length` blocks from `block` on, found at `position` of the list; block 0 is a hole."""
 
     position: int
     block: int
-    count: int
+    length: int
 
 
 def runs(blocks: Sequence[int]) -> Iterator[Run]:
-    """Cut the answer of `FileSystem.map_blocks` into runs; a run of holes has block 0."""
+    """Cut a list of block numbers (such as `FileSystem.map_blocks` answers) into runs.
+
+    Holes form runs of block 0.
+    """
     start = 0
     for position in range(1, len(blocks) + 1):
         first = blocks[start]

@@ -1,12 +1,13 @@
 """The virtual file system: what a program in a guest calls. Paths, open handles and errno as on Linux.
 
-Differs from Linux on purpose: one user who may do everything (no permission checks), no access times (as `noatime`),
-no working directory (relative paths start at the root), no devices, pipes or sockets (opening one is ENXIO).
+Differs from Linux on purpose: one user who may do everything (no permission checks), no access
+times (as `noatime`), no working directory (relative paths start at the root), no devices, pipes
+or sockets (opening one is ENXIO).
 
 Invariants:
   I1  a file's data goes through `FilePages` only;
-  I2  an inode without names lives while a handle is open on it, and is freed by the last close (or unmount): its pages
-      are forgotten first, then its blocks and number are given back.
+  I2  an inode without names lives while a handle is open on it, and is freed by the last close
+      (or unmount): its pages are forgotten first, then its blocks and number are given back.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from fs.inode import Inode, Stat
 from fs.pathwalk import Last, Path
 
 WRITE_CHUNK_BYTES: Final = 64 * 4096
-"""A write is done in pieces of this size, so that ENOSPC in the middle gives a short write as Linux does."""
+"""A write is done in pieces of this size, so that ENOSPC in the middle gives a short write as Linux
+does.
+"""
 
 HANDLES_MAX: Final = 1024
 """Open handles of one mount; the next open is EMFILE."""
@@ -62,8 +65,11 @@ class Vfs:
     # Files
 
     def open(self, path: Path, flags: int = os.O_RDONLY, mode: int = 0o644) -> int:
-        """Open a file (or, for reading, a directory) and return a handle number. Knows O_RDONLY, O_WRONLY, O_RDWR,
-        O_CREAT, O_EXCL, O_TRUNC, O_APPEND, O_DIRECTORY and O_NOFOLLOW."""
+        """Open a file (or, for reading, a directory) and return a handle number.
+
+        Knows O_RDONLY, O_WRONLY, O_RDWR, O_CREAT, O_EXCL, O_TRUNC, O_APPEND, O_DIRECTORY and
+        O_NOFOLLOW.
+        """
         if len(self._handles) >= HANDLES_MAX:
             raise error(errno.EMFILE, repr(path))
         created = False
@@ -129,8 +135,10 @@ class Vfs:
         return self.pages.read(handle.inode, offset, size)
 
     def write(self, number: int, data: Bytes) -> int:
-        """Write at the handle's position (at the end with O_APPEND); returns the bytes written, fewer than asked
-        only when space ran out."""
+        """Write at the handle's position (at the end with O_APPEND).
+
+        Returns the bytes written, fewer than asked only when space ran out.
+        """
         handle = self._handle(number)
         offset = handle.inode.size if handle.flags & os.O_APPEND else handle.offset
         done = self._write_at(handle, data, offset)
@@ -142,7 +150,9 @@ class Vfs:
         handle = self._handle(number)
         if offset < 0:
             raise error(errno.EINVAL)
-        return self._write_at(handle, data, handle.inode.size if handle.flags & os.O_APPEND else offset)
+        return self._write_at(
+            handle, data, handle.inode.size if handle.flags & os.O_APPEND else offset
+        )
 
     def _write_at(self, handle: Handle, data: Bytes, offset: int) -> int:
         if not handle.writable:
@@ -175,14 +185,19 @@ class Vfs:
     def seek(self, number: int, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move the handle's position and return it."""
         handle = self._handle(number)
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: handle.offset, os.SEEK_END: handle.inode.size}.get(whence)
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: handle.offset, os.SEEK_END: handle.inode.size}.get(
+            whence
+        )
         if base is None or base + offset < 0:
             raise error(errno.EINVAL)
         handle.offset = base + offset
         return handle.offset
 
     def fsync(self, number: int) -> None:
-        """The file's data, then all metadata, then the device: as strong as `sync` for this file."""
+        """The file's data, then all metadata, then the device.
+
+        As strong as `sync` for this file.
+        """
         handle = self._handle(number)
         if handle.inode.is_file:
             self.pages.sync(handle.inode)
@@ -240,9 +255,14 @@ class Vfs:
         return [_decode(entry.name) for entry in self.fs.readdir(pathwalk.resolve(self.fs, path))]
 
     def walk(self, top: Path = "/") -> Iterator[tuple[str, list[str], list[str]]]:
-        """Like `os.walk` from the top down, not following links: (path, directories, other names). Each directory is
-        visited once: one that is met again (only on a damaged image) is EUCLEAN."""
-        pending = [(_decode(pathwalk.encode(top)).rstrip("/") or "/", pathwalk.resolve(self.fs, top))]
+        """Like `os.walk` from the top down, not following links.
+
+        (path, directories, other names). Each directory is visited once: one that is met again
+        (only on a damaged image) is EUCLEAN.
+        """
+        pending = [
+            (_decode(pathwalk.encode(top)).rstrip("/") or "/", pathwalk.resolve(self.fs, top))
+        ]
         seen: set[int] = set()
         while pending:
             path, inode = pending.pop()
@@ -333,7 +353,10 @@ class Vfs:
         return self.fs.statfs()
 
     def unmount(self) -> None:
-        """Close all handles (freeing files that lost their names), write everything back, mark the image clean."""
+        """Close all handles.
+
+        (freeing files that lost their names), write everything back, mark the image clean.
+        """
         for number in list(self._handles):
             self.close(number)
         if not self.fs.read_only:

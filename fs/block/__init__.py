@@ -1,1 +1,4 @@
-"""Block devices: one interface (`device`), one real device (`file`), and small devices that stack on any other."""
+"""Block devices: one interface (`device`), one real device.
+
+(`file`), and small devices that stack on any other.
+"""

@@ -8,7 +8,8 @@ from fs.block.device import BlockDevice, Bytes
 class CountingDevice:
     """Passes everything on to `device`. Only operations that succeeded are counted.
 
-    `reads`, `writes` and `flushes` count calls; `read_pages` and `write_pages` count blocks of 4 KiB.
+    `reads`, `writes` and `flushes` count calls; `read_pages` and `write_pages` count blocks of 4
+    KiB.
     """
 
     def __init__(self, device: BlockDevice) -> None:

@@ -1,8 +1,8 @@
 """A device that takes as long as a slower disk would.
 
-Latency model: an operation of `count` blocks takes `seek_ns + count * transfer_ns`, plus the time of the device below;
-a flush takes `seek_ns`. No queueing, no head position, no parallelism: enough to make a saved read worth its price,
-not a model of any product.
+Latency model: an operation of `count` blocks takes `seek_ns + count * transfer_ns`, plus the time
+of the device below; a flush takes `seek_ns`. No queueing, no head position, no parallelism:
+enough to make a saved read worth its price, not a model of any product.
 """
 
 from __future__ import annotations
@@ -13,10 +13,18 @@ from fs.block.device import BlockDevice, Bytes
 
 
 class DelayingDevice:
-    """Waits with `sleep` (seconds, such as `time.sleep`) before it passes each operation on to `device`."""
+    """Waits with `sleep`.
+
+    (seconds, such as `time.sleep`) before it passes each operation on to `device`.
+    """
 
     def __init__(
-        self, device: BlockDevice, *, seek_ns: int, transfer_ns: int, sleep: Callable[[float], object]
+        self,
+        device: BlockDevice,
+        *,
+        seek_ns: int,
+        transfer_ns: int,
+        sleep: Callable[[float], object],
     ) -> None:
         self._device = device
         self._seek_ns = seek_ns

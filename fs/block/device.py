@@ -1,10 +1,12 @@
 """The block device interface: numbered blocks of 4 KiB, the same size as a page of memory.
 
-One size for block and page is deliberate: a page of a file is exactly one block, so a page cache, tmem and the
-disk all speak of the same unit and no read-modify-write of part of a block is ever needed.
+One size for block and page is deliberate: a page of a file is exactly one block, so a page cache,
+tmem and the disk all speak of the same unit and no read-modify-write of part of a block is ever
+needed.
 
 Invariants of every device:
-  I1  a read or write inside `[0, blocks)` moves whole blocks or raises `OSError`; nothing is ever short;
+  I1  a read or write inside `[0, blocks)` moves whole blocks or raises `OSError`; nothing is ever
+      short;
   I2  after `flush()` returns, all writes that returned before it survive a power cut;
   I3  a device is used by one thread at a time.
 """
@@ -17,11 +19,17 @@ from typing import Final, Protocol
 BLOCK_BYTES: Final = 4096
 
 Bytes = bytes | bytearray | memoryview
-"""What may be written to a device: anything contiguous with the buffer protocol that Python 3.11 can name."""
+"""What may be written to a device.
+
+Anything contiguous with the buffer protocol that Python 3.11 can name.
+"""
 
 
 class BlockDevice(Protocol):
-    """Blocks `0 .. blocks-1` of `block_bytes` each. Errors are `OSError` (EIO unless a device says otherwise)."""
+    """Blocks `0 .. blocks-1` of `block_bytes` each.
+
+    Errors are `OSError` (EIO unless a device says otherwise).
+    """
 
     @property
     def block_bytes(self) -> int:
@@ -43,7 +51,10 @@ class BlockDevice(Protocol):
         ...
 
     def write(self, block: int, count: int, data: Bytes) -> None:
-        """Write `data` (exactly `count * block_bytes` bytes) to `count` blocks that start at `block`."""
+        """Write `data`.
+
+        (exactly `count * block_bytes` bytes) to `count` blocks that start at `block`.
+        """
         ...
 
     def flush(self) -> None:
@@ -56,11 +67,18 @@ class BlockDevice(Protocol):
 
 
 def check_extent(device: BlockDevice, block: int, count: int, length_bytes: int) -> None:
-    """Raise `OSError` EINVAL when `(block, count)` leaves the device or the buffer is too small for it.
+    """Raise `OSError` EINVAL when `(block, count)` leaves the device or the buffer is too small for
+    it.
 
     Block numbers come from a disk image in the end, so this is a check and not an assertion.
     """
-    if count <= 0 or block < 0 or block + count > device.blocks or length_bytes < count * device.block_bytes:
+    if (
+        count <= 0
+        or block < 0
+        or block + count > device.blocks
+        or length_bytes < count * device.block_bytes
+    ):
         raise OSError(
-            errno.EINVAL, f"blocks {block}..{block + count - 1} of {device.blocks}, buffer of {length_bytes} bytes"
+            errno.EINVAL,
+            f"blocks {block}..{block + count - 1} of {device.blocks}, buffer of {length_bytes} bytes",
         )

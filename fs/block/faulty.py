@@ -2,12 +2,15 @@
 
 Fault model, each fault off unless asked for:
   - read error, write error: EIO for any operation that touches a chosen block; nothing is moved;
-  - torn write: a block write stores only its first k sectors of 512 bytes (0 < k < 8) and reports success;
+  - torn write: a block write stores only its first k sectors of 512 bytes (0 < k < 8) and reports
+    success;
   - lost write: a block write reports success and stores nothing;
-  - power cut after N block writes: block write N+1 and everything later, reads and flushes too, fail with EIO.
-    Blocks of one call are stored in ascending order, so a cut inside a call leaves a prefix of it;
-  - volatile cache (with a power cut): what was written since the last flush is held back; when the power goes, a
-    random half of those blocks reaches the disk, so writes are lost and reordered as a disk with a write cache does.
+  - power cut after N block writes: block write N+1 and everything later, reads and flushes too,
+    fail with EIO. Blocks of one call are stored in ascending order, so a cut inside a call leaves
+    a prefix of it;
+  - volatile cache (with a power cut): what was written since the last flush is held back; when
+    the power goes, a random half of those blocks reaches the disk, so writes are lost and
+    reordered as a disk with a write cache does.
 
 Not modelled: bits that rot, writes to the wrong place, a flush that lies.
 """
@@ -25,7 +28,10 @@ SECTOR_BYTES = 512
 
 
 class FaultyDevice:
-    """Stacks on `device`. `bad_reads` and `bad_writes` may be changed at any time; `cut` tells of the power."""
+    """Stacks on `device`.
+
+    `bad_reads` and `bad_writes` may be changed at any time; `cut` tells of the power.
+    """
 
     def __init__(
         self,

@@ -1,8 +1,9 @@
 """A raw image file as block device.
 
-The image is locked for as long as it is open: exclusively by one writer, or shared by readers. The lock (`flock`)
-belongs to the open file, so it disappears with the process, however that ends. Linux lets two machines mount one image
-and destroys it; here the second one is refused with a line that says so.
+The image is locked for as long as it is open: exclusively by one writer, or shared by readers.
+The lock (`flock`) belongs to the open file, so it disappears with the process, however that ends.
+Linux lets two machines mount one image and destroys it; here the second one is refused with a
+line that says so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from fs.errors import ImageError, error
 class FileDevice:
     """Blocks of the image file at `path`. A tail shorter than a block is not used.
 
-    Raises `ImageError` when the file is missing, not a regular file, not permitted, in use, or empty.
+    Raises `ImageError` when the file is missing, not a regular file, not permitted, in use, or
+    empty.
     """
 
     block_bytes = BLOCK_BYTES
@@ -29,7 +31,9 @@ class FileDevice:
         self.path = Path(path)
         self.read_only = read_only
         try:
-            self._fd = os.open(self.path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._fd = os.open(
+                self.path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+            )
         except OSError as reason:
             raise ImageError(_why_not_opened(self.path, reason)) from reason
         self._closed = False
@@ -42,11 +46,17 @@ class FileDevice:
     def _check_and_lock(self) -> int:
         info = os.fstat(self._fd)
         if not stat.S_ISREG(info.st_mode):
-            raise ImageError(f"image {self.path}: is not a regular file; give the path of a raw disk image")
+            raise ImageError(
+                f"image {self.path}: is not a regular file; give the path of a raw disk image"
+            )
         if info.st_size < BLOCK_BYTES:
-            raise ImageError(f"image {self.path}: only {info.st_size} bytes long; make it again with mke2fs")
+            raise ImageError(
+                f"image {self.path}: only {info.st_size} bytes long; make it again with mke2fs"
+            )
         try:
-            fcntl.flock(self._fd, (fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(
+                self._fd, (fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB
+            )
         except BlockingIOError as reason:
             raise ImageError(
                 f"image {self.path}: is in use by another guest; stop that guest or give each its own image"
@@ -61,7 +71,9 @@ class FileDevice:
         while done < size:
             step = os.preadv(self._fd, [into[done:size]], block * BLOCK_BYTES + done)
             if step == 0:
-                raise error(errno.EIO, f"image {self.path} ends inside blocks {block}..{block + count - 1}")
+                raise error(
+                    errno.EIO, f"image {self.path} ends inside blocks {block}..{block + count - 1}"
+                )
             done += step
 
     def write(self, block: int, count: int, data: Bytes) -> None:
