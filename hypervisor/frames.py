@@ -39,14 +39,34 @@ class Frames:
     def __init__(self, count: int) -> None:
         self.count = count
         self.free = count
-        self.persistent = 0
         self.kinds = bytearray([FREE]) * count
         self._hand = 0
         self._freed: deque[Run] = deque(maxlen=_HINTS_MAX)
+        self._freed_single: deque[int] = deque(maxlen=_HINTS_MAX)
+
+    @property
+    def persistent(self) -> int:
+        return self.kinds.count(PERSISTENT)
 
     @property
     def ephemeral(self) -> int:
         return self.count - self.free - self.persistent
+
+    def take(self, kind: int) -> int:
+        """One free frame, marked as `kind`.  Precondition: there is one."""
+        kinds = self.kinds
+        frame = self._freed_single.pop() if self._freed_single else -1
+        if frame < 0 or kinds[frame] != FREE:
+            frame = self.allocate(1)[0][0]
+        kinds[frame] = kind
+        self.free -= 1
+        return frame
+
+    def give(self, frame: int) -> None:
+        """One frame that held a page becomes free."""
+        self.kinds[frame] = FREE
+        self.free += 1
+        self._freed_single.append(frame)
 
     def allocate(self, count: int) -> list[Run]:
         """`count` free frames as few runs of at most RUN_MAX, not yet marked: `mark` does that.
@@ -94,13 +114,9 @@ class Frames:
         """Free frames become `kind` (HOT or PERSISTENT)."""
         self.kinds[first : first + count] = _RUNS[kind][count]
         self.free -= count
-        if kind == PERSISTENT:
-            self.persistent += count
 
-    def release(self, first: int, count: int, *, persistent: bool) -> None:
+    def release(self, first: int, count: int) -> None:
         """Frames that held pages become free."""
         self.kinds[first : first + count] = _RUNS[FREE][count]
         self.free += count
-        if persistent:
-            self.persistent -= count
         self._freed.append((first, count))

@@ -149,8 +149,11 @@ class Machine:
             account.refuse(Reason.NO_SUCH_POOL, count)
             return Status.ENODEV, Reason.NO_SUCH_POOL, 0, 0
         was_empty = not pool.pages
-        bitmap = self.store.get(pool, oid, index, count, slots, slot)
-        got = bitmap.bit_count()
+        if count == 1:
+            got = bitmap = int(self.store.get_one(pool, oid, index, slots, slot))
+        else:
+            bitmap = self.store.get(pool, oid, index, count, slots, slot)
+            got = bitmap.bit_count()
         account.done += got
         if got == count:
             return _DONE, 0, bitmap, 0
@@ -177,7 +180,10 @@ class Machine:
             account.refuse(Reason.NO_SUCH_POOL, count)
             return Status.ENODEV, Reason.NO_SUCH_POOL, 0, 0
         try:
-            bitmap, dropped = self.store.put(pool, oid, index, count, slots, slot)
+            if count == 1:
+                bitmap, dropped = self.store.put_one(pool, oid, index, slots, slot)
+            else:
+                bitmap, dropped = self.store.put(pool, oid, index, count, slots, slot)
         except NoObjectNumber:
             account.refuse(Reason.NO_OBJECT_SLOT, count)
             return Status.ENOMEM, Reason.NO_OBJECT_SLOT, 0, 0

@@ -134,7 +134,7 @@ def _recover_pages(store: Store) -> int:
             freed += 1
             if loser == frame:
                 continue
-            store.frames.release(other, 1, persistent=owner.pool.persistent)
+            store.frames.give(other)
         leaf[place] = frame
         store.frames.mark(frame, 1, PERSISTENT if owner.pool.persistent else HOT)
     store.sequence = max(states, default=0)

@@ -43,6 +43,10 @@ class Store:
 
     def __init__(self, arena: Arena, policy: str) -> None:
         self.arena = arena
+        self._data = arena.data
+        self._state_column = arena.state
+        self._object_column = arena.object
+        self._index_column = arena.index
         self.frames = Frames(arena.frames_count)
         self.policy = make_policy(policy, self.frames)
         self.evictions = 0
@@ -58,7 +62,71 @@ class Store:
         # copied into a leaf writes one.
         count = max(arena.frames_count, LEAF_PAGES)
         self._ident = array("i", range(count))
+        self._policy_listens = self.policy.listens
         self._indexes = array("I", range(count))
+
+    # --- one page: what `get` and `put` do, without their loops over leaves and runs
+
+    def get_one(self, pool: Pool, oid: bytes, index: int, slots: memoryview, slot: int) -> bool:
+        """`get` of one page: whether it was there."""
+        found = pool.objects.get(oid)
+        if found is None:
+            return False
+        leaf = found.leaf(index >> 6)
+        place = index & 63
+        if leaf is None or place >= len(leaf):
+            return False
+        frame = leaf[place]
+        if frame < 0:
+            return False
+        slots[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES] = self._data[
+            frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES
+        ]
+        if not pool.persistent:
+            self._remove(found, index >> 6, leaf, place, 1, frame)
+        return True
+
+    def put_one(
+        self, pool: Pool, oid: bytes, index: int, slots: memoryview, slot: int
+    ) -> tuple[int, int]:
+        """`put` of one page, with its results."""
+        frames = self.frames
+        if not frames.free:
+            self._make_room(1)
+            if not frames.free:
+                return self.put(pool, oid, index, 1, slots, slot)
+        target = pool.objects.get(oid)
+        if target is None:
+            target = self._new_object(pool, oid)
+        place = index & 63
+        leaf = target.leaf(index >> 6)
+        if leaf is None or place >= len(leaf):
+            leaf = target.leaf_for(index >> 6, place + 1)
+        kind = PERSISTENT if pool.persistent else HOT
+        frame = frames.take(kind)
+        self._data[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES] = slots[
+            slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES
+        ]
+        self.sequence = sequence = self.sequence + 1
+        self._object_column[frame] = target.number
+        self._index_column[frame] = index
+        self._state_column[frame] = sequence
+        old = leaf[place]
+        leaf[place] = frame
+        if self._policy_listens and kind == HOT:
+            self.policy.inserted(frame, 1)
+        if old < 0:
+            target.pages += 1
+            pool.pages += 1
+        else:
+            self._release_one(pool, old)
+        return 1, 0
+
+    def _release_one(self, pool: Pool, frame: int) -> None:
+        self._state_column[frame] = 0
+        if self._policy_listens and not pool.persistent:
+            self.policy.removed(frame, 1)
+        self.frames.give(frame)
 
     # --- get
 
@@ -101,7 +169,7 @@ class Store:
         if not count:
             return 0
         first = frames[0]
-        data = self.arena.data
+        data = self._data
         exclusive = not found.pool.persistent
         if first >= 0 and (count == 1 or frames == self._ident[first : first + count]):
             slots[slot * PAGE_BYTES : (slot + count) * PAGE_BYTES] = data[
@@ -170,27 +238,26 @@ class Store:
         """Store `count` pages; precondition: as many frames are free."""
         leaf = target.leaf_for(leaf_number, place + count)
         old = leaf[place : place + count]
-        arena = self.arena
         number = target.number
         index = leaf_number * LEAF_PAGES + place
         sequence = self.sequence
         kind = PERSISTENT if pool.persistent else HOT
         for first, length in self.frames.allocate(count):
-            arena.data[first * PAGE_BYTES : (first + length) * PAGE_BYTES] = slots[
+            self._data[first * PAGE_BYTES : (first + length) * PAGE_BYTES] = slots[
                 slot * PAGE_BYTES : (slot + length) * PAGE_BYTES
             ]
             if length == 1:
-                arena.object[first] = number
-                arena.index[first] = index
-                arena.state[first] = sequence
+                self._object_column[first] = number
+                self._index_column[first] = index
+                self._state_column[first] = sequence
                 leaf[place] = first
             else:
-                arena.object[first : first + length] = array("I", [number]) * length
-                arena.index[first : first + length] = self._index_run(index, length)
-                arena.state[first : first + length] = array("Q", [sequence]) * length
+                self._object_column[first : first + length] = array("I", [number]) * length
+                self._index_column[first : first + length] = self._index_run(index, length)
+                self._state_column[first : first + length] = array("Q", [sequence]) * length
                 leaf[place : place + length] = self._ident[first : first + length]
             self.frames.mark(first, length, kind)
-            if kind == HOT:
+            if self._policy_listens and kind == HOT:
                 self.policy.inserted(first, length)
             place += length
             index += length
@@ -349,12 +416,12 @@ class Store:
     def _release(self, pool: Pool, first: int, count: int) -> None:
         """Frames become free, in the segment first (arena A1)."""
         if count == 1:
-            self.arena.state[first] = 0
-        else:
-            self.arena.state[first : first + count] = _FREE_STATES[count]
-        if not pool.persistent:
+            self._release_one(pool, first)
+            return
+        self._state_column[first : first + count] = _FREE_STATES[count]
+        if self._policy_listens and not pool.persistent:
             self.policy.removed(first, count)
-        self.frames.release(first, count, persistent=pool.persistent)
+        self.frames.release(first, count)
 
     def _new_object(self, pool: Pool, oid: bytes) -> TmemObject:
         if self.free_object_numbers:

@@ -11,6 +11,7 @@ the rest of this module's work on a put or get (150 of 300 ns).
 
 from __future__ import annotations
 
+import struct
 from typing import NoReturn
 
 from ipc.abi import (
@@ -20,7 +21,6 @@ from ipc.abi import (
     OID_BYTES,
     REPLY,
     REQUEST,
-    REQUEST_BYTES,
     UUID_BYTES,
     Op,
     Reason,
@@ -44,9 +44,10 @@ _ZERO_OID = bytes(OID_BYTES)
 
 def decode_request(untrusted_message: bytes) -> RequestTuple:
     """The request in a message; raises GuestFault for a rule that it breaks."""
-    if len(untrusted_message) != REQUEST_BYTES:
-        raise GuestFault(Reason.BAD_LENGTH, f"{len(untrusted_message)} bytes")
-    request: RequestTuple = _unpack_request(untrusted_message)
+    try:
+        request: RequestTuple = _unpack_request(untrusted_message)
+    except struct.error:
+        raise GuestFault(Reason.BAD_LENGTH, f"{len(untrusted_message)} bytes") from None
     _, op, flags, count, _, index, oid, slot, _, reserved = request
     if (
         (op == _GET_PAGE or op == _PUT_PAGE)

@@ -12,7 +12,10 @@ from ipc.errors import OperatorError
 
 
 class EvictionPolicy(Protocol):
-    """Told of every ephemeral page that comes and goes; names the next victims."""
+    """Told of every ephemeral page that comes and goes, if `listens`; names the next victims."""
+
+    listens: bool
+    """False: `Frames.kinds` is all it needs, and `inserted` and `removed` need not be called."""
 
     def inserted(self, first: int, count: int) -> None:
         """`count` neighbouring frames now hold new ephemeral pages."""

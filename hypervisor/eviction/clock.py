@@ -23,12 +23,14 @@ assert COLD not in (HOT, PERSISTENT, FREE)
 
 
 class Clock:
+    listens = False
+
     def __init__(self, frames: Frames) -> None:
         self._frames = frames
         self._hand = 0
 
     def inserted(self, first: int, count: int) -> None:
-        """Nothing to do: frames are marked HOT when they are filled."""
+        """Nothing to do: frames are HOT when they are filled."""
 
     def removed(self, first: int, count: int) -> None:
         """Nothing to do: a freed frame is no longer COLD or HOT."""

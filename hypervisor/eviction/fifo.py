@@ -16,6 +16,8 @@ from ipc.errors import InvariantError
 class Fifo:
     """Frame `count` (one past the last) is the list's head and tail."""
 
+    listens = True
+
     def __init__(self, frames: Frames) -> None:
         end = frames.count
         self._frames = frames
