@@ -107,9 +107,9 @@ class Buffers:
                 self._live.pop(block, None)
 
     def flush(self) -> None:
-        """Write all dirty buffers, neighbours in one write, block 0.
+        """Write all dirty buffers, neighbours in one write.
 
-        (the superblock) after everything else.
+        Block 0, the superblock, comes after everything else.
         """
         dirty = sorted(
             (b for b in self._cached.values() if b.dirty), key=lambda b: (b.block == 0, b.block)

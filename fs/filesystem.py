@@ -1,6 +1,6 @@
-"""The two interfaces around a mounted file system: what it offers.
+"""The two interfaces around a mounted file system.
 
-(`FileSystem`) and how file data reaches it (`FilePages`).
+`FileSystem` is what it offers, `FilePages` is how the data of files reaches it.
 
 A file system answers "which block holds page n of this file" and keeps names and free space; it
 never moves the data of a regular file. That is the work of a `FilePages`: a page cache in a
@@ -135,15 +135,12 @@ class FileSystem(Protocol):
     def truncate(self, inode: Inode, size: int) -> None:
         """Set the size of a regular file and free blocks beyond it.
 
-        (no blocks are allocated when it grows). `FilePages.truncate` comes first.
+        No blocks are allocated when it grows. `FilePages.truncate` comes first.
         """
         ...
 
     def map_blocks(self, inode: Inode, index: int, count: int) -> list[int]:
-        """The block numbers of pages `index .. index+count-1`; 0 stands for a hole.
-
-        (reads as zeros).
-        """
+        """The block numbers of pages `index .. index+count-1`; 0 is a hole (reads as zeros)."""
         ...
 
     def allocate_blocks(self, inode: Inode, index: int, count: int) -> list[int]:
@@ -185,8 +182,9 @@ class FileSystem(Protocol):
 
 
 class FilePages(Protocol):
-    """The way of regular files' data: implemented by a guest's page cache, and uncached by
-    `DirectPages`.
+    """The way of regular files' data.
+
+    A guest's page cache implements it, and `DirectPages` does without a cache.
 
     Rule for bytes past the end of a file: they are zero. So a page read from the disk is zeroed
     past `inode.size` (an image may hold anything there), and `truncate` to a size inside a page

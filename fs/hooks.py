@@ -1,5 +1,6 @@
-"""The seam between a page cache and whatever keeps clean pages that it let go (Linux called it
-`cleancache_ops`).
+"""The seam between a page cache and whatever keeps the clean pages that it let go.
+
+Linux called it `cleancache_ops`.
 
 Differs from Linux in two points. Calls are in extents, because a call per page was the
 interface's best known weakness. And a file is named by inode number **and generation**: an inode
@@ -20,9 +21,9 @@ from typing import NamedTuple, Protocol
 
 
 class FileKey(NamedTuple):
-    """Names one file for as long as it exists; `generation`.
+    """Names one file for as long as it exists.
 
-    (32 bits) differs each time `ino` is used again.
+    `generation` (32 bits) differs each time `ino` is used again.
     """
 
     ino: int
@@ -60,7 +61,13 @@ class PageHooks(Protocol):
 class NoHooks:
     """Keeps nothing: what a page cache gets when there is no tmem."""
 
-    def get_pages(self, key: FileKey, index: int, count: int, into: memoryview) -> int:
+    def get_pages(
+        self,
+        key: FileKey,  # noqa: ARG002
+        index: int,  # noqa: ARG002
+        count: int,  # noqa: ARG002
+        into: memoryview,  # noqa: ARG002
+    ) -> int:
         """Always a miss."""
         return 0
 

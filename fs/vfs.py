@@ -1,4 +1,6 @@
-"""The virtual file system: what a program in a guest calls. Paths, open handles and errno as on Linux.
+"""The virtual file system: what a program in a guest calls.
+
+Paths, open handles and errno are as on Linux.
 
 Differs from Linux on purpose: one user who may do everything (no permission checks), no access
 times (as `noatime`), no working directory (relative paths start at the root), no devices, pipes
@@ -26,9 +28,7 @@ from fs.inode import Inode, Stat
 from fs.pathwalk import Last, Path
 
 WRITE_CHUNK_BYTES: Final = 64 * 4096
-"""A write is done in pieces of this size, so that ENOSPC in the middle gives a short write as Linux
-does.
-"""
+"""A write goes in pieces of this size, so that ENOSPC in the middle gives a short write."""
 
 HANDLES_MAX: Final = 1024
 """Open handles of one mount; the next open is EMFILE."""
@@ -168,7 +168,7 @@ class Vfs:
         done = 0
         try:
             while done < view.nbytes:
-                # Pieces end at multiples of the chunk size, so that only the first and last can be partial pages.
+                # Pieces end at multiples of the chunk size: only the first and last are partial.
                 size = WRITE_CHUNK_BYTES - (offset + done) % WRITE_CHUNK_BYTES
                 piece = view[done : done + size]
                 self.pages.write(inode, offset + done, piece)
@@ -257,8 +257,8 @@ class Vfs:
     def walk(self, top: Path = "/") -> Iterator[tuple[str, list[str], list[str]]]:
         """Like `os.walk` from the top down, not following links.
 
-        (path, directories, other names). Each directory is visited once: one that is met again
-        (only on a damaged image) is EUCLEAN.
+        Yields (path, directories, other names). Each directory is visited once: one that is met
+        again (only on a damaged image) is EUCLEAN.
         """
         pending = [
             (_decode(pathwalk.encode(top)).rstrip("/") or "/", pathwalk.resolve(self.fs, top))
@@ -353,9 +353,9 @@ class Vfs:
         return self.fs.statfs()
 
     def unmount(self) -> None:
-        """Close all handles.
+        """Close all handles, write everything back and mark the image clean.
 
-        (freeing files that lost their names), write everything back, mark the image clean.
+        Closing frees the files that lost their names.
         """
         for number in list(self._handles):
             self.close(number)

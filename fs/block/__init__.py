@@ -1,4 +1,4 @@
-"""Block devices: one interface (`device`), one real device.
+"""Block devices.
 
-(`file`), and small devices that stack on any other.
+One interface (`device`), one real device (`file`), and small devices that stack on any other.
 """

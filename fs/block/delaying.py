@@ -13,9 +13,9 @@ from fs.block.device import BlockDevice, Bytes
 
 
 class DelayingDevice:
-    """Waits with `sleep`.
+    """Waits before it passes each operation on to `device`.
 
-    (seconds, such as `time.sleep`) before it passes each operation on to `device`.
+    `sleep` takes seconds, as `time.sleep` does.
     """
 
     def __init__(

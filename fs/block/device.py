@@ -51,9 +51,9 @@ class BlockDevice(Protocol):
         ...
 
     def write(self, block: int, count: int, data: Bytes) -> None:
-        """Write `data`.
+        """Write `count` blocks that start at `block`.
 
-        (exactly `count * block_bytes` bytes) to `count` blocks that start at `block`.
+        `data` holds exactly `count * block_bytes` bytes.
         """
         ...
 
@@ -67,8 +67,7 @@ class BlockDevice(Protocol):
 
 
 def check_extent(device: BlockDevice, block: int, count: int, length_bytes: int) -> None:
-    """Raise `OSError` EINVAL when `(block, count)` leaves the device or the buffer is too small for
-    it.
+    """Raise `OSError` EINVAL when an extent leaves the device or its buffer is too small.
 
     Block numbers come from a disk image in the end, so this is a check and not an assertion.
     """
@@ -80,5 +79,5 @@ def check_extent(device: BlockDevice, block: int, count: int, length_bytes: int)
     ):
         raise OSError(
             errno.EINVAL,
-            f"blocks {block}..{block + count - 1} of {device.blocks}, buffer of {length_bytes} bytes",
+            f"blocks {block}..{block + count - 1} of {device.blocks}, buffer of {length_bytes}",
         )

@@ -1,4 +1,4 @@
-"""A device that breaks in chosen ways, for tests. Everything random comes from one seeded generator.
+"""A device that breaks in chosen ways, for tests; all randomness comes from one seeded generator.
 
 Fault model, each fault off unless asked for:
   - read error, write error: EIO for any operation that touches a chosen block; nothing is moved;

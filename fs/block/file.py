@@ -59,7 +59,8 @@ class FileDevice:
             )
         except BlockingIOError as reason:
             raise ImageError(
-                f"image {self.path}: is in use by another guest; stop that guest or give each its own image"
+                f"image {self.path}: is in use by another guest;"
+                " stop that guest or give each its own image"
             ) from reason
         return info.st_size // BLOCK_BYTES
 
@@ -104,4 +105,5 @@ def _why_not_opened(path: Path, reason: OSError) -> str:
         return f"image {path}: no such file; make it with mke2fs or correct the path"
     if reason.errno == errno.EISDIR:
         return f"image {path}: is a directory; give the path of a raw disk image"
-    return f"image {path}: can't be opened ({os.strerror(reason.errno or 0)}); check its path and permissions"
+    why = os.strerror(reason.errno or 0)
+    return f"image {path}: can't be opened ({why}); check its path and permissions"

@@ -1,4 +1,6 @@
-"""Free blocks and free inodes: bitmaps, group counts and superblock counts, always changed together.
+"""Free blocks and free inodes.
+
+Bitmaps, group counts and superblock counts are always changed together.
 
 Placement is the classic ext2 idea in its simplest form: a file's blocks follow each other,
 starting in the group of its inode; a file's inode is in its directory's group; a directory goes
@@ -29,7 +31,7 @@ class Allocator:
     def allocate_run(self, goal: int, count: int) -> tuple[int, int]:
         """Take up to `count` neighbouring blocks, at `goal` or as near behind it as possible.
 
-        (block, how many). ENOSPC when there is none.
+        Returns the first block and how many; ENOSPC when there is none.
         """
         if not 0 < goal < self._super.blocks:
             goal = 1

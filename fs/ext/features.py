@@ -80,7 +80,6 @@ def unknown(compat: int, incompat: int, ro_compat: int) -> list[str]:
         ("incompat", incompat, INCOMPAT_KNOWN, INCOMPAT),
         ("ro_compat", ro_compat, RO_COMPAT_KNOWN, RO_COMPAT),
     ):
-        for bit in (1 << n for n in range(32)):
-            if bits & ~known & bit:
-                found.append(names.get(bit, f"{word}:{bit:#x}"))
+        unknown_bits = [1 << n for n in range(32) if bits & ~known & 1 << n]
+        found += [names.get(bit, f"{word}:{bit:#x}") for bit in unknown_bits]
     return found

@@ -1,5 +1,4 @@
-"""A mounted ext2 file system: the `FileSystem` interface over superblock, groups, inodes, maps and
-directories.
+"""A mounted ext2 file system: the `FileSystem` interface over the other modules of `fs.ext`.
 
 Invariants:
   I1  there is one `ExtInode` for a number while anyone holds it (a weak map), plus the most
@@ -43,14 +42,16 @@ LINKS_MAX: Final = 32000
 """Names of a file, and subdirectories of a directory: Linux's EXT2_LINK_MAX."""
 LARGE_FILE_BYTES: Final = 1 << 31
 INODES_CACHED: Final = 1024
+"""Inodes kept that nobody holds, about 0.6 kB each."""
 NAMES_CACHED: Final = 4096
 BUFFERS_BLOCKS: Final = 64
+"""256 KiB of metadata: the bitmaps, and the inode table and directories of the current work."""
 
 
 class ExtFileSystem:
-    """Mounts `device`. `clock_ns` gives the time since 1970; `buffer_blocks` (of 4 KiB) bounds the
-    metadata in memory.
+    """Mounts `device`.
 
+    `clock_ns` gives the time since 1970; `buffer_blocks` (of 4 KiB) bounds the metadata in memory.
     A device that is read-only, or `read_only`, gives a mount that writes nothing at all. Raises
     `ImageError` (one line that begins with what is wrong; the caller knows the image's name) and
     closes nothing then.
@@ -103,9 +104,9 @@ class ExtFileSystem:
 
     @property
     def read_only(self) -> bool:
-        """True when mounted so, and after damage in an image that asks for it.
+        """True when mounted so, and after damage when the image asks for it.
 
-        (`tune2fs -e remount-ro`).
+        `tune2fs -e remount-ro` makes it ask.
         """
         return self._super.read_only
 
@@ -472,7 +473,7 @@ class ExtFileSystem:
         self.device.flush()
 
     def unmount(self) -> None:
-        """Free what has no names, write everything, then mark the image clean with a write of its own."""
+        """Free what has no names, write everything, then mark the image clean in a second flush."""
         if not self._mounted:
             return
         self._mounted = False

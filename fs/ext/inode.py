@@ -63,9 +63,10 @@ _KINDS: Final = {
 
 @dataclass(slots=True, eq=False)
 class ExtInode(Inode):
-    """An inode with what only ext knows: `pointers` are the 15 words of `i_block`.
+    """An inode with what only ext knows.
 
-    (block numbers, or the text of a short symbolic link), `file_acl` is the block of extended
+    `pointers` are the 15 words of `i_block` (block numbers, or the text of a short symbolic link),
+    `file_acl` is the block of extended
     attributes.
     """
 
@@ -143,7 +144,7 @@ class InodeTable:
         elif stat.S_IFMT(inode.mode) not in _KINDS:
             wrong = f"has the unknown mode {inode.mode:#o}"
         elif inode.flags & FLAGS_NOT_KNOWN:
-            wrong = f"has flags {inode.flags & FLAGS_NOT_KNOWN:#x} of features that the image doesn't have"
+            wrong = f"has flags {inode.flags & FLAGS_NOT_KNOWN:#x} of features not in the image"
         elif inode.file_acl >= self._super.blocks:
             wrong = f"has its attributes in block {inode.file_acl} of {self._super.blocks}"
         elif inode.size > FILE_PAGES_MAX * BLOCK_BYTES:
@@ -172,8 +173,8 @@ class InodeTable:
         _FIXED.pack_into(
             buffer.data, offset,
             inode.mode, inode.uid & 0xFFFF, inode.size & 0xFFFFFFFF,
-            _seconds(inode.atime_ns), _seconds(inode.ctime_ns), _seconds(inode.mtime_ns), inode.dtime_s,
-            inode.gid & 0xFFFF, inode.nlink, inode.sectors, inode.flags,
+            _seconds(inode.atime_ns), _seconds(inode.ctime_ns), _seconds(inode.mtime_ns),
+            inode.dtime_s, inode.gid & 0xFFFF, inode.nlink, inode.sectors, inode.flags,
             *inode.pointers, inode.generation, inode.file_acl, size_high, 0,
         )  # fmt: skip
         struct.pack_into("<HH", buffer.data, offset + _HIGH_IDS, inode.uid >> 16, inode.gid >> 16)

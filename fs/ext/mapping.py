@@ -1,5 +1,6 @@
-"""Which block holds page n of a file: 12 direct pointers, then trees of indirect blocks of depth 1,
-2 and 3.
+"""Which block holds page n of a file.
+
+12 direct pointers, then trees of indirect blocks of depth 1, 2 and 3:
 
     pages 0..11             pointers[0..11]
     next 1024               pointers[12] -> block of 1024 pointers
@@ -173,7 +174,7 @@ class BlockMap:
         return len(missing)
 
     def truncate(self, inode: ExtInode, keep: int) -> None:
-        """Free all blocks of pages `keep` and beyond, and the indirect blocks that then map nothing."""
+        """Free the blocks of pages from `keep` on, and indirect blocks that then map nothing."""
         doomed = [block for block in inode.pointers[min(keep, DIRECT) : DIRECT] if block]
         for slot in range(min(keep, DIRECT), DIRECT):
             inode.pointers[slot] = 0

@@ -1,7 +1,4 @@
-"""Names found before.
-
-(directory, name) -> inode number, so that a path walk needn't search directories again.
-"""
+"""Names found before, so that a path walk needn't search directories again."""
 
 from __future__ import annotations
 

@@ -101,12 +101,14 @@ class Superblock:
     def _check_features(self, compat: int, incompat: int) -> None:
         if self.revision > 1:
             raise ImageError(
-                f"has the unknown revision {self.revision}; make it again with mke2fs -t ext2 -b 4096"
+                f"has the unknown revision {self.revision};"
+                " make it again with mke2fs -t ext2 -b 4096"
             )
         unknown = features.unknown(compat, incompat, self.ro_compat)
         if unknown:
             raise ImageError(
-                f"uses features that are not supported: {', '.join(unknown)}; make it with mke2fs -t ext2 -b 4096"
+                f"uses features that are not supported: {', '.join(unknown)};"
+                " make it with mke2fs -t ext2 -b 4096"
             )
         if self._log_block != 2:
             size = f"{1024 << self._log_block}-byte" if self._log_block <= 6 else "impossibly large"
@@ -137,13 +139,16 @@ class Superblock:
         elif self.gdt_blocks + self.reserved_gdt_blocks + 4 > min(self.group_blocks, self.blocks):
             wrong = f"{self.gdt_blocks}+{self.reserved_gdt_blocks} blocks of group descriptors"
         elif self.free_blocks > self.blocks or self.free_inodes > self.inodes:
-            wrong = f"{self.free_blocks} free blocks of {self.blocks}, {self.free_inodes} free inodes of {self.inodes}"
+            wrong = (
+                f"{self.free_blocks} free blocks of {self.blocks},"
+                f" {self.free_inodes} free inodes of {self.inodes}"
+            )
         if wrong:
             raise ImageError(f"has a damaged superblock ({wrong}); repair it with e2fsck")
         if self.blocks > device.blocks:
             raise ImageError(
-                f"is truncated: the file system has {self.blocks} blocks, the file only {device.blocks};"
-                f" restore it or make it again with mke2fs"
+                f"is truncated: the file system has {self.blocks} blocks, the file only"
+                f" {device.blocks}; restore it or make it again with mke2fs"
             )
 
     @property
@@ -172,8 +177,9 @@ class Superblock:
         return False
 
     def damage(self, what: str) -> OSError:
-        """Note that the metadata is damaged, so that the image is marked for e2fsck, and return the
-        error to raise. Unless the image asks to continue, nothing more is changed after this.
+        """Note that the metadata is damaged and return the error to raise.
+
+        The image is marked for e2fsck. Unless it asks to continue, nothing more is changed.
         """
         self.damaged = True
         if self._on_error != ERRORS_CONTINUE:
