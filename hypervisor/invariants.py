@@ -24,6 +24,9 @@ def check(machine: Machine) -> None:
     _check_objects(store, owned)
     _check_records(machine)
     store.policy.check()
+    waiting = store.doomed_pools or any(yard.objects for yard in store.graveyards)
+    if waiting and not store.doomed:
+        _fail("doomed pages wait but nobody will reap them")
 
 
 def _fail(text: str) -> None:

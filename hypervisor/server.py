@@ -88,13 +88,14 @@ class Server:
         gc.disable()
         poll = self._poll.poll
         serving = self.sessions.serving
+        serve = self._serve
         store = self._machine.store
         while not self._stopping:
             events = poll(0 if store.doomed else _IDLE_SECONDS, _EVENTS_MAX)
             for fd, _ in events:
                 session = serving.get(fd)
                 if session is not None:
-                    self._serve(session)
+                    serve(session)
                 else:
                     handler = self._handlers.get(fd)
                     # None: an earlier event of this round closed it.

@@ -53,6 +53,8 @@ class Store:
         self.sequence = 0
         self.objects: list[TmemObject | None] = []
         self.free_object_numbers: list[int] = []
+        self.doomed = False
+        """Something waits to be reaped: a plain attribute, the server reads it every turn."""
         self.doomed_pools: deque[Pool] = deque()
         self.free_pool_numbers = list(range(POOLS_MAX - 1, -1, -1))
         self.graveyards = tuple(
@@ -164,28 +166,15 @@ class Store:
         slot: int,
     ) -> int:
         """Bits of the pages that were copied to the window, from bit 0 for `place`."""
-        frames = leaf[place : place + wanted]
-        count = len(frames)
-        if not count:
-            return 0
-        first = frames[0]
-        data = self._data
         exclusive = not found.pool.persistent
-        if first >= 0 and (count == 1 or frames == self._ident[first : first + count]):
-            slots[slot * PAGE_BYTES : (slot + count) * PAGE_BYTES] = data[
+        bitmap = 0
+        for at, count, first in self._runs(leaf[place : place + wanted]):
+            slots[(slot + at) * PAGE_BYTES : (slot + at + count) * PAGE_BYTES] = self._data[
                 first * PAGE_BYTES : (first + count) * PAGE_BYTES
             ]
+            bitmap |= _MASKS[count] << at
             if exclusive:
-                self._remove(found, leaf_number, leaf, place, count, first)
-            return _MASKS[count]
-        bitmap = 0
-        for at, length, first in _runs(frames):
-            slots[(slot + at) * PAGE_BYTES : (slot + at + length) * PAGE_BYTES] = data[
-                first * PAGE_BYTES : (first + length) * PAGE_BYTES
-            ]
-            bitmap |= _MASKS[length] << at
-            if exclusive:
-                self._remove(found, leaf_number, leaf, place + at, length, first)
+                self._remove(found, leaf_number, leaf, place + at, count, first)
         return bitmap
 
     # --- put
@@ -267,7 +256,7 @@ class Store:
             pool.pages += count
             return
         fresh = count
-        for _, length, first in _runs(old):
+        for _, length, first in self._runs(old):
             self._release(pool, first, length)
             fresh -= length
         target.pages += fresh
@@ -296,7 +285,7 @@ class Store:
         leaf = found.leaf(leaf_number)
         bitmap = 0
         if leaf is not None:
-            for at, length, first in _runs(leaf[place : place + wanted]):
+            for at, length, first in self._runs(leaf[place : place + wanted]):
                 self._remove(found, leaf_number, leaf, place + at, length, first)
                 bitmap |= _MASKS[length] << at
         return bitmap
@@ -311,6 +300,7 @@ class Store:
         found.pool = graveyard
         found.key = found.number
         graveyard.objects[found.number] = found
+        self.doomed = True
         graveyard.pages += found.pages
         pool.pages -= found.pages
         return found.pages
@@ -319,13 +309,9 @@ class Store:
         """Disown a pool that no client refers to any more."""
         self.arena.kill_pool(pool.number)
         self.doomed_pools.append(pool)
+        self.doomed = True
 
     # --- making room
-
-    @property
-    def doomed(self) -> bool:
-        """Something waits to be reaped."""
-        return bool(self.doomed_pools or any(yard.objects for yard in self.graveyards))
 
     def reap(self, limit_pages: int = REAP_SLICE_PAGES) -> int:
         """Free up to about `limit_pages` doomed frames; how many."""
@@ -333,10 +319,11 @@ class Store:
         while freed < limit_pages:
             found = self._next_doomed()
             if found is None:
+                self.doomed = False
                 break
             while found.pages and freed < limit_pages:
                 leaf_number, leaf = found.first_leaf()
-                for place, length, first in _runs(leaf):
+                for place, length, first in self._runs(leaf):
                     self._remove(found, leaf_number, leaf, place, length, first)
                     freed += length
         return freed
@@ -443,19 +430,23 @@ class Store:
         self.objects[owner.number] = None
         self.free_object_numbers.append(owner.number)
 
-
-def _runs(frames: array[int]) -> list[tuple[int, int, int]]:
-    """(place, count, first frame) of each run of neighbouring frames in a slice of a leaf."""
-    runs = []
-    at = 0
-    total = len(frames)
-    while at < total:
-        first = frames[at]
-        start = at
-        at += 1
-        if first < 0:
-            continue
-        while at < total and frames[at] == first + at - start:
+    def _runs(self, frames: array[int]) -> list[tuple[int, int, int]]:
+        """(place, count, first frame) of each run of neighbouring frames in a slice of a leaf."""
+        total = len(frames)
+        if not total:
+            return []
+        first = frames[0]
+        if first >= 0 and frames == self._ident[first : first + total]:
+            return [(0, total, first)]
+        runs = []
+        at = 0
+        while at < total:
+            first = frames[at]
+            start = at
             at += 1
-        runs.append((start, at - start, first))
-    return runs
+            if first < 0:
+                continue
+            while at < total and frames[at] == first + at - start:
+                at += 1
+            runs.append((start, at - start, first))
+        return runs
