@@ -24,10 +24,7 @@ from weakref import WeakValueDictionary
 from fs.block.device import BlockDevice
 
 CAPACITY_BLOCKS_MIN = 8
-"""Deepest chain that one operation holds.
-
-Rename with two directories, two inode blocks, a bitmap and its group.
-"""
+"""Room for the blocks of one step of work; fewer would read the same block again at once."""
 
 
 class Buffer:

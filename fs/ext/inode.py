@@ -66,8 +66,7 @@ class ExtInode(Inode):
     """An inode with what only ext knows.
 
     `pointers` are the 15 words of `i_block` (block numbers, or the text of a short symbolic link),
-    `file_acl` is the block of extended
-    attributes.
+    `file_acl` is the block of extended attributes.
     """
 
     flags: int = 0
