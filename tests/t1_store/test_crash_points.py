@@ -245,7 +245,8 @@ def test_recovery_itself_can_be_killed_at_any_bytecode() -> None:
     assert expected
 
     files = WRITERS | {recovery_module.__file__}
-    total = bytecodes_of(files, lambda: Rig(restored(image)))
+    arena = restored(image)
+    total = bytecodes_of(files, lambda: Rig(arena))
     assert total > 1000
     for number in range(0, total, total // 200):
         arena = restored(image)
