@@ -45,6 +45,8 @@ class FileDevice:
 
     def _check_and_lock(self) -> int:
         info = os.fstat(self._fd)
+        if stat.S_ISDIR(info.st_mode):
+            raise ImageError(_why_not_opened(self.path, error(errno.EISDIR)))
         if not stat.S_ISREG(info.st_mode):
             raise ImageError(
                 f"image {self.path}: is not a regular file; give the path of a raw disk image"

@@ -187,14 +187,12 @@ class BlockMap:
             block = inode.pointers[slot]
             if not block or keep >= start:
                 continue
-            if not kept:
+            if self._prune(inode, block, depth, kept):
                 inode.pointers[slot] = 0
-            self._prune(inode, block, depth, kept)
-            if not kept:
                 self._free(inode, [block])
 
-    def _prune(self, inode: ExtInode, block: int, depth: int, keep: int) -> None:
-        """Free what an indirect block maps from its page `keep` on.
+    def _prune(self, inode: ExtInode, block: int, depth: int, keep: int) -> bool:
+        """Free what an indirect block maps from its page `keep` on; True when it then maps nothing.
 
         Pointers are cleared before what they point at is freed, so that an error on the way leaks
         blocks instead of leaving them in use and free.
@@ -202,9 +200,9 @@ class BlockMap:
         node = self._indirect(inode, block)
         first, inside = divmod(keep, POINTERS ** (depth - 1))
         pointers = struct.unpack_from(f"<{POINTERS}I", node.data)
-        if inside and pointers[first]:
-            self._prune(inode, pointers[first], depth - 1, inside)
         start = first + 1 if inside else first
+        if inside and pointers[first] and self._prune(inode, pointers[first], depth - 1, inside):
+            start = first
         doomed = [pointer for pointer in pointers[start:] if pointer]
         if doomed:
             node.data[start * 4 :] = bytes((POINTERS - start) * 4)
@@ -213,6 +211,7 @@ class BlockMap:
             for child in doomed:
                 self._prune(inode, child, depth - 1, 0)
         self._free(inode, doomed)
+        return not any(pointers[:start])
 
     def _free(self, inode: ExtInode, blocks: list[int]) -> None:
         for run in runs(blocks):

@@ -20,12 +20,17 @@ def make_image(tmp_path: Path) -> Iterator[MakeImage]:
     numbers = itertools.count()
 
     def make(
-        *, blocks: int = 1024, tree: Path | None = None, options: tuple[str, ...] = ()
+        *,
+        kind: str = "ext2",
+        block_bytes: int = BLOCK,
+        blocks: int = 1024,
+        tree: Path | None = None,
+        options: tuple[str, ...] = (),
     ) -> Image:
         path = tmp_path / f"image{next(numbers)}"
         with path.open("wb") as file:
             file.truncate(blocks * BLOCK)
-        command = [need_tool("mke2fs"), "-q", "-t", "ext2", "-b", "4096"]
+        command = [need_tool("mke2fs"), "-q", "-t", kind, "-b", str(block_bytes)]
         command += ["-d", str(tree)] if tree else []
         subprocess.run([*command, *options, str(path)], check=True, capture_output=True)
         images.append(Image(path))

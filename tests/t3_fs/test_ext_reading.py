@@ -107,7 +107,7 @@ def test_a_read_only_mount_writes_nothing(make_image: MakeImage, tree: Path) -> 
 def test_a_shared_attribute_block_loses_one_user_at_a_time(
     make_image: MakeImage, tmp_path: Path
 ) -> None:
-    """Files whose attributes mke2fs put into blocks can be removed: the block goes with the last."""
+    """Files whose attributes fill a block can be removed; the block goes with the last."""
     root = tmp_path / "attributes"
     root.mkdir()
     for name in ("one", "two"):
