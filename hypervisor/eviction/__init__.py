@@ -26,7 +26,8 @@ class EvictionPolicy(Protocol):
         ...
 
     def victims(self, count: int) -> list[Run]:
-        """Up to `count` frames with ephemeral pages; none only if there is no such page."""
+        """Up to `count` frames with ephemeral pages, in runs of at most RUN_MAX; none only if there
+        is no such page."""
         ...
 
     def check(self) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from hypervisor.frames import COLD, FREE, HOT, PERSISTENT, Frames, Run
+from hypervisor.frames import COLD, FREE, HOT, PERSISTENT, RUN_MAX, Frames, Run
 
 _STRIDE: Final = 4096
 """Frames looked at in one step; a step that finds no victim only cools."""
@@ -54,7 +54,7 @@ class Clock:
                 if not runs:
                     # Victims stay COLD until the caller frees them: never come round to the first.
                     budget = min(budget, total)
-                window = kinds[victim : min(victim + count, end)]
+                window = kinds[victim : min(victim + min(count, RUN_MAX), end)]
                 length = len(window) - len(window.lstrip(_COLD_BYTE))
                 runs.append((victim, length))
                 count -= length

@@ -49,7 +49,7 @@ class Fifo:
         while count and frame != self._end:
             first, length = frame, 1
             frame = self._next[frame]
-            while length < min(count, RUN_MAX) and frame == first + length:
+            while length < min(count, RUN_MAX) and frame == first + length != self._end:
                 length += 1
                 frame = self._next[frame]
             runs.append((first, length))
