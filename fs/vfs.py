@@ -142,7 +142,8 @@ class Vfs:
         handle = self._handle(number)
         offset = handle.inode.size if handle.flags & os.O_APPEND else handle.offset
         done = self._write_at(handle, data, offset)
-        handle.offset = offset + done
+        if done:
+            handle.offset = offset + done
         return done
 
     def pwrite(self, number: int, data: Bytes, offset: int) -> int:
