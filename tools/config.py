@@ -1,0 +1,229 @@
+"""What a cluster is made of: the schema of cluster.toml, and of every built-in topology.
+
+    name = "web"                 # part of the names of kernel objects
+    seed = 1
+
+    [hypervisor]
+    arena = "16M"                # bytes, or a text with K, M or G (binary)
+    eviction = "clock"           # clock | fifo
+
+    [[guest]]
+    name = "web"
+    count = 2                    # web1 and web2; without it one guest of this name
+    memory = "4M"                # RAM beside the arena
+    tree = "stdlib"              # its disk: a copy of a folder; "stdlib" is the running Python's
+    tree_limit = "16M"           # take files of the tree up to this size
+    # image = "disk.img"         # or an ext2 image, used in place
+    # manifest = "disk.json"     # of an image: {path: sha256}, what the files must hold
+
+    [[phase]]                    # the work of a measured run, phase by phase
+    title = "web1 is busy"
+    [phase.work.web1]
+    workload = "mixed"
+    passes = 3                   # everything else is the workload's own parameter
+
+Sizes of `memory` and `arena` are whole pages.  All errors of a file are told at once, each with the
+file's name and the key's path.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ipc.attach import is_guest_name
+from ipc.errors import ExitCode, OperatorError
+from ipc.limits import GUEST_NAME_CHARACTERS_MAX, GUESTS_MAX
+from tools.units import PAGE_BYTES, parse_size
+
+GUEST_MEMORY_BYTES_MIN = 2**20
+"""Below this the page budget is eaten by the metadata buffers and a readahead window."""
+
+
+def _pages(value: Any) -> int:
+    size = parse_size(value)
+    if size % PAGE_BYTES:
+        raise ValueError(f"{size} bytes are no whole number of pages of {PAGE_BYTES} bytes")
+    return size
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Pages = Annotated[int, BeforeValidator(_pages)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class HypervisorConfig(_Strict):
+    """The arena and how it makes room."""
+
+    arena: Pages = 16 * 2**20
+    eviction: Literal["clock", "fifo"] = "clock"
+
+
+class GuestConfig(_Strict):
+    """One guest, or `count` guests of one kind."""
+
+    name: str
+    count: int | None = Field(default=None, ge=1, le=GUESTS_MAX)
+    memory: Annotated[Pages, Field(ge=GUEST_MEMORY_BYTES_MIN)] = 4 * 2**20
+    tree: str = "stdlib"
+    tree_limit: Size = 16 * 2**20
+    image: str | None = None
+    manifest: str | None = None
+
+    def names(self) -> list[str]:
+        """Names of the guests that this entry stands for."""
+        return guest_names(self.name, self.count)
+
+
+class WorkConfig(BaseModel):
+    """What one guest does in a phase; keys that are not listed go to the workload."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    workload: Literal["read_all", "search", "compile", "log", "mixed"]
+
+    def parameters(self) -> dict[str, Any]:
+        """The workload's own parameters."""
+        return dict(self.model_extra or {})
+
+
+class PhaseConfig(_Strict):
+    """Guests work at the same time; a phase ends when the last is done."""
+
+    title: str
+    work: dict[str, WorkConfig]
+
+
+class ClusterConfig(_Strict):
+    """A whole cluster."""
+
+    name: str = Field(default="tmem", pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
+    seed: int = Field(default=1, ge=0)
+    hypervisor: HypervisorConfig = HypervisorConfig()
+    guest: list[GuestConfig] = Field(min_length=1)
+    phase: list[PhaseConfig] = []
+
+    def guests(self) -> list[tuple[str, GuestConfig]]:
+        """Every guest with its own name."""
+        return [(name, guest) for guest in self.guest for name in guest.names()]
+
+    @property
+    def total_memory_bytes(self) -> int:
+        """RAM of all guests and the arena."""
+        return self.hypervisor.arena + sum(guest.memory for _, guest in self.guests())
+
+
+def read_config(path: Path) -> ClusterConfig:
+    """The cluster of a TOML file; raises OperatorError with a line for each error.
+
+    Paths in the file are relative to the file.
+    """
+    try:
+        fields = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise OperatorError(
+            f"can't read the cluster file {path}: {error.strerror}", ExitCode.NO_INPUT
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OperatorError(f"{path} is no TOML file: {error}") from None
+    return validate(_resolve(fields, path.parent), str(path))
+
+
+def validate(fields: dict[str, Any], source: str) -> ClusterConfig:
+    """A checked cluster; `source` stands before each error."""
+    complaints = []
+    config = None
+    try:
+        config = ClusterConfig.model_validate(fields)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        complaints = [(_place(detail["loc"]), _text(detail)) for detail in details]
+    complaints += _disagreements(fields)
+    if complaints or config is None:
+        raise OperatorError("\n".join(f"{source}: {place}: {text}" for place, text in complaints))
+    return config
+
+
+def _disagreements(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(place, text) of values that are good by themselves and don't fit each other.
+
+    Looks at the file as it was written, so that it can speak when other values are wrong.
+    """
+    owners: dict[str, int] = {}
+    images: set[Path] = set()
+    for number, guest in enumerate(_tables(fields.get("guest"))):
+        name, count, image = guest.get("name"), guest.get("count"), guest.get("image")
+        if isinstance(name, str) and (count is None or isinstance(count, int)):
+            for one in guest_names(name, count):
+                if not is_guest_name(one):
+                    yield f"guest[{number}].name", (
+                        f"{one!r} is no guest name: use up to {GUEST_NAME_CHARACTERS_MAX} "
+                        "lower-case letters, digits, dots, dashes and underscores"
+                    )
+                    break
+                if one in owners:
+                    yield f"guest[{number}].name", (
+                        f"{one!r} is already the name of guest[{owners[one]}]"
+                    )
+                    break
+                owners[one] = number
+        if isinstance(image, str):
+            path = Path(image).resolve()
+            if path in images or (isinstance(count, int) and count > 1):
+                yield f"guest[{number}].image", (
+                    f"{image} is in use by another guest; each guest needs an image of its own"
+                )
+            images.add(path)
+    for number, phase in enumerate(_tables(fields.get("phase"))):
+        work = phase.get("work")
+        for name in work if isinstance(work, dict) else ():
+            if name not in owners:
+                names = ", ".join(owners)
+                yield f"phase[{number}].work.{name}", f"no guest has this name; there are {names}"
+
+
+def guest_names(name: str, count: int | None) -> list[str]:
+    """Names of the guests that one entry stands for."""
+    if count is None:
+        return [name]
+    return [f"{name}{number}" for number in range(1, min(count, GUESTS_MAX) + 1)]
+
+
+def _tables(value: Any) -> list[dict[str, Any]]:
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """A key's path as TOML people write it: `guest[1].memory`."""
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text or "the file"
+
+
+def _text(detail: Any) -> str:
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        return "there is no such key"
+    if detail["type"] == "missing":
+        return "this key is missing"
+    return message[0].lower() + message[1:]
+
+
+def _resolve(fields: dict[str, Any], base: Path) -> dict[str, Any]:
+    guests = fields.get("guest")
+    for guest in guests if isinstance(guests, list) else []:
+        if not isinstance(guest, dict):
+            continue
+        for key in ("image", "manifest", "tree"):
+            value = guest.get(key)
+            if isinstance(value, str) and (key != "tree" or value != "stdlib"):
+                guest[key] = str(base / value)
+    return fields

@@ -1,0 +1,219 @@
+"""Run directories: where a cluster keeps its sockets, logs and registry, and how it is found again.
+
+    runs/<time>/            a run: results.json of a measured run, and of each cluster a folder
+        off/ on/            the two clusters of a measured run, one after the other
+        on/                 the cluster of `tmem up -d`
+            cluster.json    who supervises it; here only while it lives
+            registry/       every kernel object and process (`ipc.names`)
+            attach.sock control.sock guest-NAME.sock
+            log/NAME.log    one log a process
+            images/NAME.img the guests' disks
+    runs/latest             the newest finished measured run
+    runs/cache/             images, by content
+
+One rule finds a cluster: `--run DIR`, else `$TMEM_RUN_DIR`, else the newest run below `./runs` in
+which a supervisor lives.  DIR may be a run or the folder of a cluster.
+
+A cluster is *live* while the process that cluster.json names is that same process, *stale* when it
+is not and something is still registered or cluster.json is still there.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from ipc.errors import ExitCode, OperatorError
+from ipc.names import Registry, process_start
+
+RUNS: Final = Path("runs")
+CACHE: Final = RUNS / "cache"
+LATEST: Final = RUNS / "latest"
+ENVIRONMENT: Final = "TMEM_RUN_DIR"
+
+# sockaddr_un.sun_path has 108 bytes and ends with a zero (unix(7)).
+_SOCKET_PATH_BYTES_MAX: Final = 107
+_CLUSTER_FILE: Final = "cluster.json"
+_CLUSTER_FOLDERS: Final = ("on", "off")
+
+
+@dataclass(frozen=True)
+class GuestRecord:
+    """A guest as other commands see it."""
+
+    name: str
+    memory_bytes: int
+    image: str
+
+
+@dataclass(frozen=True)
+class ClusterRecord:
+    """What cluster.json holds: the cluster, its guests, and the process that looks after them."""
+
+    name: str
+    arena_bytes: int
+    guests: list[GuestRecord]
+    supervisor_pid: int
+    supervisor_start: int
+
+    @property
+    def lives(self) -> bool:
+        """Whether the supervisor is still the process that wrote this record."""
+        return process_start(self.supervisor_pid) == self.supervisor_start
+
+
+class ClusterDirectory:
+    """The folder of one cluster."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+
+    @property
+    def logs(self) -> Path:
+        """The folder of the logs."""
+        return self.path / "log"
+
+    @property
+    def images(self) -> Path:
+        """The folder of the guests' disks."""
+        return self.path / "images"
+
+    def log(self, name: str) -> Path:
+        """The log of a guest, of `hypervisor`, `supervisor` or `console`."""
+        return self.logs / f"{name}.log"
+
+    def guest_socket(self, name: str) -> Path:
+        """The control socket of a guest."""
+        return self.path / f"guest-{name}.sock"
+
+    def make(self, guest_names: list[str]) -> None:
+        """Make the folders of a new cluster; raises OperatorError when something stands there."""
+        longest = max((self.guest_socket(name) for name in guest_names), key=_encoded_length)
+        if _encoded_length(longest) > _SOCKET_PATH_BYTES_MAX:
+            raise OperatorError(
+                f"the socket {longest} would have {_encoded_length(longest)} bytes and a socket's "
+                f"path may have {_SOCKET_PATH_BYTES_MAX}; choose a shorter directory with --run"
+            )
+        self.refuse_occupied()
+        try:
+            for folder in (self.path, self.logs, self.images):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise OperatorError(
+                f"can't make the run directory {self.path}: {error.strerror}; choose another with "
+                "--run"
+            ) from None
+
+    def refuse_occupied(self) -> None:
+        """Raise OperatorError when a cluster lives here or a dead one left something."""
+        record = self.read()
+        if record is not None and record.lives:
+            raise OperatorError(
+                f"a cluster is running in {self.path} (process {record.supervisor_pid}); stop it "
+                "with 'tmem down' or choose another directory with --run"
+            )
+        if self.is_stale():
+            raise OperatorError(
+                f"{self.path} is a stale run directory: a dead cluster left something behind; "
+                f"remove it with 'tmem clean --run {self.path}'"
+            )
+
+    def is_stale(self) -> bool:
+        """Whether no supervisor lives here but something was left behind."""
+        record = self.read()
+        if record is not None:
+            return not record.lives
+        return (self.path / _CLUSTER_FILE).exists() or self.has_entries()
+
+    def has_entries(self) -> bool:
+        """Whether the registry names a kernel object or a process."""
+        registry = self.path / "registry"
+        return registry.is_dir() and any(registry.iterdir())
+
+    def write(self, record: ClusterRecord) -> None:
+        """Say who supervises the cluster that lives here."""
+        temporary = self.path / f".{_CLUSTER_FILE}"
+        temporary.write_text(json.dumps(asdict(record), indent=1) + "\n")
+        temporary.rename(self.path / _CLUSTER_FILE)
+
+    def read(self) -> ClusterRecord | None:
+        """The record, None if there is no readable one."""
+        try:
+            fields = json.loads((self.path / _CLUSTER_FILE).read_text())
+            guests = [GuestRecord(**guest) for guest in fields.pop("guests")]
+            return ClusterRecord(guests=guests, **fields)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def sweep(self) -> list[str]:
+        """Remove what a cluster left, by its registry; what was found, as lines for a person."""
+        found = []
+        if self.has_entries():
+            found = [f"{kind} {name}" for kind, name in Registry(self.path).clean()]
+        for path in [*self.path.glob("*.sock"), self.path / "arena", self.path / _CLUSTER_FILE]:
+            if path.exists() or path.is_socket():
+                path.unlink(missing_ok=True)
+        return found
+
+
+def new_run(runs: Path, now: datetime.datetime) -> Path:
+    """A name for a new run below `runs`, in the order of time; no folder is made."""
+    stem = now.strftime("%Y%m%d-%H%M%S")
+    path = runs / stem
+    number = 2
+    while path.exists():
+        path = runs / f"{stem}.{number}"
+        number += 1
+    return path
+
+
+def clusters(run: Path | None) -> Iterator[ClusterDirectory]:
+    """Cluster folders of a run, or of all runs below ./runs, newest first."""
+    if run is None and ENVIRONMENT in os.environ:
+        run = Path(os.environ[ENVIRONMENT])
+    if run is not None:
+        parents = [run]
+    elif RUNS.is_dir():
+        parents = sorted(
+            (path for path in RUNS.iterdir() if path.is_dir() and not path.is_symlink()),
+            key=lambda path: path.name,
+            reverse=True,
+        )
+    else:
+        parents = []
+    for parent in parents:
+        for path in (parent, *(parent / folder for folder in _CLUSTER_FOLDERS)):
+            if (path / "log").is_dir() or (path / "registry").is_dir():
+                yield ClusterDirectory(path)
+
+
+def find_live(run: Path | None) -> tuple[ClusterDirectory, ClusterRecord]:
+    """The live cluster that a command means; raises OperatorError if there is none."""
+    stale = None
+    for directory in clusters(run):
+        record = directory.read()
+        if record is not None and record.lives:
+            return directory, record
+        if directory.is_stale():
+            stale = stale or directory
+    if stale is not None:
+        raise OperatorError(
+            f"no cluster is running: {stale.path} is a stale run directory; remove what it left "
+            "with 'tmem clean'",
+            ExitCode.UNAVAILABLE,
+        )
+    where = run or os.environ.get(ENVIRONMENT) or RUNS.absolute()
+    raise OperatorError(
+        f"no cluster is running in {where}; start one with 'tmem up -d' or name its directory "
+        "with --run",
+        ExitCode.UNAVAILABLE,
+    )
+
+
+def _encoded_length(path: Path) -> int:
+    return len(os.fsencode(path))
