@@ -336,6 +336,7 @@ class Vfs:
         if source.is_dots or target.is_dots:
             raise error(errno.EBUSY, repr(old if source.is_dots else new))
         inode = self.fs.lookup(source.directory, source.name)
+        self._find(target)  # before what follows, so that a name that is too long is said to be so
         if (source.slash or target.slash) and not inode.is_dir:
             raise error(errno.ENOTDIR, repr(old))
         gone = self.fs.rename(source.directory, source.name, target.directory, target.name)

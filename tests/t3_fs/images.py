@@ -131,7 +131,7 @@ def host_tree(root: Path) -> dict[str, object]:
     for path in sorted(root.rglob("*")):
         name = f"/{path.relative_to(root)}"
         if path.is_symlink():
-            tree[name] = str(path.readlink())
+            tree[name] = os.readlink(path)  # noqa: PTH115 (keeps a slash at the end)
         elif path.is_dir():
             tree[name] = None
         else:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fs.block.counting import CountingDevice
+from fs.block.device import BlockDevice
 from tests.t3_fs.images import BLOCK, MakeImage, host_tree, need_tool, vfs_tree
 
 
@@ -134,8 +136,8 @@ def test_runs_of_blocks_are_read_at_once(make_image: MakeImage, tmp_path: Path) 
     (root / "file").write_bytes(random.Random(2).randbytes(512 * BLOCK))
     counters: list[CountingDevice] = []
 
-    def count(device: object) -> CountingDevice:
-        counters.append(CountingDevice(device))  # type: ignore[arg-type]
+    def count(device: BlockDevice) -> CountingDevice:
+        counters.append(CountingDevice(device))
         return counters[-1]
 
     vfs = make_image(blocks=2048, tree=root).mount(read_only=True, stack=count)
