@@ -1,0 +1,1 @@
+"""A guest: a small kernel in a real process."""
