@@ -359,11 +359,14 @@ class Vfs:
 
         Closing frees the files that lost their names.
         """
-        for number in list(self._handles):
-            self.close(number)
-        if not self.fs.read_only:
-            self.pages.sync_all()
-        self.fs.unmount()
+        try:
+            for number in list(self._handles):
+                self.close(number)
+            if not self.fs.read_only:
+                self.pages.sync_all()
+        finally:
+            # Also after an error: the image must be given back, and what is in order written.
+            self.fs.unmount()
 
     # Helpers
 

@@ -478,15 +478,23 @@ class ExtFileSystem:
             return
         self._mounted = False
         try:
-            if not self.read_only:
-                for inode in list(self._orphans.values()):
-                    self.free_inode(inode)
-            self.sync()
-            if not self.read_only:
-                self._super.unmounted(self._now_s())
-                self._flush()
+            self._free_orphans()
         finally:
-            self.device.close()
+            try:
+                self._write_and_mark_clean()
+            finally:
+                self.device.close()
+
+    def _free_orphans(self) -> None:
+        if not self.read_only:
+            for inode in list(self._orphans.values()):
+                self.free_inode(inode)
+
+    def _write_and_mark_clean(self) -> None:
+        self.sync()
+        if not self.read_only:
+            self._super.unmounted(self._now_s())
+            self._flush()
 
     def statfs(self) -> FsStat:
         """Space used and free."""
