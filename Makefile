@@ -1,0 +1,59 @@
+# Two commands matter: `make demo` runs the main job, `make test` checks everything.
+# Both set up what they need first; `make help` lists the rest.
+
+SHELL := /bin/sh
+BIN := .venv/bin
+CODE := ipc fs hypervisor guests tools tests
+
+TIME ?= 60
+N ?= 500
+# What pytest runs: `make test T=tests/t0_ipc` for one layer.
+T ?= tests
+WORKERS ?= auto
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench fuzz crash-restart lock clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+
+setup:  ## Make .venv with all that development needs, and Debian's packages where possible
+	@tools/setup.sh dev
+
+demo:  ## Run the main job: one hypervisor, four guests, with and without transcendent memory
+	@tools/setup.sh demo
+	@$(BIN)/tmem up
+
+test: setup lint  ## Run every gate and every test (T=tests/t0_ipc for one layer)
+	$(BIN)/python -m pytest -n $(WORKERS) $(T)
+
+lint: setup  ## Run the gates before the tests: format, lint, import contracts, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --cache-dir .cache/import_linter
+	$(BIN)/mypy --strict
+
+format: setup  ## Format the code and mend what can be mended
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+bench: setup  ## Measure against a C queue, memcpy, Redis, memcached and lmdb
+	$(BIN)/python -m tools.bench
+
+fuzz: setup  ## Feed arbitrary bytes to the parser and the machine for TIME=60 seconds
+	$(BIN)/python -m tests.fuzz --seconds $(TIME)
+
+crash-restart: setup  ## Kill and restart the hypervisor under load N=500 times
+	$(BIN)/python -m tools.crash_restart --restarts $(N)
+
+lock: setup  ## Rewrite the hash-locked requirements (UPGRADE=1 takes newer versions)
+	@for group in build dev; do \
+	    out=requirements$$(test $$group = build || echo -$$group).txt; \
+	    $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	        --no-emit-index-url --no-header --no-annotate $(if $(UPGRADE),--upgrade) \
+	        --group build --group $$group pyproject.toml -o $$out || exit; \
+	done
+
+clean:  ## Remove .venv, caches and results
+	rm -rf .venv .cache .hypothesis runs dist build
+	find $(CODE) -type d -name __pycache__ -prune -exec rm -rf {} +
