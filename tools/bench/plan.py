@@ -1,0 +1,23 @@
+"""How much is measured: the sizes and lengths of one run of the benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in pages of 4 KiB or MiB; a *phase* times one kind of call for `phase_seconds`."""
+
+    phase_seconds: float = 0.4
+    repetitions: int = 9
+    working_set_pages: int = 24576
+    """96 MiB: well above the last-level cache's share of a core, so that memory is cold."""
+    full_mib: int = 1024
+    metadata_mib: int = 1024
+    guest_counts: tuple[int, ...] = (1, 2, 4, 8, 16)
+    seed: int = 1
+
+
+QUICK = Plan(phase_seconds=0.06, repetitions=5)
+FULL = Plan()

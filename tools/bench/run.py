@@ -1,0 +1,85 @@
+"""One run: set everything up, time all cases interleaved, first pinned, then not, tear down."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tools.bench import cluster, cprogram
+from tools.bench.plan import Plan
+from tools.bench.timing import Case, Figures, Skipped, lost_share, pin
+
+Samples = dict[str, list[Figures]]
+"""Row name -> one `Figures` a repetition."""
+
+
+@dataclass
+class Outcome:
+    """All that was measured; `samples[True]` pinned to one core, `samples[False]` not."""
+
+    core: int
+    samples: dict[bool, Samples] = field(default_factory=dict)
+    lost: list[float] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    metadata: dict[str, float] = field(default_factory=dict)
+
+
+def measure(plan: Plan, say: Callable[[str], None]) -> Outcome:
+    """Do the whole run; `say` is told what happens."""
+    cores = os.sched_getaffinity(0)
+    outcome = Outcome(core=max(cores))
+    with ExitStack() as stack:
+        stack.callback(os.sched_setaffinity, 0, cores)
+        say("setting up")
+        cases, pids = _set_up(plan, stack, outcome)
+        for pinned in (True, False):
+            pin([os.getpid(), *pids], {outcome.core} if pinned else cores)
+            core = outcome.core if pinned else None
+            outcome.samples[pinned] = _repeat(plan, cases, core, outcome, say)
+    return outcome
+
+
+def _set_up(plan: Plan, stack: ExitStack, outcome: Outcome) -> tuple[list[Case], list[int]]:
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tmem-bench-")))
+    cases, skipped = cprogram.cases(directory, plan.working_set_pages)
+    outcome.skipped += skipped
+    pids = []
+    for make, kind in (
+        (cluster.standard, ""),
+        (cluster.full, f", {plan.full_mib} MiB full"),
+        (cluster.two_thirds, None),
+    ):
+        made, guest = make(plan)
+        stack.callback(made.close)
+        stack.callback(guest.channel.close)
+        pids.append(made.pid)
+        if kind is None:
+            cases += cluster.refault_cases(made, guest)
+        else:
+            cases += cluster.persistent_cases(made, guest, kind, short=bool(kind))
+    return cases, pids
+
+
+def _repeat(
+    plan: Plan,
+    cases: list[Case],
+    core: int | None,
+    outcome: Outcome,
+    say: Callable[[str], None],
+) -> Samples:
+    order = random.Random(plan.seed)
+    samples: Samples = {}
+    for repetition in range(plan.repetitions):
+        how = "unpinned" if core is None else f"pinned to core {core}"
+        say(f"{how}: repetition {repetition + 1} of {plan.repetitions}")
+        if core is not None:
+            outcome.lost.append(lost_share(plan.phase_seconds))
+        for case in order.sample(cases, len(cases)):
+            for name, figures in case.run(plan.phase_seconds, core).items():
+                samples.setdefault(name, []).append(figures)
+    return samples
