@@ -1,0 +1,324 @@
+"""A running cluster and its supervisor: start, watch, restart, tear down.
+
+Life of a cluster, always in this order:
+
+    check the machine's limits           nothing was started; a refusal is one line
+    cluster.json, registry               from here on `tmem clean` finds everything
+    fork server, hypervisor, guests      each is written down as it starts
+    watch                                a dead hypervisor is started again on its arena, later and
+                                         later; a dead guest stays dead and is reported
+    stop                                 guests first (they sync and unmount), then the hypervisor,
+                                         then whatever the registry still names
+
+If the supervisor is killed, hypervisor and guests notice (they hold a pidfd of it) and end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from guests.boot import GuestSpec
+from guests.boot import run as run_guest
+from hypervisor.boot import HypervisorSpec
+from hypervisor.boot import run as run_hypervisor
+from ipc.abi import TOKEN_BYTES
+from ipc.attach import CONTROL_SOCKET, enrol
+from ipc.codec import Record
+from ipc.errors import Disconnected, ExitCode, OperatorError
+from ipc.limits import explain_queue_limit, read_queue_limits
+from ipc.names import Registry, process_start
+from ipc.segment import available_memory_bytes, explain_segment_limit
+from tools.control import ask
+from tools.interrupts import Interrupts
+from tools.processes import ProcessFactory
+from tools.rundir import ClusterDirectory, ClusterRecord, GuestRecord
+from tools.units import format_size
+
+log = logging.getLogger(__name__)
+
+HYPERVISOR: Final = "hypervisor"
+_READY_SECONDS: Final = 30.0
+_STOP_SECONDS: Final = 15.0
+_BACKOFF_SECONDS: Final = 0.1
+_BACKOFF_SECONDS_MAX: Final = 5.0
+_STEADY_SECONDS: Final = 30.0
+"""A hypervisor that lived this long is restarted at once again."""
+
+
+@dataclass(frozen=True)
+class GuestPlan:
+    """A guest to start: its RAM and the image that is its disk."""
+
+    name: str
+    memory_bytes: int
+    image: Path
+
+
+@dataclass(frozen=True)
+class ClusterPlan:
+    """A cluster to start; without an arena (None) there is no hypervisor and guests are alone."""
+
+    name: str
+    guests: list[GuestPlan]
+    arena_bytes: int | None
+    eviction: str = "clock"
+
+
+class Cluster:
+    """A cluster that this process supervises; use it as a context."""
+
+    def __init__(
+        self, plan: ClusterPlan, directory: ClusterDirectory, interrupts: Interrupts
+    ) -> None:
+        self.plan = plan
+        self.directory = directory
+        self.restarts = 0
+        self.deaths: dict[str, int] = {}
+        """Exit codes of guests that ended by themselves."""
+        self._interrupts = interrupts
+        self._guests: dict[str, Any] = {}
+        self._hypervisor: Any = None
+        self._started_at = 0.0
+        self._backoff_seconds = _BACKOFF_SECONDS
+        self._restart_at: float | None = None
+        self._stopping = False
+        self._log_file: logging.Handler | None = None
+
+    def __enter__(self) -> Cluster:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    # --- start
+
+    def _start(self) -> None:
+        check_limits(self.plan)
+        self.directory.make([guest.name for guest in self.plan.guests] or [HYPERVISOR])
+        self._registry = Registry(self.directory.path)
+        self._registry.add_process(os.getpid())
+        self.directory.write(self._record())
+        self._open_log()
+        self._factory = ProcessFactory(self.directory.path, self.directory.log("console"))
+        for pid in self._factory.start():
+            self._registry.add_process(pid)
+        if self.plan.arena_bytes is not None:
+            self._start_hypervisor()
+            self._await_ready(HYPERVISOR, self.directory.path / CONTROL_SOCKET, "ping")
+        for guest in self.plan.guests:
+            self._interrupts.check()
+            self._start_guest(guest)
+        for guest in self.plan.guests:
+            self._await_ready(guest.name, self.directory.guest_socket(guest.name), "status")
+        log.info("event=up guests=%d", len(self.plan.guests))
+
+    def _record(self) -> ClusterRecord:
+        pid = os.getpid()
+        start = process_start(pid)
+        assert start is not None
+        guests = [
+            GuestRecord(guest.name, guest.memory_bytes, os.fspath(guest.image))
+            for guest in self.plan.guests
+        ]
+        return ClusterRecord(self.plan.name, self.plan.arena_bytes or 0, guests, pid, start)
+
+    def _open_log(self) -> None:
+        self._log_file = logging.FileHandler(self.directory.log("supervisor"))
+        form = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s"
+        self._log_file.setFormatter(logging.Formatter(form, "%H:%M:%S"))
+        log.addHandler(self._log_file)
+        log.setLevel(logging.INFO)
+
+    def _start_hypervisor(self) -> None:
+        assert self.plan.arena_bytes is not None
+        spec = HypervisorSpec(
+            cluster=self.plan.name,
+            run_directory=self.directory.path,
+            arena_bytes=self.plan.arena_bytes,
+            eviction=self.plan.eviction,
+            supervisor_pid=os.getpid(),
+        )
+        self._hypervisor = self._factory.spawn(run_hypervisor, spec, HYPERVISOR)
+        self._registry.add_process(self._hypervisor.pid)
+        self._started_at = time.monotonic()
+        self._restart_at = None
+
+    def _start_guest(self, guest: GuestPlan) -> None:
+        token = os.urandom(TOKEN_BYTES)
+        enrol(self.directory.path, guest.name, token, os.getuid())
+        spec = GuestSpec(
+            name=guest.name,
+            image=guest.image,
+            memory_bytes=guest.memory_bytes,
+            run_directory=self.directory.path,
+            token=token,
+            attach=self.plan.arena_bytes is not None,
+            supervisor_pid=os.getpid(),
+        )
+        process = self._factory.spawn(run_guest, spec, guest.name)
+        self._guests[guest.name] = process
+        self._registry.add_process(process.pid)
+
+    def _await_ready(self, name: str, socket_path: Path, verb: str) -> None:
+        process = self._hypervisor if name == HYPERVISOR else self._guests[name]
+        deadline = time.monotonic() + _READY_SECONDS
+        while True:
+            self._interrupts.check()
+            if process.exitcode is not None:
+                raise self._failed_to_start(name, process.exitcode)
+            try:
+                ask(socket_path, {"verb": verb}, timeout_seconds=1.0)
+                return
+            except Disconnected as error:
+                if time.monotonic() > deadline:
+                    raise OperatorError(
+                        f"{name} is not ready after {_READY_SECONDS:.0f} s ({error}); see "
+                        f"{self.directory.log(name)}",
+                        ExitCode.GUEST_DIED,
+                    ) from None
+            time.sleep(0.01)
+
+    def _failed_to_start(self, name: str, exit_code: int) -> OperatorError:
+        """The reason is the last error line of the process' own log."""
+        reason = f"it ended with exit code {exit_code}; see {self.directory.log(name)}"
+        with contextlib.suppress(OSError):
+            for line in self.directory.log(name).read_text(errors="replace").splitlines():
+                for level in (" ERROR ", " CRITICAL "):
+                    if level in line:
+                        reason = line.partition(level)[2]
+        known = {int(code) for code in ExitCode}
+        code = ExitCode(exit_code) if exit_code in known else ExitCode.GUEST_DIED
+        return OperatorError(f"{name}: {reason}", code)
+
+    # --- watch
+
+    def watch(self) -> list[str]:
+        """Look after everybody once; what happened, as lines for a person."""
+        self._interrupts.check()
+        news = []
+        for name, process in list(self._guests.items()):
+            if process.exitcode is not None:
+                del self._guests[name]
+                self.deaths[name] = process.exitcode
+                self._registry.remove_process(process.pid)
+                log.error("event=guest-died guest=%s exit_code=%d", name, process.exitcode)
+                news.append(f"guest {name} died (exit code {process.exitcode})")
+        if self._hypervisor is not None and self._hypervisor.exitcode is not None:
+            news.append(self._note_hypervisor_death())
+        if self._restart_at is not None and time.monotonic() >= self._restart_at:
+            self._start_hypervisor()
+            self.restarts += 1
+            log.info("event=hypervisor-restart pid=%d", self._hypervisor.pid)
+            news.append(f"hypervisor restarted (process {self._hypervisor.pid})")
+        return news
+
+    def _note_hypervisor_death(self) -> str:
+        now = time.monotonic()
+        if now - self._started_at >= _STEADY_SECONDS:
+            self._backoff_seconds = _BACKOFF_SECONDS
+        exit_code = self._hypervisor.exitcode
+        self._registry.remove_process(self._hypervisor.pid)
+        self._hypervisor = None
+        self._restart_at = now + self._backoff_seconds
+        log.warning(
+            "event=hypervisor-died exit_code=%d restart_in_seconds=%.1f",
+            exit_code,
+            self._backoff_seconds,
+        )
+        self._backoff_seconds = min(2 * self._backoff_seconds, _BACKOFF_SECONDS_MAX)
+        return f"hypervisor died (exit code {exit_code}); it is started again"
+
+    @property
+    def alive(self) -> list[str]:
+        """Names of the guests that live, as far as `watch` knows."""
+        return list(self._guests)
+
+    @property
+    def hypervisor_pid(self) -> int | None:
+        """Process id of the hypervisor; None while it is down or without one."""
+        return None if self._hypervisor is None else int(self._hypervisor.pid)
+
+    def guest_pid(self, name: str) -> int:
+        """Process id of a living guest."""
+        return int(self._guests[name].pid)
+
+    # --- talk
+
+    def ask_guest(self, name: str, question: Record) -> Record:
+        """The answer of a guest; raises Disconnected."""
+        return ask(self.directory.guest_socket(name), question)
+
+    def stats(self) -> Record:
+        """The hypervisor's figures; raises Disconnected."""
+        return ask(self.directory.path / CONTROL_SOCKET, {"verb": "stats"})
+
+    # --- stop
+
+    def stop(self) -> None:
+        """End everything in order; safe to call again and after a start that failed."""
+        if self._stopping or not hasattr(self, "_registry"):
+            return
+        self._stopping = True
+        for name in self._guests:
+            with contextlib.suppress(Disconnected):
+                self.ask_guest(name, {"verb": "stop"})
+        self._end(list(self._guests.values()))
+        if self._hypervisor is not None:
+            with contextlib.suppress(Disconnected):
+                ask(self.directory.path / CONTROL_SOCKET, {"verb": "stop"})
+            self._end([self._hypervisor])
+        if hasattr(self, "_factory"):
+            self._factory.close()
+        self._registry.remove_process(os.getpid())
+        for leftover in self.directory.sweep():
+            log.info("event=leftover %s", leftover)
+        if self._log_file is not None:
+            log.info("event=down")
+            log.removeHandler(self._log_file)
+            self._log_file.close()
+
+    def _end(self, processes: list[Any]) -> None:
+        deadline = time.monotonic() + _STOP_SECONDS
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.exitcode is None:
+                log.error("event=kill process=%s", process.name)
+                process.kill()
+                process.join()
+            self._registry.remove_process(process.pid)
+            process.close()
+
+
+def check_limits(plan: ClusterPlan) -> None:
+    """Raise OperatorError if this machine can't hold the cluster; nothing is started."""
+    memory_bytes = sum(guest.memory_bytes for guest in plan.guests)
+    if plan.arena_bytes is not None:
+        reason = explain_queue_limit(len(plan.guests), read_queue_limits())
+        reason = reason or explain_segment_limit(plan.arena_bytes)
+        if reason is not None:
+            raise OperatorError(reason, ExitCode.UNAVAILABLE)
+        memory_bytes += plan.arena_bytes
+    available = available_memory_bytes()
+    if available is not None and memory_bytes > available:
+        raise OperatorError(
+            f"guests and arena want {format_size(memory_bytes)} and {format_size(available)} of "
+            "memory are available; choose smaller guests or a smaller arena",
+            ExitCode.UNAVAILABLE,
+        )
+
+
+def plan_guests(names: Mapping[str, int], images: Mapping[str, Path]) -> list[GuestPlan]:
+    """Guests by name with their RAM in bytes and their images."""
+    return [GuestPlan(name, memory, images[name]) for name, memory in names.items()]

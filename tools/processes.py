@@ -1,0 +1,104 @@
+"""Starting hypervisor and guests: real processes, through multiprocess' forkserver.
+
+The fork server is a small process that has none of our memory, so a guest inherits neither another
+guest's mappings nor anything of this room.  Two habits of multiprocess are turned off for that:
+
+* It imports the parent's `__main__` again in every child.  Children are started while `__main__` is
+  a bare module, so there is nothing to import.
+* The fork server takes over the parent's SIGINT.  It is started with SIGINT ignored, which its
+  children inherit: Ctrl-C reaches only the supervisor, and that one ends the children in order.
+
+Its socket goes into the cluster's folder: multiprocess' own choice, a new folder below /tmp, would
+stay behind when the supervisor is killed.
+
+Standard output and error of the children go to a log, so that a terminal shows only what the
+supervisor says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import multiprocess
+import multiprocess.forkserver
+import multiprocess.process
+import multiprocess.resource_tracker
+
+# Imported once in the fork server; nothing of guests or hypervisor, which don't know each other.
+_PRELOAD: Final = ["ipc.attach", "ipc.codec", "logging"]
+
+
+class ProcessFactory:
+    """A fork server of our own, from `start` to `close`; at most one in a process."""
+
+    def __init__(self, folder: Path, console: Path) -> None:
+        self._folder = folder
+        self._console = console
+        self._context = multiprocess.get_context("forkserver")
+        self._server = multiprocess.forkserver._forkserver  # noqa: SLF001
+        self._tracker = multiprocess.resource_tracker._resource_tracker  # noqa: SLF001
+        self._settings = multiprocess.process.current_process()._config  # noqa: SLF001
+
+    def start(self) -> list[int]:
+        """Start the fork server; ids of it and its helper."""
+        self._context.set_forkserver_preload(_PRELOAD)
+        self._settings["tempdir"] = os.fspath(self._folder)
+        with _output_to(self._console), _sigint_ignored(), _bare_main():
+            self._server.ensure_running()
+        return [self._server._forkserver_pid, self._tracker._pid]  # noqa: SLF001
+
+    def spawn(self, target: Callable[[Any], None], spec: object, name: str) -> Any:
+        """Start `target(spec)` in a process of its own; a multiprocess.Process."""
+        process = self._context.Process(target=target, args=(spec,), name=name)
+        with _bare_main():
+            process.start()
+        return process
+
+    def close(self) -> None:
+        """End the fork server and its helper, and wait for both."""
+        self._server._stop()  # noqa: SLF001
+        self._tracker._stop()  # noqa: SLF001
+        self._settings.pop("tempdir", None)
+
+
+@contextlib.contextmanager
+def _bare_main() -> Iterator[None]:
+    ours = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = ours
+
+
+@contextlib.contextmanager
+def _sigint_ignored() -> Iterator[None]:
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        yield
+    finally:
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        for descriptor in (*saved, log):
+            os.close(descriptor)

@@ -1,0 +1,115 @@
+"""Topologies: clusters by name, for people who have no cluster.toml yet.
+
+    default (or demo)   four guests whose pressure moves from one to the next
+    pair                two guests, one of them busy at a time
+    single              one guest
+
+`--topo pair,memory=2M,seed=7` changes a topology's parameters; the table below is what there is.
+
+The phases: in each, one or two guests are *hot* (they read their whole tree several times, far more
+than their RAM) and the others *light* (a small part of their tree, or a log).  A split of the same
+memory gives every guest the same share all the time; an arena follows the heat.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+from ipc.errors import ExitCode, OperatorError
+from tools.config import ClusterConfig, validate
+from tools.units import PAGE_BYTES, parse_size
+
+NAMES: Final = ("alpha", "bravo", "carol", "delta")
+ALIASES: Final = {"demo": "default"}
+
+
+class Parameter(NamedTuple):
+    """One parameter of a topology: how its text is read, and what it means."""
+
+    read: Any
+    meaning: str
+
+
+PARAMETERS: Final = {
+    "n": Parameter(int, "guests"),
+    "memory": Parameter(parse_size, "RAM of each guest"),
+    "arena": Parameter(parse_size, "size of the arena"),
+    "tree": Parameter(parse_size, "size of the tree on each disk, at most"),
+    "passes": Parameter(int, "how often a hot guest reads its tree in a phase"),
+    "seed": Parameter(int, "seed of everything random"),
+    "name": Parameter(str, "name of the cluster"),
+}
+
+_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    "default": {"n": 4, "memory": 3 * 2**20, "arena": 20 * 2**20, "passes": 3},
+    "pair": {"n": 2, "memory": 3 * 2**20, "arena": 12 * 2**20, "passes": 3},
+    "single": {"n": 1, "memory": 3 * 2**20, "arena": 12 * 2**20, "passes": 3},
+}
+
+
+def build_topology(text: str) -> ClusterConfig:
+    """The cluster of `NAME` or `NAME,key=value,...`; raises OperatorError (usage)."""
+    name, _, rest = text.partition(",")
+    name = ALIASES.get(name, name)
+    if name not in _DEFAULTS:
+        known = ", ".join([*_DEFAULTS, *ALIASES])
+        raise _usage(f"there is no topology {name!r}; there are {known}")
+    values: dict[str, Any] = {"tree": 13 * 2**20, "seed": 1, "name": "tmem", **_DEFAULTS[name]}
+    for part in rest.split(",") if rest else []:
+        key, separator, value = part.partition("=")
+        if not separator or key not in PARAMETERS:
+            known = ", ".join(PARAMETERS)
+            raise _usage(f"{part!r} is no parameter of a topology; write key=value with {known}")
+        try:
+            values[key] = PARAMETERS[key].read(value)
+        except ValueError:
+            raise _usage(f"{part!r}: {value!r} is no {_kind(key)}") from None
+    return validate(_cluster(values), f"--topo {text}")
+
+
+def _usage(message: str) -> OperatorError:
+    return OperatorError(message, ExitCode.USAGE)
+
+
+def _kind(key: str) -> str:
+    return "size (for example 4M)" if PARAMETERS[key].read is parse_size else "whole number"
+
+
+def _cluster(values: dict[str, Any]) -> dict[str, Any]:
+    count = values["n"]
+    names = guest_names(count)
+    return {
+        "name": values["name"],
+        "seed": values["seed"],
+        "hypervisor": {"arena": values["arena"] // PAGE_BYTES * PAGE_BYTES},
+        "guest": [
+            {"name": name, "memory": values["memory"], "tree_limit": values["tree"]}
+            for name in names
+        ],
+        "phase": phases(names, values["passes"]),
+    }
+
+
+def guest_names(count: int) -> list[str]:
+    """alpha, bravo, carol, delta, guest5, ..."""
+    return [
+        NAMES[number] if number < len(NAMES) else f"guest{number + 1}" for number in range(count)
+    ]
+
+
+def phases(names: list[str], passes: int) -> list[dict[str, Any]]:
+    """Each guest is hot once, in turn; then all run a search or a compilation together."""
+    turns = []
+    for hot in names:
+        work = {name: _light(number) for number, name in enumerate(names) if name != hot}
+        work[hot] = {"workload": "mixed", "passes": passes, "paths_fraction": 1.0}
+        turns.append({"title": f"{hot} is hot", "work": work})
+    return turns
+
+
+def _light(number: int) -> dict[str, Any]:
+    return [
+        {"workload": "log", "passes": 1},
+        {"workload": "compile", "passes": 1, "paths_fraction": 0.05},
+        {"workload": "search", "passes": 1, "paths_fraction": 0.1},
+    ][number % 3]
