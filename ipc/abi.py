@@ -1,6 +1,15 @@
 """The tmem hypercall ABI: operations, statuses, flags and the layout of every message.
 
-`ipc/ABI.md` is generated from this module; a client in another language needs nothing else.
+`ipc/ABI.md` is generated from this module (`python -m tools.abi_document`), comments and docstrings
+included; a client in another language needs nothing else.
+
+A call is one REQUEST on the guest's request queue and one REPLY with the same sequence on its
+reply queue.  A call of several pages answers for each: bit i of `map` belongs to page index + i of
+an extent or to entry i of a batch, and `status` is that of the first page that was not served, or
+DONE.  Entries of a batch are executed in order, each as a call of one page; an entry that is
+refused does not stop those behind it.  A call that breaks a rule of this document has no effect at
+all: its reply has the FAULT flag, a reason of 64 or more, and status EINVAL (ENOSYS for an unknown
+operation).
 
 Differences from Xen's `public/tmem.h`, and why:
 
@@ -42,90 +51,170 @@ GuestId = NewType("GuestId", int)
 
 
 class Op(IntEnum):
-    """Operations; 1 to 7 are Xen's numbers."""
+    """Operations; 1 to 7 are Xen's numbers.
+
+    `uses` names the fields of REQUEST that an operation reads; every other field except `sequence`
+    and `op` must be 0.  `map` and `value` are 0 where nothing is said.  `token` may have any value
+    in the operations that use it and is not looked at in this revision: send 0.
+    """
 
     NEW_POOL = 1
+    """Make a pool: `pool` holds the pool flag word, `oid` the uuid and then eight zero bytes.
+
+    uses: pool oid
+    DONE: `value` is the pool id, the smallest that is free, below 64.
+    EPERM: TOO_MANY_POOLS (64 a guest, 4096 in all), or SHARED_NOT_SERVED.
+    """
     DESTROY_POOL = 2
+    """Drop a pool with all its pages; its id is free at once.
+
+    uses: pool
+    DONE: it is gone.
+    MISS: there was no such pool.
+    """
     PUT_PAGE = 4
+    """Store `count` pages from the window slots `slot`... as pages `index`... of an object.
+
+    A page that is there already is replaced; if the new data can't be kept the old data is dropped
+    too, so it is never readable again.  Pages that were stored stay when later ones are refused.
+
+    uses: count pool index oid slot token
+    map: the pages that were stored.
+    DONE: all of them.
+    ENOMEM: NO_MEMORY, or NO_OBJECT_SLOT (then nothing was stored).
+    ENOSPC: DUPLICATE_FLUSHED.
+    ENODEV: NO_SUCH_POOL.
+    """
     GET_PAGE = 5
+    """Copy pages `index`... of an object into the window slots `slot`....
+
+    The slot of a page that is not there is left as it was.  An ephemeral page that was got is
+    removed from the pool; a persistent one stays.
+
+    uses: count pool index oid slot token
+    map: the pages that were there.
+    DONE: all of them.
+    MISS: the first one whose bit is clear was not there.
+    EEMPTY: POOL_EMPTY, the pool has no page at all.
+    ENODEV: NO_SUCH_POOL.
+    """
     FLUSH_PAGE = 6
+    """Drop `count` pages of an object.  What is not there is no failure.
+
+    uses: count pool index oid token
+    map: the pages that were there (an absent page is served too, so the status is DONE).
+    DONE: none of them is there any more.
+    ENODEV: NO_SUCH_POOL.
+    """
     FLUSH_OBJECT = 7
+    """Drop all pages of an object.  What is not there is no failure.
+
+    uses: pool oid token
+    DONE: `value` is the number of pages that were there.
+    ENODEV: NO_SUCH_POOL.
+    """
     VERSION = 32
+    """Ask what is spoken.
+
+    uses: nothing
+    DONE: `value` is SPEC_VERSION in the upper 32 bits and ABI_REVISION in the lower 32.
+    """
     PUT_BATCH = 33
+    """As PUT_PAGE of one page for each of the first `count` entries of the batch table.
+
+    uses: count
+    map: the entries that were stored.
+    """
     GET_BATCH = 34
+    """As GET_PAGE of one page for each of the first `count` entries of the batch table.
+
+    uses: count
+    map: the entries that were there.
+    """
     FLUSH_BATCH = 35
+    """As FLUSH_PAGE of one page for each of the first `count` entries of the batch table; `slot`
+    of an entry must be 0.
+
+    uses: count
+    map: the entries that were there.
+    """
 
 
 class Status(IntEnum):
     """The result of a call: 1 done, 0 not there, else a negated Linux errno or one of Xen's two."""
 
-    DONE = 1
-    MISS = 0
-    EPERM = -1
-    ENOMEM = -12
-    ENODEV = -19
-    EINVAL = -22
-    ENOSPC = -28
-    ENOSYS = -38
-    EFROZEN = -1000
-    EEMPTY = -1001
+    DONE = 1  # served whole
+    MISS = 0  # a page, or the pool to destroy, is not there
+    EPERM = -1  # not allowed, or more than a guest may have
+    ENOMEM = -12  # no room
+    ENODEV = -19  # no such pool
+    EINVAL = -22  # fault: a rule of this document was broken
+    ENOSPC = -28  # no room for the new page, so the old one was dropped
+    ENOSYS = -38  # fault: no such operation
+    EFROZEN = -1000  # Xen's: the guest is frozen; not answered in this revision
+    EEMPTY = -1001  # Xen's: the pool holds no page at all
 
 
 class Reason(IntEnum):
-    """Why a call was refused or faulted; 0 goes with DONE and MISS."""
+    """Why a call was refused (below 64) or faulted (64 and above); 0 goes with DONE and MISS."""
 
-    NONE = 0
+    NONE = 0  # nothing to explain
     # An ordinary no.
     NO_MEMORY = 1  # every frame holds a page that may not be evicted
-    FROZEN = 2
+    FROZEN = 2  # new pages are refused while the guest is frozen; not answered in this revision
     DUPLICATE_FLUSHED = 3  # the new page could not be kept, so the old one was dropped
-    NO_SUCH_POOL = 4
-    POOL_EMPTY = 5
-    TOO_MANY_POOLS = 6
-    SHARED_NOT_SERVED = 7
-    OVER_ALLOTMENT = 8
-    NO_OBJECT_SLOT = 9
+    NO_SUCH_POOL = 4  # this guest has no pool of this id
+    POOL_EMPTY = 5  # a get from a pool without a page
+    TOO_MANY_POOLS = 6  # this guest has 64 pools, or all guests together 4096
+    SHARED_NOT_SERVED = 7  # this revision has private pools only
+    OVER_ALLOTMENT = 8  # the guest has used up its share; not answered in this revision
+    NO_OBJECT_SLOT = 9  # there are as many objects as frames
     # The guest broke a rule: these come with ReplyFlag.FAULT.
-    BAD_LENGTH = 64
-    UNKNOWN_OP = 65
-    BAD_COUNT = 66
-    BAD_SLOT = 67
-    BAD_INDEX = 68
-    RESERVED_BITS = 69
-    BAD_FLAGS = 70
-    BAD_POOL_FLAGS = 71
-    BAD_SPEC_VERSION = 72
-    BAD_PAGE_SIZE = 73
-    INVALID_OID = 74
+    BAD_LENGTH = 64  # a request has 64 bytes
+    UNKNOWN_OP = 65  # no such operation
+    BAD_COUNT = 66  # count is 0 or above 64
+    BAD_SLOT = 67  # slot + count passes the window, or a flush names a slot
+    BAD_INDEX = 68  # index + count passes 2**32
+    RESERVED_BITS = 69  # a field or byte that must be 0 is not
+    BAD_FLAGS = 70  # flags of a request or of a batch entry are not 0
+    BAD_POOL_FLAGS = 71  # a reserved or unserved bit of the pool flag word
+    BAD_SPEC_VERSION = 72  # the pool flag word is of another spec version
+    BAD_PAGE_SIZE = 73  # the pool flag word asks for other pages than 4 KiB
+    INVALID_OID = 74  # the object id is all ones
 
 
 FIRST_FAULT_REASON: Final = Reason.BAD_LENGTH
+"""Reasons from here on come with the FAULT flag."""
 
 
 class PoolFlag(IntFlag):
     """Pool flag word of NEW_POOL; bit meanings as in Xen."""
 
-    PERSIST = 1
-    SHARED = 2
+    PERSIST = 1  # persistent: kept until flushed; otherwise ephemeral: may vanish at any time
+    SHARED = 2  # shared by all who name the uuid; refused with SHARED_NOT_SERVED
     PRECOMPRESSED = 4  # reserved by Xen, never used; refused
 
 
 POOL_PAGE_SIZE_SHIFT: Final = 4
+"""Place of the page size in the pool flag word."""
 POOL_PAGE_SIZE_MASK: Final = 0xF
 """Bits 4-7: log2(page bytes) - 12.  Must be 0."""
 POOL_VERSION_SHIFT: Final = 24
 """Bits 24-31: SPEC_VERSION."""
 POOL_RESERVED_BITS: Final = 0x00FFFF08
+"""Must be 0."""
 
 
 class CallFlag(IntFlag):
-    """Per-call flags.  None is served yet: every bit must be 0 in this revision."""
+    """Flags of REQUEST.  None is served yet: every bit must be 0 in this revision."""
 
-    NONE = 0
+    NONE = 0  # the only value
 
 
 class ReplyFlag(IntFlag):
-    NONE = 0
+    """Flags of REPLY."""
+
+    NONE = 0  # the call was served or refused
     FAULT = 1  # the guest broke the ABI; the call had no effect
 
 
@@ -139,19 +228,73 @@ INVALID_OID: Final = b"\xff" * OID_BYTES
 REQUEST: Final = struct.Struct("<IBBHII24sQQQ")
 """sequence, op, flags, count, pool, index, oid, slot, token, reserved.
 
-NEW_POOL uses `pool` for the pool flag word and `oid` for the uuid followed by eight zero bytes."""
+sequence: any number; the reply repeats it.  Neighbouring calls must differ.
+op: the operation.
+flags: 0 in this revision.
+count: pages of an extent or entries of a batch, 1 to 64.
+pool: a pool id; NEW_POOL has the pool flag word here.
+index: page number in the object of the first page; index + count may be at most 2**32.
+oid: object id, 192 bits of the guest's choice, all ones excepted; NEW_POOL has the uuid here.
+slot: window slot of the first page; slot + count may be at most the number of slots.
+token: fencing token of shared pools; not looked at in this revision.
+reserved: 0.
+"""
 REPLY: Final = struct.Struct("<IiHHIQQ")
-"""sequence, status, reason, flags, generation, map, value."""
+"""sequence, status, reason, flags, generation, map, value.
+
+sequence: of the request (of a request shorter than four bytes: those bytes, then zeros).
+status: a Status.
+reason: a Reason.
+flags: a ReplyFlag.
+generation: of the hypervisor; goes up by one with each start on the same arena.
+map: bit i answers for page index + i or batch entry i; bit 0 is the lowest.
+value: as the operation says.
+"""
 BATCH_ENTRY: Final = struct.Struct("<IIII24sQ")
-"""pool, index, slot, flags, oid, token."""
+"""pool, index, slot, flags, oid, token.
+
+pool: a pool id; entries of one batch may name different pools.
+index: page number in the object.
+slot: window slot of the page; two entries may name one slot.
+flags: 0 in this revision.
+oid: object id.
+token: not looked at in this revision.
+"""
 
 HELLO: Final = struct.Struct("<4sHH32s32s56s")
-"""magic, abi revision, flags, guest name, token, reserved."""
+"""magic, revision, flags, name, token, reserved.
+
+magic: "TMEM".
+revision: ABI_REVISION.
+flags: 0.
+name: the guest's name, padded with zero bytes.
+token: the 32 bytes that the guest was started with.
+reserved: zeros.
+"""
 WELCOME: Final = struct.Struct("<4sHHiIIIIIQ64s64s96s")
-"""magic, abi revision, flags, status, guest id, generation, slots, table offset, slots offset,
-window bytes, request queue, reply queue, message."""
+"""magic, revision, flags, status, guest, generation, slots, table offset, slots offset,
+window bytes, request queue, reply queue, message.
+
+magic: "TMWE".
+revision: ABI_REVISION.
+flags: a WelcomeFlag.
+status: DONE, or EPERM when the guest is refused: then `message` says why and the rest is 0.
+guest: number of this guest; CONFIRM repeats it.
+generation: as in REPLY.
+slots: page slots of the window.
+table offset: of the batch table, in bytes from the start of the window.
+slots offset: of slot 0, likewise.
+window bytes: how much to map.
+request queue: its name for mq_open(3), with the leading slash, padded with zero bytes.
+reply queue: likewise.
+message: text for a person, UTF-8, padded with zero bytes.
+"""
 CONFIRM: Final = struct.Struct("<4sI")
-"""magic, guest id: sent by the guest when it has opened everything, answered by the same bytes."""
+"""magic, guest.
+
+magic: "TMOK"; "TMBY" makes it a BYE.
+guest: number of this guest, from WELCOME; 0 in a BYE.
+"""
 
 HELLO_MAGIC: Final = b"TMEM"
 WELCOME_MAGIC: Final = b"TMWE"
@@ -169,11 +312,15 @@ TOKEN_BYTES: Final = 32
 
 
 class WelcomeFlag(IntFlag):
-    NONE = 0
+    """Flags of WELCOME."""
+
+    NONE = 0  # the guest has no pools
     RESUMED = 1  # the guest's pools were kept (it came back after a hypervisor restart)
 
 
 class Reply(NamedTuple):
+    """REPLY, unpacked."""
+
     sequence: int
     status: int
     reason: int

@@ -10,13 +10,22 @@ The socket `attach.sock` in the run directory is of type SEQPACKET, so a message
   CONFIRM guest id ----------------------------->  removes both names
           <----------------------------- CONFIRM   the guest may call
 
+A peer that is refused gets a WELCOME without a descriptor, whose status is not DONE and whose
+message says why, and the connection is closed.  A handshake that is not finished in
+`HANDSHAKE_SECONDS` is refused; it holds up nobody else.
+
 The connection stays open: its end tells the guest that the hypervisor is gone.  A guest that sends
 BYE gives its pools back; one that only disappears keeps them until its process has ended (the
-hypervisor holds a pidfd), so a guest can come back after a hypervisor restart by the same door.
+hypervisor holds a pidfd), so a guest can come back after a hypervisor restart by the same door:
+it closes what it has, attaches with the same name and token, and gets new queues and a new window.
+RESUMED in WELCOME says that this very process was known: its pools have their ids and, the
+ephemeral ones as far as nothing was evicted, their pages.  Without RESUMED it has no pools.  To
+attach again without a restart replaces the earlier attachment.
 
 The roster is the folder `guests/` of the run directory, a file a guest: the user id that may use
 the name and a digest of its token.  Whoever starts a guest enrols it first.  Tokens are 32 random
-bytes, compared in constant time; only digests are stored.
+bytes, compared in constant time; only digests are stored.  How the starter hands the token to the
+guest is its own business.
 """
 
 from __future__ import annotations

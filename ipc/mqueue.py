@@ -5,6 +5,12 @@ floods fills its own queue only.  Queues have random names that are removed once
 them.  A queue tells nobody that the other side died; the attach socket does (`attach`), and the
 guest looks at it whenever a reply takes longer than `PATIENCE_SECONDS`.
 
+WELCOME tells both names.  The guest opens the request queue for writing and the reply queue for
+reading (mode 0600, the hypervisor's user) before it sends CONFIRM, which removes the names.
+Messages have priority 0.  A call: write the window, send REQUEST, wait for a REPLY of the same
+sequence, drop others (answers to calls that the guest gave up).  The hypervisor never waits for a
+guest: a reply that finds the reply queue full is dropped.
+
 posix_ipc does not retry after a signal (no PEP 475), so both waits loop on SignalError.
 """
 
@@ -142,7 +148,9 @@ class QueueChannel:
         while True:
             try:
                 if not sent:
-                    self._send(request)
+                    # With a time-out: calls that were cut short may have filled the queue of a
+                    # hypervisor that has died since.
+                    self._send(request, PATIENCE_SECONDS)
                     sent = True
                 reply: bytes = self._receive(PATIENCE_SECONDS)[0]
             except posix_ipc.BusyError:

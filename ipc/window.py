@@ -1,15 +1,19 @@
 """The window: one shared mapping between one guest and the hypervisor, for page bytes.
 
 Layout, in pages of 4 KiB: 0 shared info, 1 batch table, 2-3 reserved for the ring, then the slots.
-The offsets are also told in WELCOME, so a client need not know them.
+The offsets are also told in WELCOME, so a client need not know them.  Entry n of the batch table is
+at table offset + 48 n, slot n at slots offset + 4096 n.  Map it shared, readable and writable, from
+offset 0.  Slots and table belong to the guest between calls and to the hypervisor during one;
+sending and receiving a message orders the accesses, so no other barrier is needed.
 
 Invariants
-  I1  Only the guest and the hypervisor map it.  It has no name: it is a memfd whose descriptor is
-      handed over the attach socket.  A POSIX segment would have a name to guess and could be
-      truncated by the guest, which kills whoever touches the mapping next (SIGBUS); the memfd is
-      sealed against shrinking and growing before it leaves the hypervisor.
-  I2  The hypervisor never reads the shared info page; it writes there and believes nothing.
-  I3  Whatever the hypervisor reads (a batch table, a page) it copies once and then checks the copy.
+
+* I1  Only the guest and the hypervisor map it.  It has no name: it is a memfd whose descriptor is
+  handed over the attach socket.  A POSIX segment would have a name to guess and could be truncated
+  by the guest, which kills whoever touches the mapping next (SIGBUS); the memfd is sealed against
+  shrinking and growing before it leaves the hypervisor.
+* I2  The hypervisor never reads the shared info page; it writes there and believes nothing.
+* I3  Whatever the hypervisor reads (a batch table, a page) it copies once and then checks the copy.
 """
 
 from __future__ import annotations
@@ -29,8 +33,15 @@ from ipc.limits import (
     WINDOW_TABLE_OFFSET,
 )
 
-_SHARED_INFO: Final = struct.Struct("<4sIIQQ")
-"""magic, hypervisor generation, notification bits, balloon target (pages), spare."""
+SHARED_INFO: Final = struct.Struct("<4sIIQQ")
+"""magic, generation, notifications, balloon target, spare.
+
+magic: "TMWI".
+generation: of the hypervisor.
+notifications: bits that stay set until the guest has seen them; always 0 in this revision.
+balloon target: pages that the guest should shrink or grow to; always 0 in this revision.
+spare: 0.
+"""
 _SHARED_INFO_MAGIC: Final = b"TMWI"
 
 
@@ -53,7 +64,7 @@ class Window:
 
     def publish_info(self, generation: int) -> None:
         """Hypervisor only: write the shared info page."""
-        _SHARED_INFO.pack_into(self._view, 0, _SHARED_INFO_MAGIC, generation, 0, 0, 0)
+        SHARED_INFO.pack_into(self._view, 0, _SHARED_INFO_MAGIC, generation, 0, 0, 0)
 
     def write_table(self, entries: list[tuple[int, int, int, int, bytes, int]]) -> None:
         """Guest only: the batch table, entries as `ipc.abi.BATCH_ENTRY` has them."""
