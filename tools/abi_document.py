@@ -17,6 +17,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from enum import IntEnum, IntFlag
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -53,7 +54,7 @@ class Field(NamedTuple):
 def strings_after(body: list[ast.stmt]) -> dict[str, str]:
     """Name -> the string statement that follows its assignment."""
     found = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in pairwise(body):
         name = _assigned(statement)
         if name and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             found[name] = inspect.cleandoc(str(following.value.value))
@@ -65,7 +66,7 @@ def module_strings(module: ModuleType) -> dict[str, str]:
     return strings_after(ast.parse(inspect.getsource(module)).body)
 
 
-def enum_members(enumeration: type[IntEnum] | type[IntFlag]) -> list[Member]:
+def enum_members(enumeration: type[IntEnum | IntFlag]) -> list[Member]:
     """Every member with the string after it or the comment behind it."""
     source = inspect.getsource(enumeration)
     (definition,) = ast.parse(source).body
@@ -142,7 +143,7 @@ def table(*rows: tuple[object, ...]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
 
 
-def enum_table(enumeration: type[IntEnum] | type[IntFlag]) -> str:
+def enum_table(enumeration: type[IntEnum | IntFlag]) -> str:
     """Value, name and meaning of each member."""
     rows = [(member.value, f"`{member.name}`", member.text) for member in enum_members(enumeration)]
     return table(("value", "name", "meaning"), *rows)
