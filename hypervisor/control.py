@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from hypervisor.doorman import Doorman
 from ipc.attach import CONTROL_SOCKET
 from ipc.codec import BadRecord, Record, decode, encode, split_frame
 
@@ -40,7 +41,7 @@ class Control:
     def __init__(
         self,
         run_directory: Path,
-        poll: select.epoll,
+        poll: Doorman,
         handlers: dict[int, Callable[[], None]],
         answer: Callable[[Record], Record],
     ) -> None:

@@ -21,6 +21,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from hypervisor.doorman import Doorman
 from hypervisor.machine import Machine
 from hypervisor.pools import Client
 from ipc import attach
@@ -39,7 +40,11 @@ Handler = Callable[[], None]
 class Session:
     """An attachment; `client` and `pair` are None until the guest has said who it is."""
 
-    __slots__ = ("client", "connection", "deadline", "pair", "peer")
+    __slots__ = ("client", "connection", "deadline", "guest", "pair", "peer", "port")
+
+    guest: Client
+    port: QueuePair
+    """`client` and `pair` once more, set when both are there: what serving reads each call."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self.connection = connection
@@ -59,7 +64,7 @@ class Sessions:
         run_directory: Path,
         cluster: str,
         registry: Registry,
-        poll: select.epoll,
+        poll: Doorman,
         handlers: dict[int, Handler],
         *,
         now_seconds: Callable[[], float],
@@ -131,14 +136,12 @@ class Sessions:
 
     def expire(self) -> None:
         """Drop handshakes that take too long."""
+        if not self._pending:
+            return
         now = self._now_seconds()
         for session in list(self._pending.values()):
             if session.deadline < now:
                 self._abandon(session, "the handshake took too long")
-
-    @property
-    def shaking_hands(self) -> bool:
-        return bool(self._pending)
 
     def _advance(self, session: Session) -> None:
         try:
@@ -207,6 +210,7 @@ class Sessions:
         fd = session.connection.fileno()
         del self._pending[fd]
         self._handlers[fd] = lambda: self._hear(session)
+        session.guest, session.port = client, pair
         self._by_client[client.name] = session
         self.serving[pair.fileno()] = session
         self._poll.register(pair.fileno(), select.EPOLLIN)

@@ -35,6 +35,9 @@ from ipc.limits import (
 from ipc.names import Registry, object_name, unlink_queue
 from ipc.window import Window
 
+KICK: Final = b"K"
+"""Not a request: it wakes the hypervisor's end.  From a guest it does the same and no more."""
+
 _GONE: Final = select.POLLHUP | select.POLLRDHUP | select.POLLERR
 
 
@@ -84,7 +87,6 @@ class QueuePair:
                 f"in all clusters together (ulimit -q, fs.mqueue.queues_max); kernel said: {error}",
                 ExitCode.UNAVAILABLE,
             ) from None
-        queue.block = False
         return queue
 
     def forget_names(self) -> None:
@@ -98,14 +100,27 @@ class QueuePair:
 
     def receive(self) -> bytes | None:
         try:
-            message: bytes = self._receive()[0]
+            message: bytes = self._receive(0)[0]
         except posix_ipc.BusyError:
             return None
         return message
 
+    def wait(self, patience_seconds: float) -> bytes | None:
+        """Sleep until a request comes; None after `patience_seconds`, or after a signal."""
+        try:
+            message: bytes = self._receive(patience_seconds)[0]
+        except (posix_ipc.BusyError, posix_ipc.SignalError):
+            return None
+        return message
+
+    def kick(self) -> None:
+        """Wake whoever sleeps in `wait`; of no effect on a queue that is full."""
+        with contextlib.suppress(posix_ipc.BusyError):
+            self._requests.send(KICK, 0)
+
     def send(self, reply: bytes) -> bool:
         try:
-            self._send(reply)
+            self._send(reply, 0)
         except posix_ipc.BusyError:
             return False
         return True
