@@ -1,0 +1,211 @@
+"""The guest's control socket: how the supervisor gives it work and asks how it is.
+
+`guest-NAME.sock` in the run directory: a Unix stream of msgpack frames (`ipc.codec`), mode 0600.
+It is looked at between two steps of the workload, so everything in the guest is one thread.
+
+    {"verb": "status"}                               -> Kernel.status
+    {"verb": "run", "workload", "seed", "parameters"} -> {"accepted": True}
+    {"verb": "exec", "argv": [...]}                  -> {"exit_code", "stdout", "stderr"}
+    {"verb": "stop"}                                 -> {"stopping": True}, then the guest ends
+    anything else, or what can't be done             -> {"error": text}
+
+A connection that sends half a frame waits; one that does not read its answers is dropped when too
+much is waiting for it.  Neither holds up the work.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from guests.kernel import Kernel
+from guests.shell import Shell
+from guests.workloads.job import BadParameters
+from ipc.codec import BadRecord, Record, decode, encode, split_frame
+from ipc.errors import ExitCode, OperatorError
+
+CONNECTIONS_MAX: Final = 16
+REQUEST_BYTES_MAX: Final = 256 * 1024
+WAITING_BYTES_MAX: Final = 8 * 1024 * 1024
+_READ_BYTES: Final = 64 * 1024
+
+
+def socket_path(run_directory: Path, name: str) -> Path:
+    """Where the control socket of a guest is."""
+    return run_directory / f"guest-{name}.sock"
+
+
+class _Connection:
+    __slots__ = ("received", "socket", "waiting")
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self.received = b""
+        self.waiting = b""
+
+
+class Control:
+    """`answer(record) -> record` does the work; this moves the frames."""
+
+    def __init__(self, path: Path, answer: Callable[[Record], Record]) -> None:
+        self._path = path
+        self._answer = answer
+        self._poll = select.poll()
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self._listener.bind(os.fspath(path))
+            path.chmod(0o600)
+            self._listener.listen(CONNECTIONS_MAX)
+        except OSError as error:
+            self._listener.close()
+            raise OperatorError(
+                f"can't listen on {path}: {error.strerror or error}; choose a shorter or writable "
+                "run directory",
+                ExitCode.UNAVAILABLE,
+            ) from None
+        self._listener.setblocking(False)
+        self._connections: dict[int, _Connection] = {}
+        self.watch(self._listener.fileno(), lambda _events: self._accept())
+
+    def watch(self, fd: int, handler: Callable[[int], None]) -> None:
+        """Call `handler(events)` when `fd` is readable or ended."""
+        self._handlers[fd] = handler
+        self._poll.register(fd, select.POLLIN)
+
+    def wait(self, timeout_seconds: float) -> None:
+        """Serve whatever is there; wait for something at most so long."""
+        for fd, events in self._poll.poll(timeout_seconds * 1000):
+            handler = self._handlers.get(fd)
+            if handler is not None:
+                handler(events)
+
+    def close(self) -> None:
+        """Drop all connections and remove the socket."""
+        for connection in list(self._connections.values()):
+            self._drop(connection)
+        self._poll.unregister(self._listener.fileno())
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+
+    def _accept(self) -> None:
+        try:
+            accepted, _ = self._listener.accept()
+        except OSError:
+            return
+        if len(self._connections) >= CONNECTIONS_MAX:
+            accepted.close()
+            return
+        accepted.setblocking(False)
+        connection = _Connection(accepted)
+        self._connections[accepted.fileno()] = connection
+        self.watch(accepted.fileno(), lambda events: self._serve(connection, events))
+
+    def _serve(self, connection: _Connection, events: int) -> None:
+        try:
+            if events & select.POLLOUT:
+                self._send(connection)
+            if events & ~select.POLLOUT:
+                self._receive(connection)
+        except (OSError, BadRecord):
+            self._drop(connection)
+
+    def _receive(self, connection: _Connection) -> None:
+        try:
+            chunk = connection.socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        if not chunk:
+            raise BadRecord("the end")
+        connection.received += chunk
+        while (frame := split_frame(connection.received)) is not None:
+            body, connection.received = frame
+            connection.waiting += encode(self._answer(decode(body)))
+        if (
+            len(connection.received) > REQUEST_BYTES_MAX
+            or len(connection.waiting) > WAITING_BYTES_MAX
+        ):
+            raise BadRecord("too long")
+        self._send(connection)
+
+    def _send(self, connection: _Connection) -> None:
+        try:
+            while connection.waiting:
+                sent = connection.socket.send(connection.waiting)
+                connection.waiting = connection.waiting[sent:]
+        except BlockingIOError:
+            pass
+        interest = select.POLLIN | (select.POLLOUT if connection.waiting else 0)
+        self._poll.modify(connection.socket.fileno(), interest)
+
+    def _drop(self, connection: _Connection) -> None:
+        fd = connection.socket.fileno()
+        del self._connections[fd]
+        del self._handlers[fd]
+        self._poll.unregister(fd)
+        connection.socket.close()
+
+
+class Answers:
+    """The verbs, over one kernel."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._shell = Shell(kernel)
+        self.stopping = False
+
+    def answer(self, untrusted: Record) -> Record:
+        """The answer to a request; never raises for anything that a request can hold."""
+        verb = untrusted.get("verb")
+        if verb == "status":
+            status: dict[str, Any] = self._kernel.status()
+            status["counters"]["rchar_bytes"] = read_characters()
+            return status
+        if verb == "run":
+            return self._run(untrusted)
+        if verb == "exec":
+            return self._exec(untrusted.get("argv"))
+        if verb == "stop":
+            self.stopping = True
+            return {"stopping": True}
+        return {"error": f"no verb {verb!r}; there are status, run, exec, stop"}
+
+    def _run(self, untrusted: Record) -> Record:
+        workload = untrusted.get("workload")
+        seed = untrusted.get("seed", 0)
+        parameters = untrusted.get("parameters", {})
+        if not isinstance(workload, str) or not isinstance(seed, int):
+            return {"error": "run needs a workload (text) and a seed (whole number)"}
+        if not isinstance(parameters, dict):
+            return {"error": "the parameters of run must be a map"}
+        try:
+            self._kernel.start(workload, seed, parameters)
+        except BadParameters as error:
+            return {"error": str(error)}
+        return {"accepted": True}
+
+    def _exec(self, untrusted_argv: object) -> Record:
+        if (
+            not isinstance(untrusted_argv, list)
+            or not untrusted_argv
+            or not all(isinstance(word, str) for word in untrusted_argv)
+        ):
+            return {"error": "exec needs argv, a list of texts that begins with a command"}
+        return self._shell.run(untrusted_argv)._asdict()
+
+
+def read_characters() -> int:
+    """`rchar` of this process: bytes it has read by read(2) and its kin so far (proc(5)).
+
+    This reading itself counts, the next time: about 100 bytes each.
+    """
+    for line in Path("/proc/self/io").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "rchar":
+            return int(value)
+    return 0

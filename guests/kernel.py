@@ -1,0 +1,231 @@
+"""The kernel of a guest: memory, page cache, cleancache, a mounted file system, and one workload.
+
+No process, socket or signal is known here: `boot` runs it in a process, tests run it in theirs.
+
+Order of start: budget, mount, cleancache pool, page cache, vfs.  Order of stop: workload, dirty
+pages and metadata to the disk, image marked clean, pool destroyed, attachment ended.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from fs.block.counting import CountingDevice
+from fs.block.device import BlockDevice
+from fs.hooks import NoHooks
+from fs.mount import mount_image
+from fs.vfs import Vfs
+from guests.cleancache import Cleancache
+from guests.memory import Memory, divide
+from guests.pagecache import PageCache
+from guests.workloads import WORKLOADS
+from guests.workloads.job import BadParameters, Findings, Job
+from ipc.channel import Channel
+
+log = logging.getLogger(__name__)
+
+STEP_SECONDS: Final = 0.005
+"""Work between two looks at the control socket."""
+
+
+@dataclass(frozen=True)
+class GuestSpec:
+    """What a guest process is started with.
+
+    `memory_bytes` is all it may use (see `guests.memory`); `buffer_blocks` is the metadata's share
+    of it, None for the default.  With `attach` it uses the hypervisor of `run_directory`, where it
+    was enrolled under `name` with `token` (32 bytes).  It ends with the process `supervisor_pid`,
+    if one is named.
+    """
+
+    name: str
+    image: Path
+    memory_bytes: int
+    run_directory: Path
+    token: bytes = field(default=b"", repr=False)
+    attach: bool = True
+    buffer_blocks: int | None = None
+    supervisor_pid: int | None = None
+
+
+class Kernel:
+    """A running kernel.  `connect` attaches to the hypervisor; without it there is no tmem.
+
+    Raises `fs.errors.ImageError` or `ipc.errors.OperatorError` if it can't start.
+    """
+
+    def __init__(
+        self,
+        spec: GuestSpec,
+        *,
+        clock_ns: Callable[[], int],
+        now_seconds: Callable[[], float],
+        connect: Callable[[], Channel] | None = None,
+        detach: Callable[[Channel], None] = lambda channel: channel.close(),
+        stack: Callable[[BlockDevice], BlockDevice] = lambda device: device,
+    ) -> None:
+        budget = divide(
+            spec.memory_bytes, attach=connect is not None, buffer_blocks=spec.buffer_blocks
+        )
+        self.name = spec.name
+        self._now_seconds = now_seconds
+        counting: list[CountingDevice] = []
+
+        def count(device: BlockDevice) -> BlockDevice:
+            counting.append(CountingDevice(stack(device)))
+            return counting[0]
+
+        self.fs = mount_image(
+            spec.image, clock_ns=clock_ns, buffer_blocks=budget.buffers, stack=count
+        )
+        self.device = counting[0]
+        self.memory = Memory(budget)
+        self.cleancache: Cleancache | None = None
+        try:
+            if connect is not None:
+                self.cleancache = Cleancache(connect, now_seconds, detach)
+                self.cleancache.attach(refusal_is_fatal=True)
+        except BaseException:
+            self.fs.unmount()
+            self.memory.close()
+            raise
+        self.pages = PageCache(self.fs, self.memory, self.cleancache or NoHooks())
+        self.vfs = Vfs(self.fs, self.pages)
+        self.findings = Findings()
+        self.job: Job | None = None
+        self._steps: Iterator[None] | None = None
+        self._error: str | None = None
+        self._seconds = 0.0
+        self._began_at = 0.0
+        self._stopped = False
+
+    # --- work
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a workload has something left to do."""
+        return self._steps is not None
+
+    def start(self, workload: str, seed: int, parameters: dict[str, Any]) -> None:
+        """Begin a workload; raises BadParameters if it can't be begun."""
+        if self._steps is not None:
+            raise BadParameters("a workload is running already")
+        begin = WORKLOADS.get(workload)
+        if begin is None:
+            raise BadParameters(f"no workload {workload!r}; there are {', '.join(WORKLOADS)}")
+        self.job = Job(workload, seed, parameters, self.vfs, self.findings)
+        self._error = None
+        self._steps = begin(self.job)
+        self._began_at = self._now_seconds()
+        try:
+            # The first step checks the parameters.
+            self._step()
+        except BadParameters:
+            self._end(None)
+            self.job = None
+            raise
+
+    def work(self) -> None:
+        """Go on with the workload for about `STEP_SECONDS`."""
+        until = self._now_seconds() + STEP_SECONDS
+        while self._steps is not None and self._now_seconds() < until:
+            self._step()
+
+    def idle(self) -> None:
+        """Called now and then while there is no work: look whether the hypervisor is back."""
+        if self.cleancache is not None:
+            self.cleancache.attach()
+
+    def _step(self) -> None:
+        assert self._steps is not None
+        try:
+            next(self._steps)
+        except StopIteration:
+            self._end(None)
+        except OSError as error:
+            assert self.job is not None
+            log.error("workload=%s event=failed why=%s", self.job.workload, error)
+            self._end(str(error))
+
+    def _end(self, error: str | None) -> None:
+        self._steps = None
+        self._error = error
+        self._seconds += self._now_seconds() - self._began_at
+
+    # --- figures
+
+    def status(self) -> dict[str, Any]:
+        """What the control socket's verb `status` answers."""
+        job = self.job
+        state = "running" if self._steps is not None else "failed" if self._error else "idle"
+        return {
+            "state": state,
+            "workload": job.workload if job is not None else "",
+            "done": job.done if job is not None else 0,
+            "total": job.total if job is not None else 0,
+            "error": self._error,
+            "counters": self.counters(),
+        }
+
+    def counters(self) -> dict[str, Any]:
+        """Sums since boot; pages of 4 KiB, disk figures as the counting device has them."""
+        running = self._now_seconds() - self._began_at if self._steps is not None else 0.0
+        device = self.device
+        cleancache = self.cleancache
+        return {
+            "disk_reads_pages": device.read_pages,
+            "disk_read_calls": device.reads,
+            "disk_writes_pages": device.write_pages,
+            "disk_write_calls": device.writes,
+            **self.findings.record(),
+            "seconds": self._seconds + running,
+            "page_cache": self._page_cache(),
+            "cleancache": cleancache.counters() if cleancache is not None else no_cleancache(),
+            "memory": {
+                "budget_pages": self.memory.budget.total,
+                "frames": self.memory.budget.frames,
+                "used_pages": self.memory.used_pages,
+                "transfer_pages": self.memory.budget.transfer,
+                "buffer_pages": self.memory.budget.buffers,
+                "window_pages": self.memory.budget.window,
+            },
+        }
+
+    def _page_cache(self) -> dict[str, int]:
+        counters = self.pages.counters
+        return {
+            "hits": counters.hits,
+            "misses": counters.misses,
+            "readahead_pages": counters.readahead_pages,
+            "evictions": counters.evictions,
+            "written_pages": counters.written_pages,
+            "cached_pages": self.pages.cached_pages,
+            "active_pages": self.pages.active_pages,
+            "dirty_pages": self.pages.dirty_pages,
+        }
+
+    # --- the end
+
+    def stop(self) -> None:
+        """Write everything back, mark the image clean, give the pool back.  Twice is once."""
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._steps is not None:
+            self._end(None)
+        try:
+            self.vfs.unmount()
+        finally:
+            if self.cleancache is not None:
+                self.cleancache.flush_fs()
+            self.memory.close()
+
+
+def no_cleancache() -> dict[str, int | bool]:
+    """The figures of a guest without tmem."""
+    names = ("succ_gets", "failed_gets", "puts", "invalidates", "skipped", "owed_files")
+    return {**dict.fromkeys(names, 0), "attached": False, "reattaches": 0, "disconnects": 0}

@@ -1,0 +1,104 @@
+"""The guest's RAM: one anonymous mapping of page frames, and the sum of what it is used for.
+
+A guest is given `memory_bytes` and takes no more, whatever it does with it:
+
+    budget = page cache frames          in the mapping, this module hands them out
+           + transfer frames            in the mapping, where extents stand on their way
+           + metadata buffers           of the file system (`fs.buffers`), 4 KiB a block
+           + window                     the mapping shared with the hypervisor, if there is one
+
+Not counted, as a hypervisor does not count it either: the kernel's own code and structures (here
+the Python interpreter), and what a program holds of a file's bytes after it has read them.
+
+The transfer frames exist because frames of one extent are scattered over the mapping while a disk
+or tmem moves neighbours: an extent is gathered or scattered there, one copy a page.
+
+Invariant: a frame is free, or belongs to exactly one owner; `used_pages` never passes `frames`.
+"""
+
+from __future__ import annotations
+
+import mmap
+from array import array
+from typing import Final, NamedTuple
+
+from ipc.abi import PAGE_BYTES
+from ipc.errors import OperatorError
+from ipc.limits import WINDOW_BYTES
+
+TRANSFER_PAGES: Final = 32
+"""The longest extent: a whole readahead window, or a batch of reclaim."""
+FRAMES_MIN: Final = 2 * TRANSFER_PAGES
+"""A readahead and the batch that makes room for it fit at the same time."""
+BUFFERS_MIN: Final = 8
+BUFFERS_MAX: Final = 64
+BUFFERS_SHARE: Final = 16
+"""One page in 16 holds metadata, between the two bounds."""
+WINDOW_PAGES: Final = WINDOW_BYTES // PAGE_BYTES
+
+
+class Budget(NamedTuple):
+    """How a guest's memory is divided; everything in pages, `total` is the sum of the rest."""
+
+    total: int
+    frames: int
+    transfer: int
+    buffers: int
+    window: int
+
+
+def divide(memory_bytes: int, *, attach: bool, buffer_blocks: int | None = None) -> Budget:
+    """The budget of a guest; raises OperatorError if nothing useful fits."""
+    total = memory_bytes // PAGE_BYTES
+    buffers = buffer_blocks
+    if buffers is None:
+        buffers = min(BUFFERS_MAX, max(BUFFERS_MIN, total // BUFFERS_SHARE))
+    window = WINDOW_PAGES if attach else 0
+    frames = total - TRANSFER_PAGES - buffers - window
+    if frames < FRAMES_MIN:
+        least = (FRAMES_MIN + total - frames) * PAGE_BYTES
+        raise OperatorError(
+            f"{memory_bytes} bytes of memory are too little for a guest; give it at least {least}"
+        )
+    return Budget(total, frames, TRANSFER_PAGES, buffers, window)
+
+
+class Memory:
+    """The mapping and its free frames.  Frame n is `page(n)`."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self._mapping = mmap.mmap(-1, (budget.frames + budget.transfer) * PAGE_BYTES)
+        self.pages = memoryview(self._mapping)
+        """All frames, frame 0 first."""
+        self.transfer = self.pages[budget.frames * PAGE_BYTES :]
+        """`TRANSFER_PAGES` neighbours for an extent on its way; nobody owns them over a call."""
+        self._free = array("I", range(budget.frames - 1, -1, -1))
+
+    @property
+    def free_pages(self) -> int:
+        """Frames that nobody owns."""
+        return len(self._free)
+
+    @property
+    def used_pages(self) -> int:
+        """Frames that the page cache owns."""
+        return self.budget.frames - len(self._free)
+
+    def take(self) -> int:
+        """A free frame; the caller makes sure that there is one."""
+        return self._free.pop()
+
+    def give(self, frame: int) -> None:
+        """A frame is free again."""
+        self._free.append(frame)
+
+    def page(self, frame: int) -> memoryview:
+        """The bytes of a frame, writable."""
+        return self.pages[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.transfer.release()
+        self.pages.release()
+        self._mapping.close()
