@@ -74,6 +74,8 @@ class GuestRecord(NamedTuple):
 
 
 class PoolRecord(NamedTuple):
+    """A pool that was made; a dead one waits for its pages to be freed."""
+
     number: int
     dead: bool
     guest: GuestId
@@ -98,6 +100,7 @@ class Layout(NamedTuple):
 
 
 def layout(frames: int) -> Layout:
+    """Where everything is in a segment of this many frames; columns first, then pages."""
     guests = _HEADER_BYTES
     pools = guests + GUESTS_MAX * _GUEST.size
     state = pools + POOLS_MAX * _POOL.size

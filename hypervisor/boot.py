@@ -44,7 +44,7 @@ def run(spec: HypervisorSpec) -> None:
         _serve(spec)
     except OperatorError as error:
         log.error("%s", error)
-        print(f"hypervisor: {error}", file=sys.stderr)
+        sys.stderr.write(f"hypervisor: {error}\n")
         sys.exit(error.exit_code)
     except Exception:
         log.critical("event=bug", exc_info=True)

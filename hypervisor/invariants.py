@@ -21,7 +21,7 @@ def check(machine: Machine) -> None:
     store = machine.store
     owned = _check_pools(store, list(_all_pools(machine)))
     _check_frames(store, owned)
-    _check_objects(store, owned)
+    _check_objects(store)
     _check_records(machine)
     store.policy.check()
     waiting = store.doomed_pools or any(yard.objects for yard in store.graveyards)
@@ -92,7 +92,7 @@ def _check_frames(store: Store, owned: dict[int, tuple[TmemObject, int]]) -> Non
             _fail(f"frame {frame} of a pool {owner.pool.kind} has kind {kind}")
 
 
-def _check_objects(store: Store, owned: dict[int, tuple[TmemObject, int]]) -> None:
+def _check_objects(store: Store) -> None:
     graves = set(store.graveyards)
     free = set(store.free_object_numbers)
     if len(free) != len(store.free_object_numbers):

@@ -1,4 +1,6 @@
-"""The machine: every tmem operation, and nothing of the world (no clock, queue, socket, randomness).
+"""The machine: every tmem operation, and nothing of the world.
+
+It has no clock, queue, socket or randomness of its own.
 
 `execute(client, message, window) -> reply` is driven alike by the queue server, the simulator and
 the tests.  It parses, finds the pool, has `Store` move the pages, names the outcome and accounts

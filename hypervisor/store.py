@@ -1,7 +1,7 @@
 """The store: pages between the guests' windows and the frames of the arena.
 
-The way of a page is  pool -> object -> leaf -> frame; what a refusal is called and who is charged is
-`Machine`'s business.  Two differences in mechanism from Xen:
+The way of a page is  pool -> object -> leaf -> frame; what a refusal is called and who is charged
+is `Machine`'s business.  Two differences in mechanism from Xen:
 
   * *Room first, then look.*  A put makes room before it looks its object up, because eviction may
     take pages, leaves and the very object that was looked up.

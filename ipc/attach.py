@@ -93,6 +93,8 @@ class Peer(NamedTuple):
 
 
 class Hello(NamedTuple):
+    """Who the guest says it is, and its proof."""
+
     name: str
     token: bytes
 

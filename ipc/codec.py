@@ -25,7 +25,7 @@ class BadRecord(Exception):
 
 def encode(record: Record) -> bytes:
     """A record as a frame."""
-    body = cast(bytes, msgpack.packb(record))
+    body = cast("bytes", msgpack.packb(record))
     return _LENGTH.pack(len(body)) + body
 
 
@@ -59,6 +59,7 @@ def split_frame(buffer: bytes) -> tuple[bytes, bytes] | None:
 
 
 def send_record(connection: socket.socket, record: Record) -> None:
+    """Send one record whole, on a blocking socket."""
     connection.sendall(encode(record))
 
 

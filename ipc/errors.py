@@ -6,7 +6,8 @@
                nobody else notices.  Xen's counterpart is killing the domain.
 * OperatorError bad configuration, a bad command, or a machine that can't do what was asked.  It is
                shown as one line and ends the command with `exit_code`; never a traceback.
-* InvariantError our own bug.  The process dumps what it knows and stops.  Xen's counterpart is BUG().
+* InvariantError our own bug.  The process dumps what it knows and stops.  Xen's counterpart is
+               BUG().
 
 `Disconnected` is the fifth thing a caller meets: not an error of either side but the news that the
 peer process is gone.  A guest must be able to go on without its hypervisor.

@@ -79,7 +79,7 @@ class QueueLimits(NamedTuple):
 
 
 def read_queue_limits(proc: Path = Path("/proc/sys/fs/mqueue")) -> QueueLimits:
-    """Limits from RLIMIT_MSGQUEUE (soft) and /proc/sys/fs/mqueue; an unreadable file is no limit."""
+    """RLIMIT_MSGQUEUE (soft) and /proc/sys/fs/mqueue; an unreadable file is no limit."""
     soft, _hard = resource.getrlimit(resource.RLIMIT_MSGQUEUE)
 
     def read(name: str) -> int:

@@ -20,6 +20,8 @@ from ipc.window import Window, anonymous_window
 
 
 class Fault(Enum):
+    """What happens to one call."""
+
     NONE = "none"
     LOSE_REQUEST = "lose-request"
     LOSE_REPLY = "lose-reply"

@@ -83,7 +83,7 @@ def remove_segment(name: str, registry: Registry) -> None:
 
 def allocated_bytes(name: str) -> int:
     """Memory that the segment really holds: its allocated blocks, not its size."""
-    return os.stat(SHARED_MEMORY_DIRECTORY / name.lstrip("/")).st_blocks * 512
+    return (SHARED_MEMORY_DIRECTORY / name.lstrip("/")).stat().st_blocks * 512
 
 
 def _map(memory: posix_ipc.SharedMemory) -> mmap.mmap:

@@ -34,8 +34,7 @@ RequestTuple = tuple[int, int, int, int, int, int, bytes, int, int, int]
 INDEX_LIMIT = 1 << 32
 
 _unpack_request = REQUEST.unpack
-_PUT_PAGE = int(Op.PUT_PAGE)
-_GET_PAGE = int(Op.GET_PAGE)
+_MOVERS = frozenset((int(Op.PUT_PAGE), int(Op.GET_PAGE)))
 _OPS = frozenset(int(op) for op in Op)
 _BATCH_OPS = frozenset((int(Op.PUT_BATCH), int(Op.GET_BATCH), int(Op.FLUSH_BATCH)))
 _ZERO_TAIL = bytes(OID_BYTES - UUID_BYTES)
@@ -50,7 +49,7 @@ def decode_request(untrusted_message: bytes) -> RequestTuple:
         raise GuestFault(Reason.BAD_LENGTH, f"{len(untrusted_message)} bytes") from None
     _, op, flags, count, _, index, oid, slot, _, reserved = request
     if (
-        (op == _GET_PAGE or op == _PUT_PAGE)
+        op in _MOVERS
         and 0 < count <= EXTENT_PAGES_MAX
         and slot + count <= WINDOW_SLOTS
         and index + count <= INDEX_LIMIT

@@ -26,10 +26,10 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from multiprocess.connection import Connection, wait
 from pathlib import Path
 
 import multiprocess
+from multiprocess.connection import Connection, wait
 
 from guests.hypercall import Hypercalls
 from hypervisor.boot import HypervisorSpec
@@ -333,7 +333,7 @@ def _await_all(pipes: list[Connection], patience_seconds: float = 60) -> None:
         for pipe in ready:
             if isinstance(pipe, Connection):
                 pipe.recv()
-            waiting.remove(pipe)  # type: ignore[arg-type]
+            waiting.remove(pipe)
 
 
 def _receive_tally(pipe: Connection) -> Tally:

@@ -23,6 +23,8 @@ assert COLD not in (HOT, PERSISTENT, FREE)
 
 
 class Clock:
+    """A hand over `Frames.kinds`."""
+
     listens = False
 
     def __init__(self, frames: Frames) -> None:

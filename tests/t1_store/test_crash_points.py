@@ -31,9 +31,7 @@ EPHEMERAL, PERSISTENT = 0, 1
 Key = tuple[int, int, int]
 """pool id, object id, index."""
 
-WRITERS = {
-    module.__file__ for module in (arena_module, store_module)
-}
+WRITERS = {module.__file__ for module in (arena_module, store_module)}
 
 
 class Killed(BaseException):
@@ -81,6 +79,7 @@ class Rig:
 
 
 def page(pool: int, oid: int, index: int, version: int) -> bytes:
+    """A page that says whose it is."""
     return f"{pool} {oid} {index} v{version} ".encode().ljust(64, b"#") * (PAGE_BYTES // 64)
 
 
@@ -104,6 +103,7 @@ def prepared() -> bytes:
 
 
 def restored(image: bytes) -> Arena:
+    """A copy of an arena."""
     mapping = mmap.mmap(-1, len(image))
     mapping[:] = image
     return Arena(mapping)
@@ -279,5 +279,3 @@ def test_the_cut_sees_a_broken_order(monkeypatch: pytest.MonkeyPatch) -> None:
         now = Rig(arena).contents()
         wrong += now.get((1, 5, 0)) not in (None, page(1, 5, 0, 2))
     assert wrong > 0
-
-

@@ -45,6 +45,7 @@ class Filled:
 
 @pytest.fixture(params=list(POLICIES))
 def policy(request: pytest.FixtureRequest) -> str:
+    """Every policy by its name."""
     return str(request.param)
 
 

@@ -10,6 +10,7 @@ from hypervisor.frames import COLD, FREE, HOT, PERSISTENT, RUN_MAX, Frames
 
 
 def take_run(frames: Frames, count: int, kind: int = HOT) -> list[int]:
+    """Allocate and mark."""
     runs = frames.allocate(count)
     for first, length in runs:
         frames.mark(first, length, kind)

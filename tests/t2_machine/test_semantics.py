@@ -82,6 +82,7 @@ class Guest:
 
 @pytest.fixture
 def machine() -> Iterator[Machine]:
+    """A machine that is consistent at the end."""
     made = Machine(private_arena(ARENA_BYTES))
     yield made
     check(made)
@@ -321,7 +322,7 @@ def test_a_broken_rule_is_a_fault_without_effect(
     guest.put(PERSISTENT, 7, 0, "kept")
     fields = dict(request_fields)
 
-    reply = guest.call(fields.pop("op"), **fields)  # type: ignore[arg-type]
+    reply = guest.call(fields.pop("op"), **fields)
 
     assert (reply.reason, reply.flags, reply.map) == (reason, ReplyFlag.FAULT, 0)
     assert reply.status in (Status.EINVAL, Status.ENOSYS)

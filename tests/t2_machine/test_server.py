@@ -22,6 +22,7 @@ from tests.support.hypervisors import ROOT, RunningHypervisor, running_hyperviso
 
 @pytest.fixture
 def hypervisor(cluster_name: str, tmp_path: Path) -> Iterator[RunningHypervisor]:
+    """A hypervisor process of this test's own."""
     with running_hypervisor(cluster_name, tmp_path) as running:
         yield running
 
@@ -62,6 +63,7 @@ def start_guest(hypervisor: RunningHypervisor, name: str, code: str) -> subproce
 
 
 def end(process: subprocess.Popen[str]) -> None:
+    """SIGKILL and reap."""
     process.kill()
     process.communicate()
 
@@ -72,7 +74,10 @@ def test_a_killed_guest_is_noticed_and_its_pages_come_back(hypervisor: RunningHy
     pool = survivor.new_pool(persist=True)
     survivor.channel.window.slot(0)[:] = b"s" * PAGE_BYTES
     survivor.call(Op.PUT_PAGE, pool, 1, 0, 1)
-    code = "pool = guest.new_pool(persist=True)\nfor n in range(4): guest.call(Op.PUT_PAGE, pool, n, 0, 64)"
+    code = (
+        "pool = guest.new_pool(persist=True)\n"
+        "for oid in range(4): guest.call(Op.PUT_PAGE, pool, oid, 0, 64)"
+    )
     victim = start_guest(hypervisor, "victim", code)
     assert hypervisor.ask("stats")["guests"]["victim"]["persistent_pages"] == 256
 
@@ -163,8 +168,9 @@ def test_a_deaf_guest_is_counted_and_holds_nobody_up(hypervisor: RunningHypervis
     for _ in range(20):
         assert other.call(Op.VERSION).status == Status.DONE
     until(
-        lambda: hypervisor.ask("stats")["guests"]["deaf"]["unread_replies"]
-        == 50 - REPLY_QUEUE_MESSAGES,
+        lambda: (
+            hypervisor.ask("stats")["guests"]["deaf"]["unread_replies"] == 50 - REPLY_QUEUE_MESSAGES
+        ),
         "its replies are dropped",
     )
     other.detach()
