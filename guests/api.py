@@ -1,0 +1,175 @@
+"""Transcendent memory for an ordinary program.
+
+    with Tmem.connect(run_directory, "worker", token) as tmem:
+        pool = tmem.pool(persist=True)
+        if not pool.put(7, 0, page):       # object 7, page 0, 4096 bytes
+            ...                            # refused: keep it yourself
+        page = pool.get(7, 0)              # None if it is not there
+
+An ephemeral pool may lose any page at any time, and a get takes the page out of it.  A persistent
+pool keeps what it accepted, and a get leaves it there, until it is flushed or the program ends.
+
+The program must have been enrolled in the run directory (`ipc.attach.enrol`) under its name and
+token.  Calls raise `ipc.errors.Disconnected` when the hypervisor is gone: what happened to that
+call is unknown.  `reconnect` comes back, as the same process, to the same pools.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from guests.hypercall import Hypercalls
+from ipc import attach
+from ipc.abi import (
+    EXTENT_PAGES_MAX,
+    INVALID_OID,
+    OID_BYTES,
+    PAGE_BYTES,
+    Reason,
+    Reply,
+    Status,
+    oid_from_int,
+)
+from ipc.errors import OperatorError
+from ipc.mqueue import QueueChannel
+
+_OIDS: Final = 1 << (8 * OID_BYTES)
+_INDEXES: Final = 1 << 32
+
+
+class NoSuchPool(Exception):
+    """The pool is gone: it was destroyed, or the hypervisor that had it lost its memory."""
+
+
+class Tmem:
+    """One attachment.  Not safe for use by several threads at once."""
+
+    def __init__(self, channel: QueueChannel, run_directory: Path, name: str, token: bytes) -> None:
+        self._run_directory = run_directory
+        self._name = name
+        self._token = token
+        self._channel = channel
+        self.calls = Hypercalls(channel)
+        """The hypercalls themselves, for what this class does not offer."""
+
+    @classmethod
+    def connect(cls, run_directory: str | os.PathLike[str], name: str, token: bytes) -> Self:
+        """Attach; raises OperatorError when refused, Disconnected when no hypervisor answers."""
+        path = Path(run_directory)
+        return cls(attach.connect(path, name, token), path, name, token)
+
+    def reconnect(self) -> bool:
+        """Attach again after Disconnected; True if the pools are as they were.
+
+        When False they are gone, and every `Pool` raises NoSuchPool from now on.
+        """
+        self._channel.close()
+        self._channel = attach.connect(self._run_directory, self._name, self._token)
+        self.calls = Hypercalls(self._channel)
+        return self._channel.resumed
+
+    def pool(self, *, persist: bool = False) -> Pool:
+        """A new private pool; raises OperatorError if the hypervisor has none left for us."""
+        reply = self.calls.new_pool(persist=persist)
+        if reply.status != Status.DONE:
+            raise OperatorError(f"no new pool: {Reason(reply.reason).name.lower()}")
+        return Pool(self, reply.value, persist=persist)
+
+    def close(self) -> None:
+        """Give all pools back and end the attachment.  Twice is once."""
+        attach.detach(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Pool:
+    """Pages of 4096 bytes by (object id below 2**192 - 1, index below 2**32)."""
+
+    def __init__(self, tmem: Tmem, number: int, *, persist: bool) -> None:
+        self._tmem = tmem
+        self.number = number
+        self.persist = persist
+
+    def put(self, oid: int, index: int, page: bytes) -> bool:
+        """Store a page; False if it was refused.
+
+        Whatever was stored there before is gone in either case.
+        """
+        return self.put_extent(oid, index, page)[0]
+
+    def get(self, oid: int, index: int) -> bytes | None:
+        """A page, None if it is not there.  An ephemeral page leaves the pool."""
+        return self.get_extent(oid, index, 1)[0]
+
+    def put_extent(self, oid: int, index: int, pages: bytes) -> list[bool]:
+        """Store neighbouring pages, the first at `index`; for each whether it was kept."""
+        count, rest = divmod(len(pages), PAGE_BYTES)
+        if rest or not count:
+            raise ValueError(f"{len(pages)} bytes are not whole pages of {PAGE_BYTES}")
+        key = _key(oid, index, count)
+        kept: list[bool] = []
+        while len(kept) < count:
+            done = len(kept)
+            step = min(EXTENT_PAGES_MAX, count - done)
+            calls = self._tmem.calls
+            start = done * PAGE_BYTES
+            calls.channel.window.slots[: step * PAGE_BYTES] = pages[
+                start : start + step * PAGE_BYTES
+            ]
+            reply = self._checked(calls.put(self.number, key, index + done, step))
+            kept += [bool(reply.map >> number & 1) for number in range(step)]
+        return kept
+
+    def get_extent(self, oid: int, index: int, count: int) -> list[bytes | None]:
+        """Neighbouring pages, the first from `index`; None where there is none."""
+        key = _key(oid, index, count)
+        pages: list[bytes | None] = []
+        while len(pages) < count:
+            step = min(EXTENT_PAGES_MAX, count - len(pages))
+            calls = self._tmem.calls
+            reply = self._checked(calls.get(self.number, key, index + len(pages), step))
+            window = calls.channel.window
+            pages += [
+                bytes(window.slot(number)) if reply.map >> number & 1 else None
+                for number in range(step)
+            ]
+        return pages
+
+    def flush_page(self, oid: int, index: int) -> None:
+        """Forget a page; it need not be there."""
+        self._checked(self._tmem.calls.flush_page(self.number, _key(oid, index, 1), index))
+
+    def flush_object(self, oid: int) -> int:
+        """Forget an object; how many pages it had."""
+        return self._checked(self._tmem.calls.flush_object(self.number, _key(oid, 0, 1))).value
+
+    def destroy(self) -> None:
+        """Forget the pool and all its pages; it need not be there any more."""
+        self._tmem.calls.destroy_pool(self.number)
+
+    def _checked(self, reply: Reply) -> Reply:
+        if reply.status == Status.ENODEV:
+            raise NoSuchPool(f"pool {self.number}")
+        return reply
+
+
+def _key(oid: int, index: int, count: int) -> bytes:
+    if not 0 <= oid < _OIDS - 1:
+        raise ValueError(f"object id {oid} is not in 0..2**192-2")
+    if count < 1 or not 0 <= index <= _INDEXES - count:
+        raise ValueError(f"pages {index}..{index + count - 1} are not in 0..2**32-1")
+    key = oid_from_int(oid)
+    assert key != INVALID_OID, "excluded above"
+    return key
