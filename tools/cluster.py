@@ -19,10 +19,9 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from guests.boot import GuestSpec
 from guests.boot import run as run_guest
@@ -91,7 +90,7 @@ class Cluster:
         self._stopping = False
         self._log_file: logging.Handler | None = None
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> Self:
         try:
             self._start()
         except BaseException:
@@ -191,13 +190,14 @@ class Cluster:
             time.sleep(0.01)
 
     def _failed_to_start(self, name: str, exit_code: int) -> OperatorError:
-        """The reason is the last error line of the process' own log."""
+        """The reason is the guest's start-up report, or the last error in the process' log."""
         reason = f"it ended with exit code {exit_code}; see {self.directory.log(name)}"
         with contextlib.suppress(OSError):
             for line in self.directory.log(name).read_text(errors="replace").splitlines():
-                for level in (" ERROR ", " CRITICAL "):
-                    if level in line:
-                        reason = line.partition(level)[2]
+                if " ERROR " in line:
+                    reason = line.partition(" ERROR ")[2]
+        with contextlib.suppress(OSError):
+            reason = self.directory.start_report(name).read_text().strip()
         known = {int(code) for code in ExitCode}
         code = ExitCode(exit_code) if exit_code in known else ExitCode.GUEST_DIED
         return OperatorError(f"{name}: {reason}", code)
@@ -317,8 +317,3 @@ def check_limits(plan: ClusterPlan) -> None:
             "memory are available; choose smaller guests or a smaller arena",
             ExitCode.UNAVAILABLE,
         )
-
-
-def plan_guests(names: Mapping[str, int], images: Mapping[str, Path]) -> list[GuestPlan]:
-    """Guests by name with their RAM in bytes and their images."""
-    return [GuestPlan(name, memory, images[name]) for name, memory in names.items()]

@@ -12,7 +12,7 @@
     count = 2                    # web1 and web2; without it one guest of this name
     memory = "4M"                # RAM beside the arena
     tree = "stdlib"              # its disk: a copy of a folder; "stdlib" is the running Python's
-    tree_limit = "16M"           # take files of the tree up to this size
+    tree_limit = "13M"           # take files of the tree up to this size
     # image = "disk.img"         # or an ext2 image, used in place
     # manifest = "disk.json"     # of an image: {path: sha256}, what the files must hold
 
@@ -73,7 +73,7 @@ class GuestConfig(_Strict):
     count: int | None = Field(default=None, ge=1, le=GUESTS_MAX)
     memory: Annotated[Pages, Field(ge=GUEST_MEMORY_BYTES_MIN)] = 4 * 2**20
     tree: str = "stdlib"
-    tree_limit: Size = 16 * 2**20
+    tree_limit: Size = 13 * 2**20
     image: str | None = None
     manifest: str | None = None
 
@@ -163,22 +163,27 @@ def _disagreements(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(name, str) and (count is None or isinstance(count, int)):
             for one in guest_names(name, count):
                 if not is_guest_name(one):
-                    yield f"guest[{number}].name", (
-                        f"{one!r} is no guest name: use up to {GUEST_NAME_CHARACTERS_MAX} "
-                        "lower-case letters, digits, dots, dashes and underscores"
+                    yield (
+                        f"guest[{number}].name",
+                        (
+                            f"{one!r} is no guest name: use up to {GUEST_NAME_CHARACTERS_MAX} "
+                            "lower-case letters, digits, dots, dashes and underscores"
+                        ),
                     )
                     break
                 if one in owners:
-                    yield f"guest[{number}].name", (
-                        f"{one!r} is already the name of guest[{owners[one]}]"
+                    yield (
+                        f"guest[{number}].name",
+                        (f"{one!r} is already the name of guest[{owners[one]}]"),
                     )
                     break
                 owners[one] = number
         if isinstance(image, str):
             path = Path(image).resolve()
             if path in images or (isinstance(count, int) and count > 1):
-                yield f"guest[{number}].image", (
-                    f"{image} is in use by another guest; each guest needs an image of its own"
+                yield (
+                    f"guest[{number}].image",
+                    (f"{image} is in use by another guest; each guest needs an image of its own"),
                 )
             images.add(path)
     for number, phase in enumerate(_tables(fields.get("phase"))):

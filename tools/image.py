@@ -92,7 +92,7 @@ def list_tree(folder: Path, *, standard_library: bool) -> list[TreeFile]:
 
 
 def choose(files: list[TreeFile], limit_bytes: int, seed: str) -> list[TreeFile]:
-    """Files whose blocks fit `limit_bytes`, whole top-level entries first, in an order by `seed`."""
+    """Files whose blocks fit `limit_bytes`; top-level entries are taken in an order by `seed`."""
     groups: dict[str, list[TreeFile]] = {}
     for file in files:
         groups.setdefault(file.name.partition("/")[0], []).append(file)

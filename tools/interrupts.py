@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from types import FrameType, TracebackType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NAP_SECONDS: Final = 0.05
@@ -22,7 +22,7 @@ class Interrupts:
         self._caught = False
         self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Interrupts:
+    def __enter__(self) -> Self:
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._remember)
         return self

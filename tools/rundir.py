@@ -91,6 +91,10 @@ class ClusterDirectory:
         """The control socket of a guest."""
         return self.path / f"guest-{name}.sock"
 
+    def start_report(self, name: str) -> Path:
+        """Why a guest did not start; there only after it failed."""
+        return self.path / f"guest-{name}.error"
+
     def make(self, guest_names: list[str]) -> None:
         """Make the folders of a new cluster; raises OperatorError when something stands there."""
         longest = max((self.guest_socket(name) for name in guest_names), key=_encoded_length)
@@ -155,8 +159,8 @@ class ClusterDirectory:
         found = []
         if self.has_entries():
             found = [f"{kind} {name}" for kind, name in Registry(self.path).clean()]
-        for path in [*self.path.glob("*.sock"), self.path / "arena", self.path / _CLUSTER_FILE]:
-            if path.exists() or path.is_socket():
+        for pattern in ("*.sock", "listener-*", "arena", _CLUSTER_FILE):
+            for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
         return found
 
@@ -207,8 +211,25 @@ def find_live(run: Path | None) -> tuple[ClusterDirectory, ClusterRecord]:
             "with 'tmem clean'",
             ExitCode.UNAVAILABLE,
         )
+    raise _no_cluster(run)
+
+
+def find_logged(run: Path | None) -> ClusterDirectory:
+    """The live cluster, else the newest that has logs; raises OperatorError if there is none."""
+    newest = None
+    for directory in clusters(run):
+        record = directory.read()
+        if record is not None and record.lives:
+            return directory
+        newest = newest or directory
+    if newest is None:
+        raise _no_cluster(run)
+    return newest
+
+
+def _no_cluster(run: Path | None) -> OperatorError:
     where = run or os.environ.get(ENVIRONMENT) or RUNS.absolute()
-    raise OperatorError(
+    return OperatorError(
         f"no cluster is running in {where}; start one with 'tmem up -d' or name its directory "
         "with --run",
         ExitCode.UNAVAILABLE,
