@@ -11,7 +11,9 @@ Messages have priority 0.  A call: write the window, send REQUEST, wait for a RE
 sequence, drop others (answers to calls that the guest gave up).  The hypervisor never waits for a
 guest: a reply that finds the reply queue full is dropped.
 
-posix_ipc does not retry after a signal (no PEP 475), so both waits loop on SignalError.
+posix_ipc does not retry after a signal (no PEP 475), so both waits loop on SignalError.  It also
+drops what a signal handler raises during a wait, KeyboardInterrupt excepted (posix_ipc 1.3.2), so a
+guest's handlers set a flag and raise nothing.
 """
 
 from __future__ import annotations

@@ -176,4 +176,4 @@ def test_limits_that_are_not_readable_are_no_limits(tmp_path: Path) -> None:
 
     limits = read_queue_limits(tmp_path)
 
-    assert (17, -1, -1) == limits[1:]
+    assert limits[1:] == (17, -1, -1)
