@@ -4,7 +4,7 @@
 #   tools/setup.sh demo    what `make demo` needs
 #   tools/setup.sh dev     everything
 #
-# Needs a POSIX shell and a Python of at least 3.11. Does nothing, and says nothing, when all is in place:
+# Needs a POSIX shell and a Python of at least 3.11 (the newest found, or what PYTHON names). Does nothing, and says nothing, when all is in place:
 # stamp files in .venv hold a hash of what it was made from. Python packages come from the hash-locked
 # requirements files only; the index is whatever this machine's pip is set up to use.
 set -eu
@@ -103,7 +103,8 @@ probe_python() {
 
 # The newest that can make a virtual environment, else the newest.
 choose_python() {
-    for name in python3.13 python3.12 python3.11 python3 /usr/bin/python3; do
+    # The locked packages have been tried with these; a still newer one is taken when python3 is it.
+    for name in ${PYTHON:-python3.13 python3.12 python3.11 python3 /usr/bin/python3}; do
         found=$(command -v "$name") || continue
         probe_python "$found" || true
     done | sort -r | head -n 1
@@ -111,7 +112,7 @@ choose_python() {
 
 make_venv() {
     chosen=$(choose_python)
-    [ -n "$chosen" ] || die "no Python 3.11 or newer found; install one (Debian 12: apt-get install python3 python3-venv)"
+    [ -n "$chosen" ] || die "${PYTHON:-this machine}: no CPython 3.11 or newer; install one (Debian 12: apt-get install python3 python3-venv)"
     able=${chosen%% *}
     python=${chosen#* * }
     if [ "$able" = 0 ]; then
