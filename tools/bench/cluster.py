@@ -15,7 +15,7 @@ from typing import Final
 from hypervisor.arena import layout
 from hypervisor.boot import HypervisorSpec, run
 from ipc import attach
-from ipc.abi import TOKEN_BYTES, Op
+from ipc.abi import TOKEN_BYTES
 from ipc.codec import BadRecord, receive_record, send_record
 from ipc.names import Registry
 from tools.bench.calls import Guest
@@ -28,8 +28,7 @@ SPARE_PAGES: Final = 4096
 
 
 class Cluster:
-    """One hypervisor; `attach` gives a channel to it.  `close` leaves nothing behind, whatever
-    happened to the process."""
+    """One hypervisor; `close` leaves nothing behind, whatever happened to the process."""
 
     def __init__(self, frames: int) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="tmem-bench-"))
@@ -77,7 +76,8 @@ class Cluster:
 def persistent_cases(cluster: Cluster, guest: Guest, suffix: str, *, short: bool) -> list[Case]:
     """Hits and overwrites of pages that all fit: single, extents, scattered batches.
 
-    `short` leaves out what is only measured on the standard working set."""
+    `short` leaves out what is only measured on the standard working set.
+    """
     pid = cluster.pid
 
     def case(name: str, count: int, time: Callable[[float], list[int]]) -> Case:
@@ -102,10 +102,15 @@ def persistent_cases(cluster: Cluster, guest: Guest, suffix: str, *, short: bool
         cases.append(case(f"tmem get {kind}{suffix}", count, gets))
         cases.append(case(f"tmem put {kind}{suffix}", count, puts))
     if not short:
-        for op, verb in ((Op.GET_BATCH, "get"), (Op.PUT_BATCH, "put")):
+        for verb, time_batches in (
+            ("get", guest.time_get_batches),
+            ("put", guest.time_put_batches),
+        ):
 
-            def batches(seconds: float, op: Op = op) -> list[int]:
-                return guest.time_batches(op, 32, seconds)
+            def batches(
+                seconds: float, time_batches: Callable[[int, float], list[int]] = time_batches
+            ) -> list[int]:
+                return time_batches(32, seconds)
 
             cases.append(case(f"tmem {verb} batch 32{suffix}", 32, batches))
     return cases

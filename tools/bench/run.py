@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.bench import cluster, cprogram
+from tools.bench import cluster, cprogram, metadata, peers
+from tools.bench.guests import GuestProcesses
 from tools.bench.plan import Plan
 from tools.bench.timing import Case, Figures, Skipped, lost_share, pin
 
@@ -26,7 +27,8 @@ class Outcome:
     samples: dict[bool, Samples] = field(default_factory=dict)
     lost: list[float] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    metadata: dict[str, float] = field(default_factory=dict)
+    metadata: list[dict[str, float]] = field(default_factory=list)
+    """By pages of an object: large files first, then small ones."""
 
 
 def measure(plan: Plan, say: Callable[[str], None]) -> Outcome:
@@ -35,7 +37,10 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Outcome:
     outcome = Outcome(core=max(cores))
     with ExitStack() as stack:
         stack.callback(os.sched_setaffinity, 0, cores)
-        say("setting up")
+        say("weighing metadata")
+        for object_pages in (1024, 3):
+            outcome.metadata.append(metadata.measure(plan.metadata_mib, object_pages))
+        say("starting servers and filling them")
         cases, pids = _set_up(plan, stack, outcome)
         for pinned in (True, False):
             pin([os.getpid(), *pids], {outcome.core} if pinned else cores)
@@ -56,13 +61,21 @@ def _set_up(plan: Plan, stack: ExitStack, outcome: Outcome) -> tuple[list[Case],
     ):
         made, guest = make(plan)
         stack.callback(made.close)
-        stack.callback(guest.channel.close)
+        stack.callback(guest.close)
         pids.append(made.pid)
         if kind is None:
             cases += cluster.refault_cases(made, guest)
         else:
             cases += cluster.persistent_cases(made, guest, kind, short=bool(kind))
-    return cases, pids
+    shared = cluster.Cluster(plan.working_set_pages + cluster.SPARE_PAGES)
+    stack.callback(shared.close)
+    guests = GuestProcesses(shared, plan.guest_counts, plan.working_set_pages, plan.seed)
+    stack.callback(guests.close)
+    cases += guests.cases()
+    pids += [shared.pid, *guests.pids]
+    peer_cases, peer_pids, missing = peers.start(plan, stack)
+    outcome.skipped += missing
+    return cases + peer_cases, pids + peer_pids
 
 
 def _repeat(

@@ -35,8 +35,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class Case:
-    """Something to time; `run(seconds, pinned core or None)` gives figures by the name of their
-    row: several where two kinds of call can't be timed apart."""
+    """Something to time.
+
+    `run(seconds, pinned core or None)` gives figures by the name of their row: several where two
+    kinds of call can't be timed apart.
+    """
 
     name: str
     run: Callable[[float, int | None], dict[str, Figures]]
