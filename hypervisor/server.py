@@ -138,12 +138,13 @@ class Server:
         doorman = self._poll
         store = self._machine.store
         wait = session.port.wait
+        serve = self._serve
         doorman.favour(session.port)
         while not (doorman.somebody_waits or store.doomed or self._stopping):
             message = wait(_IDLE_SECONDS)
             if message is None:
                 break
-            self._serve(session, message, now_ns())
+            serve(session, message, now_ns())
             if self._calls_since_reading >= _CALLS_PER_CPU_READING:
                 self._tidy()
         doorman.unfavour()
