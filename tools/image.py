@@ -166,7 +166,10 @@ def make_file_system(tree: Path, image: Path, identity: uuid.UUID) -> None:
     command = [program, "-q", "-F", "-t", "ext2", "-b", str(BLOCK_BYTES), "-m", "0"]
     command += ["-N", str(len(paths) + _SPARE_INODES), "-U", str(identity), "-d", str(tree)]
     command += [str(image), str(blocks)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # In a session of its own: Ctrl-C is for us, and half an image is not left behind.
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, start_new_session=True
+    )
     if done.returncode:
         reason = " ".join(done.stderr.split())
         raise OperatorError(f"mke2fs failed: {reason}", ExitCode.UNAVAILABLE)

@@ -158,11 +158,29 @@ class ClusterDirectory:
         """Remove what a cluster left, by its registry; what was found, as lines for a person."""
         found = []
         if self.has_entries():
-            found = [f"{kind} {name}" for kind, name in Registry(self.path).clean()]
+            registry = Registry(self.path)
+            # A process that was being started is not written down yet; its parent is.
+            registered = [name for kind, name in registry.entries() if kind == "process"]
+            for pid in children_of({int(name.partition(":")[0]) for name in registered}):
+                registry.add_process(pid)
+            found = [f"{kind} {name}" for kind, name in registry.clean()]
         for pattern in ("*.sock", "listener-*", "arena", _CLUSTER_FILE):
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
         return found
+
+
+def children_of(parents: set[int]) -> list[int]:
+    """Processes whose parent is one of `parents` (field 4 of /proc/PID/stat)."""
+    children = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) in parents:
+            children.append(int(path.parent.name))
+    return children
 
 
 def new_run(runs: Path, now: datetime.datetime) -> Path:

@@ -22,6 +22,18 @@ from tools.units import PAGE_BYTES, parse_size
 NAMES: Final = ("alpha", "bravo", "carol", "delta")
 ALIASES: Final = {"demo": "default"}
 
+_HOT: Final[list[dict[str, Any]]] = [
+    {"workload": "mixed"},
+    {"workload": "search"},
+    {"workload": "compile"},
+    {"workload": "read_all"},
+]
+_LIGHT: Final[list[dict[str, Any]]] = [
+    {"workload": "log", "lines": 2000},
+    {"workload": "compile", "paths_fraction": 0.05},
+    {"workload": "search", "paths_fraction": 0.1},
+]
+
 
 class Parameter(NamedTuple):
     """One parameter of a topology: how its text is read, and what it means."""
@@ -41,9 +53,9 @@ PARAMETERS: Final = {
 }
 
 _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
-    "default": {"n": 4, "memory": 3 * 2**20, "arena": 20 * 2**20, "passes": 3},
-    "pair": {"n": 2, "memory": 3 * 2**20, "arena": 12 * 2**20, "passes": 3},
-    "single": {"n": 1, "memory": 3 * 2**20, "arena": 12 * 2**20, "passes": 3},
+    "default": {"n": 4, "memory": 3 * 2**20, "arena": 20 * 2**20, "passes": 12},
+    "pair": {"n": 2, "memory": 3 * 2**20, "arena": 12 * 2**20, "passes": 12},
+    "single": {"n": 1, "memory": 3 * 2**20, "arena": 12 * 2**20, "passes": 12},
 }
 
 
@@ -98,19 +110,18 @@ def guest_names(count: int) -> list[str]:
 
 
 def phases(names: list[str], passes: int) -> list[dict[str, Any]]:
-    """Each guest is hot once, in turn."""
+    """Two rounds in which each guest is hot once, with work of another kind in the second."""
     turns = []
-    for hot in names:
-        work = {name: _light(number) for number, name in enumerate(names) if name != hot}
-        work[hot] = {"workload": "mixed", "passes": passes, "paths_fraction": 1.0}
+    for number in range(2 * len(names)):
+        place = number % len(names)
+        hot = names[place]
+        kind = _HOT[0] if number < len(names) else _HOT[1 + place % (len(_HOT) - 1)]
+        work: dict[str, dict[str, Any]] = {hot: {**kind, "passes": passes}}
+        if kind["workload"] == "compile":
+            # Compiling takes twenty times the reading.
+            work[hot]["passes"] = max(1, passes // 8)
+        for other, name in enumerate(names):
+            if name != hot:
+                work[name] = dict(_LIGHT[(number + other) % len(_LIGHT)])
         turns.append({"title": f"{hot} is hot", "work": work})
     return turns
-
-
-def _light(number: int) -> dict[str, Any]:
-    works: list[dict[str, Any]] = [
-        {"workload": "log", "lines": 2000},
-        {"workload": "compile", "paths_fraction": 0.05},
-        {"workload": "search", "paths_fraction": 0.1},
-    ]
-    return works[number % len(works)]

@@ -29,6 +29,10 @@ def execute(
     from tools.control import ask
     from tools.rundir import find_live
 
+    if command[0] == "--":
+        command = command[1:]
+    if not command:
+        raise OperatorError(f"say what {guest} shall run, after --", ExitCode.USAGE)
     directory, record = find_live(run)
     names = [one.name for one in record.guests]
     if guest not in names:
