@@ -26,6 +26,7 @@ def _options(arguments: list[str]) -> tuple[Plan, argparse.Namespace]:
     for name in ("repetitions", "working_set_pages", "full_mib", "metadata_mib", "seed"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     parser.add_argument("--phase-seconds", type=float)
+    parser.add_argument("--patience-seconds", type=float)
     parser.add_argument("--guest-counts", type=_counts, help="for example 1,2,4")
     options = parser.parse_args(arguments)
     changes = {

@@ -11,7 +11,8 @@ from __future__ import annotations
 import random
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import Final
 
 from guests.hypercall import BatchEntry, Hypercalls
@@ -36,6 +37,7 @@ class Guest:
         self._calls = Hypercalls(channel)
         self._slots = channel.window.slots
         self._random = random.Random(seed)
+        self._orders: dict[int, cycle[int]] = {}
         self._oids = [oid_from_int(number + 1) for number in range(-(-pages // OBJECT_PAGES))]
         self._pool = _done(self._calls.new_pool(persist=persist)).value
         for slot in range(EXTENT_PAGES_MAX):
@@ -53,19 +55,17 @@ class Guest:
         durations: list[int] = []
         get, pool, oids = self._calls.get, self._pool, self._oids
         deadline = _now() + int(seconds * 1e9)
-        end = 0
-        while end < deadline:
-            for number in self._places(count):
-                oid, index = oids[number // OBJECT_PAGES], number % OBJECT_PAGES
-                begin = _now()
-                reply = get(pool, oid, index, count)
-                end = _now()
-                durations.append(end - begin)
-                _done(reply)
-                self._check(0, number)
-                self._check(count - 1, number + count - 1)
-                if end > deadline:
-                    break
+        for number in self._places(count):
+            oid, index = oids[number // OBJECT_PAGES], number % OBJECT_PAGES
+            begin = _now()
+            reply = get(pool, oid, index, count)
+            end = _now()
+            durations.append(end - begin)
+            _done(reply)
+            self._check(0, number)
+            self._check(count - 1, number + count - 1)
+            if end > deadline:
+                break
         return durations
 
     def time_puts(self, count: int, seconds: float) -> list[int]:
@@ -73,18 +73,16 @@ class Guest:
         durations: list[int] = []
         put, pool, oids = self._calls.put, self._pool, self._oids
         deadline = _now() + int(seconds * 1e9)
-        end = 0
-        while end < deadline:
-            for number in self._places(count):
-                oid, index = oids[number // OBJECT_PAGES], number % OBJECT_PAGES
-                self._stamp(number, count)
-                begin = _now()
-                reply = put(pool, oid, index, count)
-                end = _now()
-                durations.append(end - begin)
-                _done(reply)
-                if end > deadline:
-                    break
+        for number in self._places(count):
+            oid, index = oids[number // OBJECT_PAGES], number % OBJECT_PAGES
+            self._stamp(number, count)
+            begin = _now()
+            reply = put(pool, oid, index, count)
+            end = _now()
+            durations.append(end - begin)
+            _done(reply)
+            if end > deadline:
+                break
         return durations
 
     def time_refaults(self, count: int, seconds: float) -> tuple[list[int], list[int], float]:
@@ -97,24 +95,22 @@ class Guest:
         found = 0
         get, put, pool, oids = self._calls.get, self._calls.put, self._pool, self._oids
         deadline = _now() + int(seconds * 1e9)
-        end = 0
-        while end < deadline:
-            for number in self._places(count):
-                oid, index = oids[number // OBJECT_PAGES], number % OBJECT_PAGES
-                begin = _now()
-                reply = get(pool, oid, index, count)
-                gets.append(_now() - begin)
-                found += reply.map.bit_count()
-                if reply.status == Status.DONE:
-                    self._check(count - 1, number + count - 1)
-                self._stamp(number, count)
-                begin = _now()
-                reply = put(pool, oid, index, count)
-                end = _now()
-                puts.append(end - begin)
-                _done(reply)
-                if end > deadline:
-                    break
+        for number in self._places(count):
+            oid, index = oids[number // OBJECT_PAGES], number % OBJECT_PAGES
+            begin = _now()
+            reply = get(pool, oid, index, count)
+            gets.append(_now() - begin)
+            found += reply.map.bit_count()
+            if reply.status == Status.DONE:
+                self._check(count - 1, number + count - 1)
+            self._stamp(number, count)
+            begin = _now()
+            reply = put(pool, oid, index, count)
+            end = _now()
+            puts.append(end - begin)
+            _done(reply)
+            if end > deadline:
+                break
         return gets, puts, found / (count * len(gets))
 
     def time_get_batches(self, count: int, seconds: float) -> list[int]:
@@ -153,10 +149,16 @@ class Guest:
                 self._check(count - 1, numbers[-1])
         return durations
 
-    def _places(self, count: int) -> list[int]:
-        """First pages of extents in random order; an extent does not leave its object."""
-        extents = range(self.pages // count)
-        return [number * count for number in self._random.choices(extents, k=_ORDER_LENGTH)]
+    def _places(self, count: int) -> Iterator[int]:
+        """First pages of extents in random order, without end; none leaves its object.
+
+        The order is made once: making it anew for each short phase would cost more than the phase.
+        """
+        if count not in self._orders:
+            extents = range(self.pages // count)
+            chosen = self._random.choices(extents, k=_ORDER_LENGTH)
+            self._orders[count] = cycle([number * count for number in chosen])
+        return self._orders[count]
 
     def _stamp(self, number: int, count: int) -> None:
         for at in range(count):

@@ -33,7 +33,10 @@ class Cluster:
     def __init__(self, frames: int) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="tmem-bench-"))
         spec = HypervisorSpec(
-            "bench", self.directory, layout(frames).end, "clock", supervisor_pid=os.getpid()
+            f"bench{os.getpid()}",
+            self.directory,
+            layout(frames).end,
+            supervisor_pid=os.getpid(),
         )
         # Spawned, so that it shares no memory with the benchmark and starts with a clean heap.
         self._process = multiprocessing.get_context("spawn").Process(target=run, args=(spec,))

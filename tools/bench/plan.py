@@ -16,8 +16,10 @@ class Plan:
     full_mib: int = 1024
     metadata_mib: int = 1024
     guest_counts: tuple[int, ...] = (1, 2, 4, 8, 16)
+    patience_seconds: float = 10.0
+    """How long a repetition waits for a quiet machine before it goes ahead all the same."""
     seed: int = 1
 
 
-QUICK = Plan(phase_seconds=0.06, repetitions=5)
+QUICK = Plan(phase_seconds=0.06, repetitions=5, patience_seconds=1.0)
 FULL = Plan()

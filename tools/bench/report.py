@@ -61,12 +61,12 @@ def _over(one: float | None, other: float | None) -> float | None:
 def _of_one(pick: Pick) -> dict[str, float | None]:
     """The ratios of one repetition."""
     mq = pick[cprogram.MQ].median_us if cprogram.MQ in pick else None
-    copy = pick[cprogram.MEMCPY].pages_per_second if cprogram.MEMCPY in pick else None
+    copy = pick[cprogram.MEMCPY].median_us if cprogram.MEMCPY in pick else None
     extents = {count: _both(pick, f"tmem {{}} extent {count}") for count in (32, 64)}
     found: dict[str, float | None] = {
         "get_vs_c_mq": _over(pick["tmem get 1"].median_us, mq),
         "put_vs_c_mq": _over(pick["tmem put 1"].median_us, mq),
-        "extent_vs_memcpy": _over(_cost(pick), 1e6 / copy if copy else None),
+        "extent_vs_memcpy": _over(_cost(pick), copy),
         "extent_hypervisor_us_per_page": _cost(pick),
         "extent_pages_per_second": extents[32],
     }

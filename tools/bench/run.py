@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import random
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from tools.bench import cluster, cprogram, metadata, peers
 from tools.bench.guests import GuestProcesses
 from tools.bench.plan import Plan
-from tools.bench.timing import Case, Figures, Skipped, lost_share, pin
+from tools.bench.timing import NOISY_SHARE, Case, Figures, Skipped, lost_share, pin
+
+_LOOK_SECONDS: Final = 0.1
 
 Samples = dict[str, list[Figures]]
 """Row name -> one `Figures` a repetition."""
@@ -90,9 +94,16 @@ def _repeat(
     for repetition in range(plan.repetitions):
         how = "unpinned" if core is None else f"pinned to core {core}"
         say(f"{how}: repetition {repetition + 1} of {plan.repetitions}")
-        if core is not None:
-            outcome.lost.append(lost_share(plan.phase_seconds))
+        outcome.lost.append(_wait_for_quiet(plan))
         for case in order.sample(cases, len(cases)):
             for name, figures in case.run(plan.phase_seconds, core).items():
                 samples.setdefault(name, []).append(figures)
     return samples
+
+
+def _wait_for_quiet(plan: Plan) -> float:
+    """Wait, but not for ever, until others leave this core alone; the share that they took last."""
+    deadline = time.monotonic() + plan.patience_seconds
+    while (lost := lost_share(_LOOK_SECONDS)) > NOISY_SHARE and time.monotonic() < deadline:
+        time.sleep(_LOOK_SECONDS)
+    return lost
