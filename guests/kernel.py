@@ -91,7 +91,6 @@ class Kernel:
                 self.cleancache.attach(refusal_is_fatal=True)
         except BaseException:
             self.fs.unmount()
-            self.memory.close()
             raise
         self.pages = PageCache(self.fs, self.memory, self.cleancache or NoHooks())
         self.vfs = Vfs(self.fs, self.pages)
@@ -222,7 +221,6 @@ class Kernel:
         finally:
             if self.cleancache is not None:
                 self.cleancache.flush_fs()
-            self.memory.close()
 
 
 def no_cleancache() -> dict[str, int | bool]:

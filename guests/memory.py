@@ -96,9 +96,3 @@ class Memory:
     def page(self, frame: int) -> memoryview:
         """The bytes of a frame, writable."""
         return self.pages[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES]
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self.transfer.release()
-        self.pages.release()
-        self._mapping.close()
