@@ -119,6 +119,7 @@ class Cluster:
         for guest in self.plan.guests:
             self._interrupts.check()
             self._start_guest(guest)
+        self.directory.write(self._record())
         for guest in self.plan.guests:
             self._await_ready(guest.name, self.directory.guest_socket(guest.name), "status")
         log.info("event=up guests=%d", len(self.plan.guests))
@@ -128,7 +129,12 @@ class Cluster:
         start = process_start(pid)
         assert start is not None
         guests = [
-            GuestRecord(guest.name, guest.memory_bytes, os.fspath(guest.image))
+            GuestRecord(
+                guest.name,
+                guest.memory_bytes,
+                os.fspath(guest.image),
+                self._guests[guest.name].pid if guest.name in self._guests else None,
+            )
             for guest in self.plan.guests
         ]
         return ClusterRecord(self.plan.name, self.plan.arena_bytes or 0, guests, pid, start)

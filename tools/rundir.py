@@ -44,11 +44,12 @@ _CLUSTER_FOLDERS: Final = ("on", "off")
 
 @dataclass(frozen=True)
 class GuestRecord:
-    """A guest as other commands see it."""
+    """A guest as other commands see it; `pid` is None until it was started."""
 
     name: str
     memory_bytes: int
     image: str
+    pid: int | None
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,7 @@ def processes(directory: ClusterDirectory, record: ClusterRecord) -> list[Record
     for guest in record.guests:
         status = _ask(directory, directory.guest_socket(guest.name).name, "status")
         state = "gone" if status is None else status["state"]
-        pid = None if status is None else status.get("pid")
-        rows.append(_process(guest.name, "guest", pid, state, guest.memory_bytes))
+        rows.append(_process(guest.name, "guest", guest.pid, state, guest.memory_bytes))
     return rows
 
 
