@@ -9,7 +9,8 @@ TIME ?= 60
 N ?= 500
 # What pytest runs: `make test T=tests/t0_ipc` for one layer.
 T ?= tests
-WORKERS ?= auto
+# Each worker may hold a cluster's worth of the kernel's 256 message queues, so their number is bounded.
+WORKERS ?= auto --maxprocesses=4
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format bench fuzz crash-restart lock clean

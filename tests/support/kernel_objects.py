@@ -86,12 +86,22 @@ def queues(mqueue: int | None, run_directories: Path | None) -> set[Leak]:
     if mqueue is not None:
         names = os.listdir(mqueue)
     elif run_directories is not None:
-        paths = run_directories.glob("**/registry/queue:*")
-        names = [name for path in paths if _queue_exists(name := path.name.partition(":")[2])]
+        names = [name for name in _registered_queues(run_directories) if _queue_exists(name)]
     else:
         names = []
     prefix = NAME_PREFIX + WORKER_CLUSTERS
     return {Leak("message queue", f"/{name}") for name in names if name.startswith(prefix)}
+
+
+def _registered_queues(run_directories: Path) -> list[str]:
+    # Not Path.glob: Python 3.11.2's fails at a symbolic link whose target is too long for a name.
+    return [
+        entry.removeprefix("queue:")
+        for folder, _, entries in os.walk(run_directories)
+        if Path(folder).name == "registry"
+        for entry in entries
+        if entry.startswith("queue:")
+    ]
 
 
 def _queue_exists(name: str) -> bool:
