@@ -133,11 +133,13 @@ def is_enrolled(run_directory: Path, hello: Hello, uid: int) -> bool:
     if not is_guest_name(hello.name):
         return False
     try:
-        enrolled_uid, digest = (run_directory / "guests" / hello.name).read_text().split()
+        entry = (run_directory / "guests" / hello.name).read_text()
+        enrolled_uid, digest = entry.split()
+        matches = hmac.compare_digest(bytes.fromhex(digest), token_digest(hello.token))
+        return matches and int(enrolled_uid) == uid
     except (OSError, ValueError):
+        # No entry, or a damaged one.
         return False
-    matches = hmac.compare_digest(bytes.fromhex(digest), token_digest(hello.token))
-    return matches and int(enrolled_uid) == uid
 
 
 # --- the hypervisor's half ----------------------------------------------------------------------
