@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -76,47 +76,34 @@ class Cluster:
         shutil.rmtree(self.directory)
 
 
-def persistent_cases(cluster: Cluster, guest: Guest, suffix: str, *, short: bool) -> list[Case]:
-    """Hits and overwrites of pages that all fit: single, extents, scattered batches.
-
-    `short` leaves out what is only measured on the standard working set.
-    """
-    pid = cluster.pid
-
-    def case(name: str, count: int, time: Callable[[float], list[int]]) -> Case:
-        def run(seconds: float, core: int | None) -> dict[str, Figures]:
-            del core  # pinned by the runner
-            before = cpu_ns(pid)
-            durations = time(seconds)
-            return {name: figures(durations, count, cpu_ns(pid) - before)}
-
-        return Case(name, run)
-
+def extent_cases(cluster: Cluster, guest: Guest, counts: Sequence[int], note: str) -> list[Case]:
+    """Hits and overwrites of pages that all fit, `counts` pages a call."""
     cases = []
-    for count in (1, 32) if short else (1, 32, 64):
+    for count in counts:
         kind = "1" if count == 1 else f"extent {count}"
-
-        def gets(seconds: float, count: int = count) -> list[int]:
-            return guest.time_gets(count, seconds)
-
-        def puts(seconds: float, count: int = count) -> list[int]:
-            return guest.time_puts(count, seconds)
-
-        cases.append(case(f"tmem get {kind}{suffix}", count, gets))
-        cases.append(case(f"tmem put {kind}{suffix}", count, puts))
-    if not short:
-        for verb, time_batches in (
-            ("get", guest.time_get_batches),
-            ("put", guest.time_put_batches),
-        ):
-
-            def batches(
-                seconds: float, time_batches: Callable[[int, float], list[int]] = time_batches
-            ) -> list[int]:
-                return time_batches(32, seconds)
-
-            cases.append(case(f"tmem {verb} batch 32{suffix}", 32, batches))
+        for verb, time_calls in (("get", guest.time_gets), ("put", guest.time_puts)):
+            cases.append(_case(cluster, f"tmem {verb} {kind}{note}", count, time_calls))
     return cases
+
+
+def batch_cases(cluster: Cluster, guest: Guest) -> list[Case]:
+    """Scattered batches: 32 unrelated pages a call."""
+    return [
+        _case(cluster, "tmem get batch 32", 32, guest.time_get_batches),
+        _case(cluster, "tmem put batch 32", 32, guest.time_put_batches),
+    ]
+
+
+def _case(
+    cluster: Cluster, name: str, count: int, time_calls: Callable[[int, float], list[int]]
+) -> Case:
+    def run(seconds: float, core: int | None) -> dict[str, Figures]:
+        del core  # pinned by the runner
+        before = cpu_ns(cluster.pid)
+        durations = time_calls(count, seconds)
+        return {name: figures(durations, count, cpu_ns(cluster.pid) - before)}
+
+    return Case(name, run)
 
 
 def refault_cases(cluster: Cluster, guest: Guest) -> list[Case]:

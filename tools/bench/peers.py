@@ -1,7 +1,7 @@
 """Redis, memcached and lmdb holding the same working set of 4 KiB values.
 
 Each is driven by the fastest of its ordinary clients' ways that acknowledge every value: Redis by
-redis-py with hiredis (MSET and MGET, or a pipeline: the quicker of the two in a short trial),
+redis-py with hiredis (MSET and MGET, or a pipeline: the quicker of the two in a short trial, for each batch size),
 memcached by pymemcache's set_many and get_many, lmdb by one transaction a batch.  The servers
 listen on Unix sockets in a directory of their own, keep nothing on disk, and end with the
 benchmark.  lmdb is a library: no second process, no copy between processes, no sync.
@@ -27,7 +27,7 @@ from typing import Any, Final
 from ipc.abi import PAGE_BYTES
 from ipc.errors import ExitCode, InvariantError, OperatorError
 from tools.bench.plan import Plan
-from tools.bench.timing import Case, Figures, Skipped, cpu_ns, figures
+from tools.bench.timing import Case, Figures, Skipped, cpu_ns, figures, pin
 
 COUNTS: Final = (32, 64)
 _START_SECONDS: Final = 10.0
@@ -40,21 +40,22 @@ _now = time.perf_counter_ns
 
 Store = Callable[[dict[str, bytes]], object]
 Load = Callable[[list[str]], list[bytes | None]]
+Ways = dict[int, tuple[Store, Load]]
+"""How to store and load, by the number of keys a call."""
 
 
 class Peer:
     """One peer with its working set; `pid` is its server's, None for a library."""
 
-    def __init__(self, name: str, plan: Plan, pid: int | None, store: Store, load: Load) -> None:
+    def __init__(self, name: str, plan: Plan, pid: int | None, ways: Ways) -> None:
         self._name = name
         self._pid = pid
-        self._store = store
-        self._load = load
+        self._ways = ways
         self._pages = plan.working_set_pages
         self._random = random.Random(plan.seed)
         self._tails = [self._random.randbytes(PAGE_BYTES - 8) for _ in range(_VARIANTS)]
         for first in range(0, self._pages, max(COUNTS)):
-            store(self._values(first, max(COUNTS)))
+            ways[max(COUNTS)][0](self._values(first, max(COUNTS)))
 
     def cases(self) -> list[Case]:
         """Gets and puts of each batch size."""
@@ -81,12 +82,13 @@ class Peer:
 
     def _time_loads(self, count: int, seconds: float) -> list[int]:
         durations: list[int] = []
+        load = self._ways[count][1]
         deadline = _now() + int(seconds * 1e9)
         end = 0
         while end < deadline:
             keys = self._keys(self._place(count), count)
             begin = _now()
-            values = self._load(keys)
+            values = load(keys)
             end = _now()
             durations.append(end - begin)
             last = values[-1]
@@ -96,12 +98,13 @@ class Peer:
 
     def _time_stores(self, count: int, seconds: float) -> list[int]:
         durations: list[int] = []
+        store = self._ways[count][0]
         deadline = _now() + int(seconds * 1e9)
         end = 0
         while end < deadline:
             values = self._values(self._place(count), count)
             begin = _now()
-            self._store(values)
+            store(values)
             end = _now()
             durations.append(end - begin)
         return durations
@@ -168,11 +171,16 @@ def _redis(plan: Plan, stack: ExitStack) -> tuple[Peer, int]:
         loaded: list[bytes | None] = pipeline.execute()
         return loaded
 
-    keys = [f"{number:08d}" for number in range(32)]
-    values = {key: key.encode() + bytes(PAGE_BYTES - 8) for key in keys}
-    store = _quicker(client.mset, store_pipelined, values)
-    load = _quicker(client.mget, load_pipelined, keys)
-    return Peer("redis", plan, pid, store, load), pid
+    ways: Ways = {}
+    cores = os.sched_getaffinity(0)
+    pin([os.getpid(), pid], {max(cores)})  # the ratios are of pinned runs
+    for count in COUNTS:
+        keys = [f"{number:08d}" for number in range(count)]
+        values = {key: key.encode() + bytes(PAGE_BYTES - 8) for key in keys}
+        store = _quicker(client.mset, store_pipelined, values)
+        ways[count] = (store, _quicker(client.mget, load_pipelined, keys))
+    pin([os.getpid(), pid], cores)
+    return Peer("redis", plan, pid, ways), pid
 
 
 def _memcached(plan: Plan, stack: ExitStack) -> tuple[Peer, int]:
@@ -201,7 +209,7 @@ def _memcached(plan: Plan, stack: ExitStack) -> tuple[Peer, int]:
         found: dict[str, bytes] = client.get_many(keys)
         return [found.get(key) for key in keys]
 
-    return Peer("memcached", plan, pid, store, load), pid
+    return Peer("memcached", plan, pid, dict.fromkeys(COUNTS, (store, load))), pid
 
 
 def _lmdb(plan: Plan, stack: ExitStack) -> tuple[Peer, None]:
@@ -224,7 +232,7 @@ def _lmdb(plan: Plan, stack: ExitStack) -> tuple[Peer, None]:
         with environment.begin() as transaction:
             return [transaction.get(key.encode()) for key in keys]
 
-    return Peer("lmdb", plan, None, store, load), None
+    return Peer("lmdb", plan, None, dict.fromkeys(COUNTS, (store, load))), None
 
 
 def _quicker(one: Callable[[Any], Any], other: Callable[[Any], Any], argument: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tools.bench import cprogram
-from tools.bench.run import Outcome, Samples
+from tools.bench.run import AGED, Outcome, Samples
 from tools.bench.timing import NOISY_SHARE, Figures, median
 
 Pick = dict[str, Figures]
@@ -48,8 +48,8 @@ def _both(pick: Pick, ours: str) -> float | None:
     return 2 / (1 / get.pages_per_second + 1 / put.pages_per_second)
 
 
-def _cost(pick: Pick) -> float | None:
-    costs = [pick[f"tmem {verb} extent 32"].server_us_per_page for verb in ("get", "put")]
+def _cost(pick: Pick, note: str = "") -> float | None:
+    costs = [pick[f"tmem {verb} extent 32{note}"].server_us_per_page for verb in ("get", "put")]
     known = [cost for cost in costs if cost is not None]
     return sum(known) / 2 if len(known) == 2 else None
 
@@ -69,6 +69,8 @@ def _of_one(pick: Pick) -> dict[str, float | None]:
         "extent_vs_memcpy": _over(_cost(pick), copy),
         "extent_hypervisor_us_per_page": _cost(pick),
         "extent_pages_per_second": extents[32],
+        "aged_hypervisor_us_per_page": _cost(pick, AGED),
+        "aged_pages_per_second": _both(pick, f"tmem {{}} extent 32{AGED}"),
     }
     for count, key in ((32, "extent"), (64, "extent64")):
         for peer in ("redis", "memcached", "lmdb"):
@@ -102,6 +104,8 @@ MEANING = {
     "extent_vs_memcpy": "hypervisor time per page of extents of 32 / C memcpy of a cold page",
     "extent_hypervisor_us_per_page": "hypervisor time per page, extents of 32; goal 0.35 us",
     "extent_pages_per_second": "pages/s of extents of 32, as many gets as puts",
+    "aged_hypervisor_us_per_page": "the same in an arena that single and scattered puts fragmented",
+    "aged_pages_per_second": "the same in an arena that single and scattered puts fragmented",
     "metadata_fraction": "all metadata / arena, 1,024-page objects; goal at most 0.01",
     "metadata_fraction_small_files": "the same for objects of three pages",
 }

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Final
 
 from tools.bench import cluster, cprogram, metadata, peers
+from tools.bench.calls import Guest
 from tools.bench.guests import GuestProcesses
 from tools.bench.plan import Plan
 from tools.bench.timing import NOISY_SHARE, Case, Figures, Skipped, lost_share, pin
 
+AGED: Final = ", aged"
 _LOOK_SECONDS: Final = 0.1
 
 Samples = dict[str, list[Figures]]
@@ -57,20 +59,19 @@ def _set_up(plan: Plan, stack: ExitStack, outcome: Outcome) -> tuple[list[Case],
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tmem-bench-")))
     cases, skipped = cprogram.cases(directory, plan.working_set_pages)
     outcome.skipped += skipped
-    pids = []
-    for make, kind in (
-        (cluster.standard, ""),
-        (cluster.full, f", {plan.full_mib} MiB full"),
-        (cluster.two_thirds, None),
-    ):
-        made, guest = make(plan)
-        stack.callback(made.close)
-        stack.callback(guest.close)
-        pids.append(made.pid)
-        if kind is None:
-            cases += cluster.refault_cases(made, guest)
-        else:
-            cases += cluster.persistent_cases(made, guest, kind, short=bool(kind))
+    made = _start(cluster.standard, plan, stack)
+    cases += cluster.extent_cases(*made, (32, 64), "")
+    # Single and scattered puts scatter the frames of later extents too: that is an arena's old age,
+    # and the extents of this one are told apart from those that only extents were put before.
+    aged = _start(cluster.standard, plan, stack)
+    cases += cluster.extent_cases(*aged, (1,), "")
+    cases += cluster.batch_cases(*aged)
+    cases += cluster.extent_cases(*aged, (32,), AGED)
+    full = _start(cluster.full, plan, stack)
+    cases += cluster.extent_cases(*full, (1, 32), f", {plan.full_mib} MiB full")
+    small = _start(cluster.two_thirds, plan, stack)
+    cases += cluster.refault_cases(*small)
+    pids = [one.pid for one, _ in (made, aged, full, small)]
     shared = cluster.Cluster(plan.working_set_pages + cluster.SPARE_PAGES)
     stack.callback(shared.close)
     guests = GuestProcesses(shared, plan.guest_counts, plan.working_set_pages, plan.seed)
@@ -80,6 +81,15 @@ def _set_up(plan: Plan, stack: ExitStack, outcome: Outcome) -> tuple[list[Case],
     peer_cases, peer_pids, missing = peers.start(plan, stack)
     outcome.skipped += missing
     return cases + peer_cases, pids + peer_pids
+
+
+def _start(
+    make: Callable[[Plan], tuple[cluster.Cluster, Guest]], plan: Plan, stack: ExitStack
+) -> tuple[cluster.Cluster, Guest]:
+    made, guest = make(plan)
+    stack.callback(made.close)
+    stack.callback(guest.close)
+    return made, guest
 
 
 def _repeat(
