@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import hashlib
 import os
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from fs.errors import error
 from fs.inode import Stat
 from guests.kernel import Kernel
 from guests.proc import virtual_file
@@ -45,10 +47,10 @@ class Console:
         """A line to standard error, after the command's name."""
         self.stderr += f"{self.command}: {text}\n".encode("utf-8", "surrogateescape")
 
-    def fail(self, error: OSError, path: str | None = None) -> None:
+    def fail(self, reason: OSError, path: str | None = None) -> None:
         """Tell of an error as Unix does, and go on."""
-        text = os.strerror(error.errno) if error.errno else str(error)
-        self.say(f"{path}: {text}" if path is not None else str(error.strerror or text))
+        text = os.strerror(reason.errno) if reason.errno else str(reason)
+        self.say(f"{path}: {text}" if path is not None else str(reason.strerror or text))
         self.exit_code = 1
 
 
@@ -83,8 +85,8 @@ def _each(console: Console, paths: list[str], work: Callable[[str], None]) -> No
     for path in paths:
         try:
             work(path)
-        except OSError as error:
-            console.fail(error, path)
+        except OSError as reason:
+            console.fail(reason, path)
 
 
 def _chunks(console: Console, path: str) -> Iterator[bytes]:
@@ -333,7 +335,7 @@ def cp(console: Console, arguments: list[str]) -> None:
     try:
         for chunk in _chunks(console, source):
             if console.vfs.write(handle, chunk) < len(chunk):
-                raise OSError(28, os.strerror(28), target)
+                raise error(errno.ENOSPC, target)
     finally:
         console.vfs.close(handle)
 

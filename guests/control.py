@@ -56,12 +56,15 @@ class Control:
         self._answer = answer
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[int], None]] = {}
-        path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            self._listener.bind(os.fspath(path))
-            path.chmod(0o600)
+            # Under another name until it listens: who sees the path may connect at once.
+            temporary = path.with_suffix("")
+            temporary.unlink(missing_ok=True)
+            self._listener.bind(os.fspath(temporary))
+            temporary.chmod(0o600)
             self._listener.listen(CONNECTIONS_MAX)
+            temporary.rename(path)
         except OSError as error:
             self._listener.close()
             raise OperatorError(

@@ -5,10 +5,13 @@ Parameters: lines (2000), rotate_bytes (65536), keep (4), fsync_lines (100), dir
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import closing
 
+from fs.errors import error
 from guests.workloads.job import Job
 from guests.workloads.verify import read_verified
 
@@ -53,7 +56,7 @@ class RotatingLog:
         self._content.update(line[:written])
         self._size += written
         if written < len(line):
-            raise OSError(28, os.strerror(28), self._current)
+            raise error(errno.ENOSPC, self._current)
         self._lines += 1
         self._job.findings.log_lines += 1
         if self._lines % self._fsync_lines == 0:
@@ -65,7 +68,7 @@ class RotatingLog:
     def _rotate(self) -> Iterator[None]:
         vfs = self._job.vfs
         vfs.fsync(self._handle)
-        vfs.close(self._handle)
+        self.close()
         self._rotated.insert(0, self._content.hexdigest())
         for number in range(len(self._rotated), 1, -1):
             if number > self._keep:
@@ -83,10 +86,16 @@ class RotatingLog:
     def _name(self, number: int) -> str:
         return f"{self._directory}/log.{number}"
 
+    def close(self) -> None:
+        """Close the current log; twice is once.  An open file keeps its space."""
+        if self._handle >= 0:
+            handle, self._handle = self._handle, -1
+            self._job.vfs.close(handle)
+
     def finish(self) -> Iterator[None]:
         """Close, and verify everything that was kept."""
         self._job.vfs.fsync(self._handle)
-        self._job.vfs.close(self._handle)
+        self.close()
         yield from read_verified(self._job, self._current, self._content.hexdigest())
         for number, digest in enumerate(self._rotated, 1):
             yield from read_verified(self._job, self._name(number), digest)
@@ -101,8 +110,8 @@ def line_of(job: Job, number: int) -> str:
 def run(job: Job) -> Iterator[None]:
     """Write `lines` lines, then read everything back."""
     job.total = job.count("lines", 2000, 1, 10_000_000)
-    log = RotatingLog(job)
-    for number in range(job.total):
-        yield from log.append(line_of(job, number))
-        job.done += 1
-    yield from log.finish()
+    with closing(RotatingLog(job)) as log:
+        for number in range(job.total):
+            yield from log.append(line_of(job, number))
+            job.done += 1
+        yield from log.finish()

@@ -17,6 +17,7 @@ A heavy phase has a working set above the guest's memory and several passes; a l
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from itertools import accumulate
 
 from guests.workloads.compile import compile_file
@@ -46,20 +47,21 @@ def run(job: Job) -> Iterator[None]:
     search_share = job.number("search", 0.3, 0.0, 1.0)
     compile_share = job.number("compile", 0.1, 0.0, 1.0)
     log_lines = job.count("log_lines", 1, 0, 1000)
-    log = RotatingLog(job) if log_lines else None
     job.total = passes * len(paths)
-    for _ in range(passes):
-        for path in visits(job, paths):
-            chance = job.random.random()
-            if chance < search_share:
-                yield from search_file(job, path, manifest[path], pattern)
-            elif chance < search_share + compile_share and path.endswith(".py"):
-                yield from compile_file(job, path, manifest[path])
-            else:
-                yield from read_verified(job, path, manifest[path])
-            for _ in range(log_lines if log is not None else 0):
-                assert log is not None
-                yield from log.append(line_of(job, job.done))
-            job.done += 1
-    if log is not None:
-        yield from log.finish()
+    with ExitStack() as at_end:
+        log = at_end.enter_context(closing(RotatingLog(job))) if log_lines else None
+        for _ in range(passes):
+            for path in visits(job, paths):
+                chance = job.random.random()
+                if chance < search_share:
+                    yield from search_file(job, path, manifest[path], pattern)
+                elif chance < search_share + compile_share and path.endswith(".py"):
+                    yield from compile_file(job, path, manifest[path])
+                else:
+                    yield from read_verified(job, path, manifest[path])
+                if log is not None:
+                    for _ in range(log_lines):
+                        yield from log.append(line_of(job, job.done))
+                job.done += 1
+        if log is not None:
+            yield from log.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -33,7 +34,8 @@ def read_verified(
         finally:
             job.vfs.close(handle)
     except OSError as error:
-        job.findings.mismatch(f"{path} ({error.strerror})")
+        why = os.strerror(error.errno) if error.errno else str(error)
+        job.findings.mismatch(f"{path} ({why})")
         return
     if digest.hexdigest() == expected:
         job.findings.files_verified += 1

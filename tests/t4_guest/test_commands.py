@@ -1,0 +1,130 @@
+"""The built-in commands: Unix's output, messages and exit codes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guests.kernel import Kernel
+from guests.shell import Result, Shell
+from tests.t4_guest.worlds import running_kernel, write_file
+
+
+@pytest.fixture
+def kernel(image: Path) -> Iterator[Kernel]:
+    """A guest with one file."""
+    with running_kernel(image) as running:
+        write_file(running, "/a", b"text\n")
+        yield running
+
+
+@pytest.fixture
+def shell(kernel: Kernel) -> Shell:
+    """Its commands."""
+    return Shell(kernel)
+
+
+def done(result: Result) -> str:
+    """The output of a command that must succeed."""
+    assert result.exit_code == 0, result
+    assert result.stderr == b""
+    return result.stdout.decode()
+
+
+def failed(result: Result, exit_code: int = 1) -> str:
+    """The message of a command that must fail."""
+    assert result.exit_code == exit_code, result
+    return result.stderr.decode()
+
+
+def test_cat_goes_on_after_a_missing_file(shell: Shell) -> None:
+    """As on Unix: one message, the rest shown, exit code 1."""
+    result = shell.run(["cat", "/nothing", "/a", "/"])
+
+    assert result.stdout == b"text\n"
+    assert failed(result) == ("cat: /nothing: No such file or directory\ncat: /: Is a directory\n")
+
+
+def test_unknown_command_and_wrong_use(shell: Shell) -> None:
+    """127 and 2."""
+    assert "dance: command not found" in failed(shell.run(["dance"]), 127)
+    assert "usage: cat FILE" in failed(shell.run(["cat"]), 2)
+    assert "invalid option -- 'q'" in failed(shell.run(["ls", "-q"]), 2)
+    assert "extra operand" in failed(shell.run(["mv", "/a", "/b", "/c"]), 2)
+    assert "unknown predicate" in failed(shell.run(["find", "/", "-newer", "/a"]), 2)
+
+
+def test_sha256sum_prints_what_the_host_would(shell: Shell) -> None:
+    """Hash, two blanks, path."""
+    digest = hashlib.sha256(b"text\n").hexdigest()
+
+    assert done(shell.run(["sha256sum", "/a"])) == f"{digest}  /a\n"
+
+
+def test_tree_is_made_moved_linked_and_removed(shell: Shell) -> None:
+    """One life of a directory tree."""
+    assert done(shell.run(["mkdir", "-p", "/d/e/f"])) == ""
+    assert done(shell.run(["mkdir", "-p", "/d/e/f"])) == ""
+    assert "File exists" in failed(shell.run(["mkdir", "/d"]))
+    assert done(shell.run(["cp", "/a", "/d/e"])) == ""
+    assert done(shell.run(["mv", "/d/e/a", "/d/e/f/b"])) == ""
+    assert done(shell.run(["ln", "/a", "/d/hard"])) == ""
+    assert done(shell.run(["ln", "-s", "e/f/b", "/d/soft"])) == ""
+    assert done(shell.run(["cat", "/d/soft"])) == "text\n"
+    assert done(shell.run(["find", "/d"])).split() == [
+        "/d",
+        "/d/e",
+        "/d/hard",
+        "/d/soft",
+        "/d/e/f",
+        "/d/e/f/b",
+    ]
+    assert done(shell.run(["find", "/d", "-type", "l"])) == "/d/soft\n"
+    assert done(shell.run(["find", "/", "-name", "?"])).split() == [
+        "/a",
+        "/d",
+        "/d/e",
+        "/d/e/f",
+        "/d/e/f/b",
+    ]
+    assert "Is a directory" in failed(shell.run(["rm", "/d"]))
+    assert "Directory not empty" in failed(shell.run(["rmdir", "/d"]))
+    assert done(shell.run(["rm", "-r", "/d"])) == ""
+    assert "No such file" in failed(shell.run(["rm", "/d"]))
+    assert done(shell.run(["rm", "-f", "/d"])) == ""
+    assert done(shell.run(["ls"])).split() == ["a", "lost+found"]
+
+
+def test_copy_onto_itself_is_refused(shell: Shell) -> None:
+    """The file would be emptied first."""
+    assert "are the same file" in failed(shell.run(["cp", "/a", "/a"]), 2)
+    assert done(shell.run(["cat", "/a"])) == "text\n"
+
+
+def test_ls_and_stat_tell_type_and_size(shell: Shell) -> None:
+    """A row a file."""
+    assert done(shell.run(["ls", "-l", "/a"])).startswith("-rw-r--r--   1     0     0         5 20")
+    assert "Size: 5 " in done(shell.run(["stat", "/a"]))
+    assert "directory" in done(shell.run(["stat", "/"]))
+
+
+def test_df_and_virtual_files(shell: Shell, kernel: Kernel) -> None:
+    """Figures of the guest itself."""
+    total = kernel.memory.budget.total * 4
+    rows = {
+        line.split()[0]: int(line.split()[1])
+        for line in done(shell.run(["cat", "/proc/meminfo"])).splitlines()
+    }
+
+    assert rows["MemTotal:"] == total
+    parts = ("MemFree:", "Cached:", "Buffers:", "Transfer:", "TmemWindow:")
+    assert sum(rows[name] for name in parts) == total
+    assert "nr_free_pages" in done(shell.run(["cat", "/proc/vmstat"]))
+    assert done(shell.run(["cat", "/sys/kernel/debug/cleancache/puts"])) == "0\n"
+    assert "No such file" in failed(shell.run(["cat", "/sys/kernel/debug/cleancache/x"]))
+    assert done(shell.run(["df"])).count("\n") == 2
+    assert done(shell.run(["df", "-i"])).count("\n") == 2
+    assert done(shell.run(["sync"])) == ""
