@@ -13,7 +13,7 @@ from tests.support.hypervisors import RunningHypervisor, running_hypervisor
 from tests.support.tools import need_tool
 
 SOURCE = Path(__file__).with_name("client.c")
-FLAGS = "-O2 -std=c11 -Wall -Wextra -Wconversion -Wno-sign-conversion -Werror".split()
+FLAGS = ["-O2", "-std=c11", "-Wall", "-Wextra", "-Wconversion", "-Wno-sign-conversion", "-Werror"]
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def hypervisor(cluster_name: str, tmp_path: Path) -> Iterator[RunningHypervisor]
 def compiled_client(directory: Path, bits: int) -> Path:
     """The client's program; skips where there is no compiler (or no 32-bit one)."""
     client = directory / f"client{bits}"
-    build = [need_tool("gcc"), f"-m{bits}", "-o", client]
+    build = [need_tool("gcc"), f"-m{bits}", "-o", os.fspath(client)]
     probe = subprocess.run(
         [*build, "-xc", "-"],
         input=b"#include <stdio.h>\nint main(void) { return 0; }\n",
@@ -36,7 +36,7 @@ def compiled_client(directory: Path, bits: int) -> Path:
     )
     if probe.returncode:
         pytest.skip(f"gcc -m{bits} can't build a program (Debian: gcc-multilib)")
-    subprocess.run([*build, *FLAGS, SOURCE, "-lrt"], check=True)
+    subprocess.run([*build, *FLAGS, os.fspath(SOURCE), "-lrt"], check=True)
     return client
 
 

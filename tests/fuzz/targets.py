@@ -1,0 +1,278 @@
+"""What is fed with arbitrary bytes, and what must hold whatever they are.
+
+`wire`     every parser of bytes that come from outside: requests, batch tables, HELLO, control
+           frames.  Anything but the exception that the parser declares is a finding.
+`machine`  a whole machine: the bytes are read as steps of three guests (shaped calls, raw messages,
+           batch tables) with deaths, restarts and reaping between them.  Findings are any
+           exception, a reply that contradicts ABI.md, another guest's bytes in a window, and a
+           broken invariant.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from typing import Final
+
+from hypervisor.arena import FRAMES_MIN, Arena, format_arena, layout
+from hypervisor.eviction import POLICIES
+from hypervisor.invariants import check
+from hypervisor.machine import Machine
+from hypervisor.recovery import recover
+from ipc.abi import (
+    BATCH_ENTRY,
+    BATCH_ENTRY_BYTES,
+    EXTENT_PAGES_MAX,
+    FIRST_FAULT_REASON,
+    INVALID_OID,
+    PAGE_BYTES,
+    REQUEST,
+    REQUEST_BYTES,
+    Op,
+    Reason,
+    Reply,
+    ReplyFlag,
+    Status,
+    oid_from_int,
+    pool_flag_word,
+)
+from ipc.attach import HandshakeError, decode_hello
+from ipc.codec import BadRecord, decode, split_frame
+from ipc.errors import GuestFault
+from ipc.limits import WINDOW_SLOTS
+from ipc.window import Window, anonymous_window
+from ipc.wire import decode_batch, decode_reply, decode_request
+
+STEPS_MAX: Final = 400
+CHECK_EVERY: Final = 16
+
+_OPS: Final = tuple(Op)
+_INDEXES: Final = (0, 0, 0, 1, 60, 64, 200, 2**32 - 64)
+_POOL_FLAGS: Final = (pool_flag_word(), pool_flag_word(persist=True), pool_flag_word(shared=True))
+_OIDS: Final = (oid_from_int(0), oid_from_int(1), oid_from_int(1 << 191), oid_from_int(7))
+_POOLS: Final = (0, 1, 1, 2)
+_BATCHES: Final = (Op.PUT_BATCH, Op.GET_BATCH, Op.FLUSH_BATCH)
+
+
+class Finding(Exception):
+    """Something that must never happen did."""
+
+
+def fuzz_wire(data: bytes) -> None:
+    """The first byte chooses the parser."""
+    kind, rest = data[:1], data[1:]
+    try:
+        match kind[0] % 5 if kind else 0:
+            case 0:
+                _check_request(decode_request(rest))
+            case 1:
+                whole = len(rest) - len(rest) % BATCH_ENTRY_BYTES
+                for _, _, slot, oid in decode_batch(rest[:whole], moves_pages=True):
+                    _hold(slot < WINDOW_SLOTS and oid != INVALID_OID, "batch entry out of bounds")
+            case 2:
+                decode_hello(rest)
+            case 3:
+                _hold(isinstance(decode(rest), dict), "a record is a map")
+            case _:
+                frame = split_frame(rest)
+                _hold(frame is None or len(frame[0]) + len(frame[1]) + 4 == len(rest), "frame")
+    except GuestFault as fault:
+        _hold(fault.reason >= FIRST_FAULT_REASON, f"a fault for {fault.reason!r}")
+    except (HandshakeError, BadRecord):
+        pass
+
+
+def _check_request(request: tuple[int, int, int, int, int, int, bytes, int, int, int]) -> None:
+    _, op, flags, count, _, index, _, slot, _, reserved = request
+    _hold(op in _OPS and not flags and not reserved, "op or reserved bits")
+    _hold(count <= EXTENT_PAGES_MAX and index + count <= 2**32, "extent out of bounds")
+    _hold(slot + count <= WINDOW_SLOTS or op in _BATCHES, "slots out of bounds")
+
+
+def _hold(condition: bool, what: str) -> None:
+    if not condition:
+        raise Finding(what)
+
+
+class Reader:
+    """Takes bytes as numbers; zeros once they have run out."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    @property
+    def left(self) -> int:
+        """Bytes not taken yet."""
+        return len(self._data) - self._at
+
+    def byte(self) -> int:
+        """One byte."""
+        return self.take(1)[0]
+
+    def take(self, count: int) -> bytes:
+        """`count` bytes."""
+        taken = self._data[self._at : self._at + count].ljust(count, b"\0")
+        self._at += count
+        return taken
+
+
+class Guest:
+    """A name, a window whose slots hold only bytes of this guest, and a sequence."""
+
+    def __init__(self, number: int) -> None:
+        self.name = f"g{number}"
+        self.window: Window = anonymous_window()
+        self.pages = bytes([number + 1]) * (WINDOW_SLOTS * PAGE_BYTES)
+        self.sequence = 0
+
+    def reset(self) -> None:
+        """As it was when nothing had happened."""
+        self.sequence = 0
+        self.window.slots[:] = self.pages
+        self.window.table[:] = bytes(len(self.window.table))
+
+
+GUESTS: Final = tuple(Guest(number) for number in range(3))
+"""Made once: mapping windows anew for each input would cost more than the input."""
+
+
+class World:
+    """A machine with the smallest arena, three guests, and the steps that bytes can name."""
+
+    def __init__(self, data: bytes) -> None:
+        self.reader = Reader(data)
+        self.policy = sorted(POLICIES)[self.reader.byte() % len(POLICIES)]
+        self.mapping = mmap.mmap(-1, layout(FRAMES_MIN).end)
+        format_arena(self.mapping)
+        for guest in GUESTS:
+            guest.reset()
+        self.start()
+
+    def start(self) -> None:
+        """Start, or restart, over the arena as it is; guests that are new get two pools."""
+        self.machine = Machine(Arena(self.mapping), policy=self.policy)
+        recover(self.machine)
+        for guest in GUESTS:
+            if guest.name not in self.machine.clients:
+                self.join(guest)
+
+    def join(self, guest: Guest) -> None:
+        """A guest attaches and makes an ephemeral and a persistent pool."""
+        self.machine.attach(guest.name, 1, 1, 0)
+        for flags in _POOL_FLAGS[:2]:
+            self.call(guest, REQUEST.pack(0, Op.NEW_POOL, 0, 0, flags, 0, bytes(24), 0, 0, 0))
+
+    def run(self) -> None:
+        """All steps, and the invariants every now and then and at the end."""
+        for step in range(STEPS_MAX):
+            if self.reader.left <= 0:
+                break
+            self.step()
+            if step % CHECK_EVERY == 0:
+                check(self.machine)
+        check(self.machine)
+
+    def step(self) -> None:
+        """One step."""
+        control = self.reader.byte()
+        guest = GUESTS[(control & 3) % len(GUESTS)]
+        kind = control >> 2 & 15
+        if kind == 0:
+            self.call(guest, self.reader.take(REQUEST_BYTES))
+        elif kind == 1:
+            self.call(guest, self.reader.take(self.reader.byte() % (REQUEST_BYTES + 9)))
+        elif kind == 2:
+            self.event(guest, self.reader.byte())
+        elif kind == 3:
+            self.write_table(guest, self.reader.take(BATCH_ENTRY_BYTES))
+        elif kind < 6:
+            self.write_table(guest, self.shaped_entry())
+        else:
+            self.call(guest, self.shaped_request(guest))
+
+    def shaped_request(self, guest: Guest) -> bytes:
+        """A request that is right more often than not."""
+        guest.sequence += 1
+        op = _OPS[self.reader.byte() % len(_OPS)]
+        place, count, slot = self.reader.take(3)
+        oid, index = _OIDS[place >> 2 & 3], _INDEXES[place >> 4 & 7] + (place >> 7)
+        pool, count = _POOLS[place & 3], count % (EXTENT_PAGES_MAX + 1)
+        fields = (0, 0, 0, bytes(24), 0)
+        if op in (Op.PUT_PAGE, Op.GET_PAGE):
+            slots = WINDOW_SLOTS - count + 1
+            fields = (count, pool, index, oid, slot % (slots + (slot == 255)))
+        elif op is Op.FLUSH_PAGE:
+            fields = (count, pool, index, oid, 0)
+        elif op in _BATCHES:
+            fields = (count, 0, 0, bytes(24), 0)
+        elif op is Op.NEW_POOL:
+            fields = (0, _POOL_FLAGS[place % len(_POOL_FLAGS)], 0, bytes(24), 0)
+        elif op is Op.FLUSH_OBJECT:
+            fields = (0, pool, 0, oid, 0)
+        elif op is Op.DESTROY_POOL:
+            fields = (0, pool, 0, bytes(24), 0)
+        return REQUEST.pack(guest.sequence, op, 0, *fields, 0, 0)
+
+    def shaped_entry(self) -> bytes:
+        """A batch entry that is right more often than not."""
+        place, slot = self.reader.take(2)
+        index = _INDEXES[place >> 4 & 7]
+        return BATCH_ENTRY.pack(_POOLS[place & 3], index, slot % 65, 0, _OIDS[place >> 2 & 3], 0)
+
+    def write_table(self, guest: Guest, entry: bytes) -> None:
+        """Write one entry into several places of the batch table."""
+        first = self.reader.byte() % EXTENT_PAGES_MAX
+        for place in range(first, EXTENT_PAGES_MAX, 1 + self.reader.byte() % 8):
+            at = place * BATCH_ENTRY_BYTES
+            guest.window.table[at : at + BATCH_ENTRY_BYTES] = entry
+
+    def event(self, guest: Guest, choice: int) -> None:
+        """What happens besides calls."""
+        if choice % 4 == 0:
+            self.machine.depart(self.machine.clients[guest.name])
+            self.join(guest)
+        elif choice % 4 == 1:
+            self.start()
+        else:
+            self.machine.store.reap(choice)
+
+    def call(self, guest: Guest, message: bytes) -> None:
+        """One call and all that can be said about its reply without knowing what is stored."""
+        client = self.machine.clients[guest.name]
+        store = self.machine.store
+        before = store.sequence, store.frames.free, len(client.pools)
+        reply = decode_reply(self.machine.execute(client, message, guest.window))
+        _check_reply(message, reply)
+        _hold(reply.generation == self.machine.generation, "the generation is another")
+        if reply.flags:
+            after = store.sequence, store.frames.free, len(client.pools)
+            _hold(before == after, "a faulted call had an effect")
+        # A memoryview compares with bytes by memcmp: the whole window costs some 10 us.
+        _hold(guest.window.slots == guest.pages, "another guest's bytes are in the window")
+
+
+def _check_reply(message: bytes, reply: Reply) -> None:
+    _hold(reply.sequence == int.from_bytes(message[:4], "little"), "another call's sequence")
+    status, reason = Status(reply.status), Reason(reply.reason)
+    fault = reason >= FIRST_FAULT_REASON
+    _hold(reply.flags == (ReplyFlag.FAULT if fault else 0), "FAULT does not go with the reason")
+    if fault:
+        _hold(status in (Status.EINVAL, Status.ENOSYS), f"a fault with {status!r}")
+        _hold(not reply.map and not reply.value, "a fault with a result")
+        return
+    _, op, _, count, *_ = REQUEST.unpack(message)
+    _hold(reply.map >> count == 0, "map has bits beyond count")
+    _hold((reason is Reason.NONE) == (status in (Status.DONE, Status.MISS)), "reason and status")
+    whole = reply.map == (1 << count) - 1
+    if op in (Op.PUT_PAGE, Op.GET_PAGE, Op.PUT_BATCH, Op.GET_BATCH):
+        _hold((status is Status.DONE) == whole, "DONE and the map disagree")
+
+
+def fuzz_machine(data: bytes) -> None:
+    """One world, and all its steps."""
+    World(data).run()
+
+
+TARGETS: Final[dict[str, Callable[[bytes], None]]] = {"wire": fuzz_wire, "machine": fuzz_machine}
+LENGTH_MAX: Final = {"wire": 400, "machine": 4000}
