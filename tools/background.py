@@ -14,6 +14,7 @@ from typing import Final
 from ipc.errors import ExitCode, OperatorError
 from ipc.names import process_start
 from tools.config import ClusterConfig
+from tools.demo import check_cluster
 from tools.rundir import ClusterDirectory, ClusterRecord
 
 _STOP_SECONDS: Final = 40.0
@@ -21,8 +22,8 @@ _STOP_SECONDS: Final = 40.0
 
 def start(config: ClusterConfig, directory: ClusterDirectory, cache: Path) -> None:
     """Bring a cluster up and leave it running; raises OperatorError if it does not come up."""
-    directory.refuse_occupied()
-    directory.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_cluster(config, directory)
+    directory.make()
     command = [sys.executable, "-m", "tools.supervise", str(directory.path), str(cache.absolute())]
     with directory.log("console").open("ab") as console:
         process = subprocess.Popen(

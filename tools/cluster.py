@@ -2,7 +2,7 @@
 
 Life of a cluster, always in this order:
 
-    check the machine's limits           nothing was started; a refusal is one line
+    check_limits, the directory's check  by the caller, before anything is made or started
     cluster.json, registry               from here on `tmem clean` finds everything
     fork server, hypervisor, guests      each is written down as it starts
     watch                                a dead hypervisor is started again on its arena, later and
@@ -28,7 +28,7 @@ from guests.boot import run as run_guest
 from hypervisor.boot import HypervisorSpec
 from hypervisor.boot import run as run_hypervisor
 from ipc.abi import TOKEN_BYTES
-from ipc.attach import CONTROL_SOCKET, enrol
+from ipc.attach import enrol
 from ipc.codec import Record
 from ipc.errors import Disconnected, ExitCode, OperatorError
 from ipc.limits import explain_queue_limit, read_queue_limits
@@ -104,18 +104,17 @@ class Cluster:
     # --- start
 
     def _start(self) -> None:
-        check_limits(self.plan)
-        self.directory.make([guest.name for guest in self.plan.guests] or [HYPERVISOR])
+        self.directory.make()
         self._registry = Registry(self.directory.path)
         self._registry.add_process(os.getpid())
         self.directory.write(self._record())
         self._open_log()
-        self._factory = ProcessFactory(self.directory.path, self.directory.log("console"))
+        self._factory = ProcessFactory(self.directory.door, self.directory.log("console"))
         for pid in self._factory.start():
             self._registry.add_process(pid)
         if self.plan.arena_bytes is not None:
             self._start_hypervisor()
-            self._await_ready(HYPERVISOR, self.directory.path / CONTROL_SOCKET, "ping")
+            self._await_ready(HYPERVISOR, self.directory.hypervisor_socket, "ping")
         for guest in self.plan.guests:
             self._interrupts.check()
             self._start_guest(guest)
@@ -150,7 +149,7 @@ class Cluster:
         assert self.plan.arena_bytes is not None
         spec = HypervisorSpec(
             cluster=self.plan.name,
-            run_directory=self.directory.path,
+            run_directory=self.directory.door,
             arena_bytes=self.plan.arena_bytes,
             eviction=self.plan.eviction,
             supervisor_pid=os.getpid(),
@@ -167,7 +166,7 @@ class Cluster:
             name=guest.name,
             image=guest.image,
             memory_bytes=guest.memory_bytes,
-            run_directory=self.directory.path,
+            run_directory=self.directory.door,
             token=token,
             attach=self.plan.arena_bytes is not None,
             supervisor_pid=os.getpid(),
@@ -268,7 +267,7 @@ class Cluster:
 
     def stats(self) -> Record:
         """The hypervisor's figures; raises Disconnected."""
-        return ask(self.directory.path / CONTROL_SOCKET, {"verb": "stats"})
+        return ask(self.directory.hypervisor_socket, {"verb": "stats"})
 
     # --- stop
 
@@ -283,7 +282,7 @@ class Cluster:
         self._end(list(self._guests.values()))
         if self._hypervisor is not None:
             with contextlib.suppress(Disconnected):
-                ask(self.directory.path / CONTROL_SOCKET, {"verb": "stop"})
+                ask(self.directory.hypervisor_socket, {"verb": "stop"})
             self._end([self._hypervisor])
         if hasattr(self, "_factory"):
             self._factory.close()
@@ -307,19 +306,16 @@ class Cluster:
             process.close()
 
 
-def check_limits(plan: ClusterPlan) -> None:
-    """Raise OperatorError if this machine can't hold the cluster; nothing is started."""
-    memory_bytes = sum(guest.memory_bytes for guest in plan.guests)
-    if plan.arena_bytes is not None:
-        reason = explain_queue_limit(len(plan.guests), read_queue_limits())
-        reason = reason or explain_segment_limit(plan.arena_bytes)
-        if reason is not None:
-            raise OperatorError(reason, ExitCode.UNAVAILABLE)
-        memory_bytes += plan.arena_bytes
+def check_limits(guests: int, memory_bytes: int, arena_bytes: int) -> None:
+    """Raise OperatorError if this machine can't hold so many guests with so much RAM and arena."""
+    reason = explain_queue_limit(guests, read_queue_limits()) or explain_segment_limit(arena_bytes)
+    if reason is not None:
+        raise OperatorError(reason, ExitCode.UNAVAILABLE)
     available = available_memory_bytes()
-    if available is not None and memory_bytes > available:
+    wanted_bytes = memory_bytes + arena_bytes
+    if available is not None and wanted_bytes > available:
         raise OperatorError(
-            f"guests and arena want {format_size(memory_bytes)} and {format_size(available)} of "
+            f"guests and arena want {format_size(wanted_bytes)} and {format_size(available)} of "
             "memory are available; choose smaller guests or a smaller arena",
             ExitCode.UNAVAILABLE,
         )

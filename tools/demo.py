@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from fs.errors import ImageError
+from fs.mount import mount_image
 from ipc.codec import Record
 from ipc.errors import Disconnected, ExitCode, OperatorError
-from tools.cluster import Cluster, ClusterPlan, GuestPlan
+from tools.cluster import Cluster, ClusterPlan, GuestPlan, check_limits
 from tools.config import ClusterConfig, GuestConfig
 from tools.image import build_image, copy_image
 from tools.interrupts import Interrupts
@@ -63,6 +66,14 @@ class Disk:
     copied: bool
 
 
+def check_cluster(config: ClusterConfig, directory: ClusterDirectory) -> None:
+    """Raise OperatorError if this machine or this directory can't hold the cluster."""
+    guests = config.guests()
+    directory.check()
+    memory_bytes = sum(guest.memory for _, guest in guests)
+    check_limits(len(guests), memory_bytes, config.hypervisor.arena)
+
+
 def prepare_disks(config: ClusterConfig, cache: Path) -> dict[str, Disk]:
     """The disk of every guest; images of trees are built or taken from the cache."""
     return {name: _prepare_disk(name, guest, cache) for name, guest in config.guests()}
@@ -70,12 +81,21 @@ def prepare_disks(config: ClusterConfig, cache: Path) -> dict[str, Disk]:
 
 def _prepare_disk(name: str, guest: GuestConfig, cache: Path) -> Disk:
     if guest.image is not None:
+        _check_image(name, guest.image)
         manifest = None if guest.manifest is None else Path(guest.manifest).absolute()
         if manifest is not None and not manifest.is_file():
             raise OperatorError(f"{name}: the manifest {manifest} is missing", ExitCode.NO_INPUT)
         return Disk(Path(guest.image).absolute(), manifest, copied=False)
     image = build_image(guest.tree, guest.tree_limit, name, cache)
     return Disk(image.path.absolute(), image.manifest.absolute(), copied=True)
+
+
+def _check_image(name: str, image: str) -> None:
+    """Mount it once, read-only: what is wrong with it is said before anything is started."""
+    try:
+        mount_image(image, clock_ns=time.time_ns, read_only=True).unmount()
+    except ImageError as error:
+        raise OperatorError(f"{name}: {error}", ExitCode.NO_INPUT) from None
 
 
 def plan_cluster(
@@ -126,7 +146,7 @@ def measure(
     """Both runs; the record that becomes results.json."""
     directories = {mode: ClusterDirectory(run / mode) for mode in MODES}
     for directory in directories.values():
-        directory.refuse_occupied()
+        check_cluster(config, directory)
     disks = prepare_disks(config, cache)
     for name, disk in disks.items():
         if disk.manifest is None:

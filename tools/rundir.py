@@ -14,6 +14,9 @@
 One rule finds a cluster: `--run DIR`, else `$TMEM_RUN_DIR`, else the newest run below `./runs` in
 which a supervisor lives.  DIR may be a run or the folder of a cluster.
 
+A socket's path has at most 107 bytes.  Where a folder's path is too long for that, a link below the
+temporary folder leads to it; `door` in the folder names the link, and it goes with the cluster.
+
 A cluster is *live* while the process that cluster.json names is that same process, *stale* when it
 is not and something is still registered or cluster.json is still there.
 """
@@ -23,12 +26,16 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import secrets
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from ipc.attach import CONTROL_SOCKET
 from ipc.errors import ExitCode, OperatorError
+from ipc.limits import GUEST_NAME_CHARACTERS_MAX
 from ipc.names import Registry, process_start
 
 RUNS: Final = Path("runs")
@@ -36,8 +43,10 @@ CACHE: Final = RUNS / "cache"
 LATEST: Final = RUNS / "latest"
 ENVIRONMENT: Final = "TMEM_RUN_DIR"
 
-# sockaddr_un.sun_path has 108 bytes and ends with a zero (unix(7)).
-_SOCKET_PATH_BYTES_MAX: Final = 107
+# sockaddr_un.sun_path has 108 bytes and ends with a zero (unix(7)); the longest name of ours is
+# guest-NAME.sock.
+_FOLDER_BYTES_MAX: Final = 107 - len(f"/guest-{'x' * GUEST_NAME_CHARACTERS_MAX}.sock")
+_DOOR_FILE: Final = "door"
 _CLUSTER_FILE: Final = "cluster.json"
 _CLUSTER_FOLDERS: Final = ("on", "off")
 
@@ -90,32 +99,27 @@ class ClusterDirectory:
 
     def guest_socket(self, name: str) -> Path:
         """The control socket of a guest."""
-        return self.path / f"guest-{name}.sock"
+        return self.door / f"guest-{name}.sock"
+
+    @property
+    def hypervisor_socket(self) -> Path:
+        """The control socket of the hypervisor."""
+        return self.door / CONTROL_SOCKET
+
+    @property
+    def door(self) -> Path:
+        """The folder by a path that is short enough for sockets in it."""
+        try:
+            return Path((self.path / _DOOR_FILE).read_text())
+        except OSError:
+            return self.path
 
     def start_report(self, name: str) -> Path:
         """Why a guest did not start; there only after it failed."""
         return self.path / f"guest-{name}.error"
 
-    def make(self, guest_names: list[str]) -> None:
-        """Make the folders of a new cluster; raises OperatorError when something stands there."""
-        longest = max((self.guest_socket(name) for name in guest_names), key=_encoded_length)
-        if _encoded_length(longest) > _SOCKET_PATH_BYTES_MAX:
-            raise OperatorError(
-                f"the socket {longest} would have {_encoded_length(longest)} bytes and a socket's "
-                f"path may have {_SOCKET_PATH_BYTES_MAX}; choose a shorter directory with --run"
-            )
-        self.refuse_occupied()
-        try:
-            for folder in (self.path, self.logs, self.images):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise OperatorError(
-                f"can't make the run directory {self.path}: {error.strerror}; choose another with "
-                "--run"
-            ) from None
-
-    def refuse_occupied(self) -> None:
-        """Raise OperatorError when a cluster lives here or a dead one left something."""
+    def check(self) -> None:
+        """Raise OperatorError if a cluster can't live here; makes nothing."""
         record = self.read()
         if record is not None and record.lives:
             raise OperatorError(
@@ -127,6 +131,32 @@ class ClusterDirectory:
                 f"{self.path} is a stale run directory: a dead cluster left something behind; "
                 f"remove it with 'tmem clean --run {self.path}'"
             )
+
+    def make(self) -> None:
+        """Make the folders of a new cluster; raises OperatorError when that can't be done."""
+        try:
+            for folder in (self.path, self.logs, self.images):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if len(os.fsencode(self.path)) > _FOLDER_BYTES_MAX:
+                self._make_door()
+        except OSError as error:
+            raise OperatorError(
+                f"can't make the run directory {self.path}: {error.strerror}; choose another with "
+                "--run"
+            ) from None
+
+    def _make_door(self) -> None:
+        """A link with a short path; the file that names it is there first, so it is never lost."""
+        link = Path(tempfile.gettempdir(), f"tmem-{secrets.token_hex(8)}")
+        (self.path / _DOOR_FILE).write_text(str(link))
+        link.symlink_to(self.path)
+
+    def _remove_door(self) -> None:
+        door = self.door
+        if door != self.path:
+            if door.is_symlink() and door.readlink() == self.path:
+                door.unlink()
+            (self.path / _DOOR_FILE).unlink()
 
     def is_stale(self) -> bool:
         """Whether no supervisor lives here but something was left behind."""
@@ -165,6 +195,7 @@ class ClusterDirectory:
             for pid in children_of({int(name.partition(":")[0]) for name in registered}):
                 registry.add_process(pid)
             found = [f"{kind} {name}" for kind, name in registry.clean()]
+        self._remove_door()
         for pattern in ("*.sock", "listener-*", "arena", _CLUSTER_FILE):
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
@@ -253,7 +284,3 @@ def _no_cluster(run: Path | None) -> OperatorError:
         "with --run",
         ExitCode.UNAVAILABLE,
     )
-
-
-def _encoded_length(path: Path) -> int:
-    return len(os.fsencode(path))

@@ -10,9 +10,9 @@ share of all gets, CPU us/op the hypervisor's CPU time for this guest per page i
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from ipc.attach import CONTROL_SOCKET
 from ipc.codec import Record
 from ipc.errors import Disconnected
 from tools.control import ask
@@ -35,11 +35,11 @@ HEADER = (
 
 def snapshot(directory: ClusterDirectory, record: ClusterRecord) -> Record:
     """Everybody's figures now."""
-    stats = _ask(directory, CONTROL_SOCKET, "stats")
+    stats = _ask(directory.hypervisor_socket, "stats")
     known = {} if stats is None else stats.pop("guests")
     guests: Record = {}
     for guest in record.guests:
-        status = _ask(directory, directory.guest_socket(guest.name).name, "status")
+        status = _ask(directory.guest_socket(guest.name), "status")
         guests[guest.name] = {
             "state": "gone" if status is None else status["state"],
             "memory_bytes": guest.memory_bytes,
@@ -90,14 +90,14 @@ def headline(shot: Record) -> str:
 
 def processes(directory: ClusterDirectory, record: ClusterRecord) -> list[Record]:
     """The cluster's processes, as `tmem ps` lists them."""
-    stats = _ask(directory, CONTROL_SOCKET, "ping")
+    stats = _ask(directory.hypervisor_socket, "ping")
     rows: list[Record] = [_process("supervisor", "supervisor", record.supervisor_pid, "running", 0)]
     if record.arena_bytes:
         pid = None if stats is None else stats["pid"]
         state = "down" if stats is None else "running"
         rows.append(_process("hypervisor", "hypervisor", pid, state, record.arena_bytes))
     for guest in record.guests:
-        status = _ask(directory, directory.guest_socket(guest.name).name, "status")
+        status = _ask(directory.guest_socket(guest.name), "status")
         state = "gone" if status is None else status["state"]
         rows.append(_process(guest.name, "guest", guest.pid, state, guest.memory_bytes))
     return rows
@@ -107,9 +107,9 @@ def _process(name: str, kind: str, pid: int | None, state: str, memory_bytes: in
     return {"name": name, "kind": kind, "pid": pid, "state": state, "memory_bytes": memory_bytes}
 
 
-def _ask(directory: ClusterDirectory, socket_name: str, verb: str) -> Record | None:
+def _ask(path: Path, verb: str) -> Record | None:
     try:
-        return ask(directory.path / socket_name, {"verb": verb}, timeout_seconds=5.0)
+        return ask(path, {"verb": verb}, timeout_seconds=5.0)
     except Disconnected:
         return None
 

@@ -41,7 +41,6 @@ def main() -> int:
 def _supervise(
     config: ClusterConfig, directory: ClusterDirectory, cache: Path, interrupts: Interrupts
 ) -> None:
-    directory.refuse_occupied()
     disks = prepare_disks(config, cache)
     try:
         copy_disks(disks, directory)

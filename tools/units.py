@@ -28,6 +28,8 @@ def parse_size(text: str | int) -> int:
 
 def format_size(size_bytes: float) -> str:
     """`67108864` as `64.0 MiB`."""
+    if size_bytes < 0:
+        return f"-{format_size(-size_bytes)}"
     value = float(size_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:

@@ -110,3 +110,17 @@ def test_run_directory_of_a_live_cluster_is_refused(up: Path, cluster_file: Path
         assert "is running in" in done.stderr
         assert len(done.stderr.splitlines()) == 1
     wait_until(lambda: tmem("exec", "red", "ls", cwd=up).returncode == 0, "the first cluster")
+
+
+def test_folder_with_a_long_path_is_no_obstacle(folder: Path, cluster_file: Path) -> None:
+    """Sockets can't have long paths; a short way in is made, and removed with the cluster."""
+    deep = folder / ("d" * 60) / ("e" * 60)
+    deep.mkdir(parents=True)
+
+    assert tmem("up", "-d", "-f", str(cluster_file), cwd=deep).returncode == 0
+    (door,) = (Path(path.read_text()) for path in deep.rglob("door"))
+    assert door.is_symlink()
+    assert tmem("exec", "red", "--", "ls", "/", cwd=deep).returncode == 0
+    assert json.loads(tmem("stats", "--json", cwd=deep).stdout)["hypervisor"] is not None
+    assert tmem("down", cwd=deep).returncode == 0
+    assert not door.is_symlink()
