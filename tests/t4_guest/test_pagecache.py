@@ -13,6 +13,7 @@ from fs.block.device import BlockDevice
 from fs.block.faulty import FaultyDevice
 from guests.kernel import Kernel
 from guests.memory import FRAMES_MIN, WINDOW_PAGES, divide
+from guests.pagecache import FLUSH_PAGES_MAX
 from guests.readahead import Readahead
 from guests.reclaim import BATCH_PAGES, PageLists
 from ipc.errors import OperatorError
@@ -187,16 +188,20 @@ def test_overwrite_evict_read_gives_the_new_content(
         assert read_file(kernel, "/a", 3 * PAGE, 8) == b"new!old."
 
 
-def test_truncate_and_extend_reads_zeros(image: Path, hypervisor: LocalHypervisor) -> None:
-    """Neither tmem nor the disk gives back what was cut off."""
+@pytest.mark.parametrize("dropped", [3, FLUSH_PAGES_MAX + 5])
+def test_truncate_and_extend_reads_zeros(
+    image: Path, hypervisor: LocalHypervisor, dropped: int
+) -> None:
+    """Neither tmem nor the disk gives back what was cut off, by page or by object."""
+    kept = (20 - dropped - 1) * PAGE + 100
     with running_kernel(image, hypervisor) as kernel:
         write_file(kernel, "/a", b"x" * 20 * PAGE)
         push_out(kernel)
-        kernel.vfs.truncate("/a", 5 * PAGE + 100)
+        kernel.vfs.truncate("/a", kept)
         kernel.vfs.truncate("/a", 20 * PAGE)
         push_out(kernel)
 
-        assert read_file(kernel, "/a") == b"x" * (5 * PAGE + 100) + bytes(15 * PAGE - 100)
+        assert read_file(kernel, "/a") == b"x" * kept + bytes(20 * PAGE - kept)
 
 
 def test_bytes_past_the_end_on_disk_are_not_shown(image: Path) -> None:
