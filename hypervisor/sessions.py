@@ -227,9 +227,14 @@ class Sessions:
         self._close(session)
         if session.peer is not None and session.peer.pidfd >= 0:
             os.close(session.peer.pidfd)
-        # A client that was made for this handshake alone goes with it.
-        if client is not None and client.name not in self._pidfds:
+        if client is not None and not self._is_wanted(client):
             self._machine.depart(client)
+
+    def _is_wanted(self, client: Client) -> bool:
+        """Attached, expected back, or waited for by another handshake of its process."""
+        return client.name in self._pidfds or any(
+            other.client is client for other in self._pending.values()
+        )
 
     # --- life and death
 

@@ -246,11 +246,6 @@ def test_a_guest_that_attaches_again_replaces_its_attachment(
     second.detach()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="sessions.py: giving up the first handshake departs the client that the second uses, "
-    "and the end of that guest then ends the hypervisor (KeyError in Machine.depart)",
-)
 def test_of_two_handshakes_of_one_name_the_second_survives_the_end_of_the_first(
     hypervisor: RunningHypervisor,
 ) -> None:

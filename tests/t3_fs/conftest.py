@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fs.vfs import Vfs
-from tests.t3_fs.images import BLOCK, Image, MakeImage, need_tool
+from tests.support.tools import need_tool
+from tests.t3_fs.images import BLOCK, Image, MakeImage
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from fs.block.device import BlockDevice
 from fs.block.faulty import FaultyDevice
 from fs.errors import ImageError
 from fs.vfs import Vfs
-from tests.t3_fs.images import BLOCK, Image, MakeImage, need_tool, write
+from tests.support.tools import need_tool
+from tests.t3_fs.images import BLOCK, Image, MakeImage, write
 
 READ_BYTES_MAX = 1 << 16
 

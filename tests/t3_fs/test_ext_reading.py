@@ -11,7 +11,8 @@ import pytest
 
 from fs.block.counting import CountingDevice
 from fs.block.device import BlockDevice
-from tests.t3_fs.images import BLOCK, MakeImage, host_tree, need_tool, vfs_tree
+from tests.support.tools import need_tool
+from tests.t3_fs.images import BLOCK, MakeImage, host_tree, vfs_tree
 
 
 @pytest.fixture

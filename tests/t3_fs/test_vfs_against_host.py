@@ -4,7 +4,7 @@ An answer is what a call returns or its errno. Everything comes from a seed in t
 """
 
 # The host is asked through the plain system calls that `Vfs` stands for, method by method.
-# ruff: noqa: D102, PTH102, PTH104, PTH106, PTH108, PTH115, PTH116, PTH118, PTH208, PTH211
+# ruff: noqa: PTH102, PTH104, PTH106, PTH108, PTH115, PTH116, PTH118, PTH211
 from __future__ import annotations
 
 import errno
