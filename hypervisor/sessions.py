@@ -202,6 +202,8 @@ class Sessions:
         assert client is not None and pair is not None and peer is not None
         if untrusted_message != CONFIRM.pack(CONFIRM_MAGIC, client.number):
             raise attach.HandshakeError("this is no CONFIRM")
+        if self._machine.clients.get(client.name) is not client:
+            raise attach.HandshakeError("the guest has detached meanwhile")
         pair.forget_names()
         earlier = self._by_client.get(client.name)
         if earlier is not None:
@@ -227,13 +229,16 @@ class Sessions:
         self._close(session)
         if session.peer is not None and session.peer.pidfd >= 0:
             os.close(session.peer.pidfd)
-        if client is not None and not self._is_wanted(client):
+        if client is not None and self._was_made_for_nothing(client):
             self._machine.depart(client)
 
-    def _is_wanted(self, client: Client) -> bool:
-        """Attached, expected back, or waited for by another handshake of its process."""
-        return client.name in self._pidfds or any(
-            other.client is client for other in self._pending.values()
+    def _was_made_for_nothing(self, client: Client) -> bool:
+        """Still there, though neither attached, nor expected back, nor waited for by another
+        handshake of its process."""
+        return (
+            self._machine.clients.get(client.name) is client
+            and client.name not in self._pidfds
+            and not any(other.client is client for other in self._pending.values())
         )
 
     # --- life and death

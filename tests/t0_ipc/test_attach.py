@@ -269,10 +269,6 @@ def test_of_two_handshakes_of_one_name_the_second_survives_the_end_of_the_first(
     assert still_serves(hypervisor)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="sessions.py: _confirm serves a client that the machine has departed",
-)
 def test_a_handshake_whose_client_has_left_meanwhile_harms_nobody(
     hypervisor: RunningHypervisor,
 ) -> None:
