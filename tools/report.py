@@ -23,10 +23,10 @@ The documented keys of results.json (others may come and go):
 The figures of the table and their sources:
 
     saved        1 - disk reads on / disk reads off
-    hit rate     succ_gets / (succ_gets + failed_gets)
-    us a page    the hypervisor's CPU time for this guest over its pages put and got
-    of one core  the same CPU time over the guest's time at work
-    saved a s    disk reads off minus on, in bytes, over the guest's time at work in `on`
+    hits         succ_gets / (succ_gets + failed_gets)
+    us/page      the hypervisor's CPU time for this guest over its pages put and got
+    core         the same CPU time over the guest's time at work
+    saved/s      disk reads off minus on, in bytes, over the guest's time at work in `on`
 """
 
 from __future__ import annotations
@@ -77,14 +77,18 @@ def verdict(results: Record) -> tuple[ExitCode, list[str]]:
 
 HEADER = (
     "guest",
-    "disk reads off",
-    "disk reads on",
+    "reads off",
+    "reads on",
     "saved",
-    "hit rate",
+    "hits",
     "puts",
-    "hypervisor us a page",
-    "% of one core",
-    "I/O saved a second",
+    "us/page",
+    "core",
+    "saved/s",
+)
+LEGEND = (
+    "reads: pages from the disk; hits: gets that tmem answered; us/page, core: the hypervisor's",
+    "CPU for this guest, per page moved and as share of one core; saved/s: disk I/O not done",
 )
 
 

@@ -68,7 +68,7 @@ def _measure(
     from tools.demo import measure
     from tools.interrupts import Interrupts
     from tools.progress import make_reporter
-    from tools.report import HEADER, summary, table, verdict, write_results
+    from tools.report import HEADER, LEGEND, summary, table, verdict, write_results
 
     with Interrupts() as interrupts:
         reporter = make_reporter(sys.stderr, quiet=quiet)
@@ -81,7 +81,7 @@ def _measure(
         print_json(results)
     else:
         print_table(HEADER, table(results))
-        for line in summary(results):
+        for line in (*LEGEND, *summary(results)):
             print(line)
         print(f"seed {config.seed}; results in {_short(path)}")
     code, lines = verdict(results)

@@ -28,18 +28,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output: framed on a terminal, plain columns elsewhere."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*header)
-        for number, column in enumerate(table.columns):
-            column.justify = "right" if number and _is_number(rows, number) else "left"
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-        return
+    """A table on standard output, numbers to the right."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     right = [number > 0 and _is_number(rows, number) for number in range(len(header))]
