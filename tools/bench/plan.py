@@ -9,14 +9,14 @@ from dataclasses import dataclass
 class Plan:
     """Sizes in pages of 4 KiB or MiB; a *phase* times one kind of call for `phase_seconds`."""
 
-    phase_seconds: float = 0.4
-    repetitions: int = 9
+    phase_seconds: float = 0.3
+    repetitions: int = 7
     working_set_pages: int = 24576
     """96 MiB: well above the last-level cache's share of a core, so that memory is cold."""
     full_mib: int = 1024
     metadata_mib: int = 1024
     guest_counts: tuple[int, ...] = (1, 2, 4, 8, 16)
-    patience_seconds: float = 10.0
+    patience_seconds: float = 5.0
     """How long a repetition waits for a quiet machine before it goes ahead all the same."""
     seed: int = 1
 
