@@ -274,19 +274,20 @@ def test_a_handshake_whose_client_has_left_meanwhile_harms_nobody(
 ) -> None:
     """The guest finishes one of two handshakes, says BYE, and then finishes the other."""
     token = hypervisor.enrol("twice")
-    confirmed = []
+    numbers = []
     with Door(hypervisor) as first, Door(hypervisor) as second:
         for door in (first, second):
             door.send(hello(b"twice", token))
             number, status, _ = door.welcome()
             assert status == Status.DONE
-            confirmed.append(CONFIRM.pack(CONFIRM_MAGIC, number))
-        first.confirm(number)
+            numbers.append(number)
+        first.confirm(numbers[0])
         first.send(CONFIRM.pack(BYE_MAGIC, 0))
         assert first.socket.recv(1) == b""
 
-        second.send(confirmed[1])
-        served = second.socket.recv(WELCOME_BYTES) == confirmed[1]
+        confirmation = CONFIRM.pack(CONFIRM_MAGIC, numbers[1])
+        second.send(confirmation)
+        served = second.socket.recv(WELCOME_BYTES) == confirmation
 
         assert served == ("twice" in hypervisor.ask("stats")["guests"])
     guest = hypervisor.attach("twice")
