@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,15 +20,14 @@ from ipc.limits import (
     read_queue_limits,
 )
 from tests.support.hypervisors import ROOT
+from tests.support.tools import need_tool
 
 DEBIAN = QueueLimits(rlimit_bytes=819_200, queues_max=256, messages_max=10, message_bytes_max=8192)
 
 _MAKE_QUEUES = """
-import os, resource, sys
+import resource, sys
 import posix_ipc
-prefix, uid, limit, messages, message_bytes = sys.argv[1], *map(int, sys.argv[2:])
-os.setgroups([])
-os.setuid(uid)
+prefix, limit, messages, message_bytes = sys.argv[1], *map(int, sys.argv[2:])
 resource.setrlimit(resource.RLIMIT_MSGQUEUE, (limit, limit))
 queues = []
 try:
@@ -53,9 +51,7 @@ from ipc.limits import read_queue_limits
 from ipc.mqueue import QueuePair
 from ipc.names import Registry
 from ipc.window import create_window
-cluster, uid, limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-os.setgroups([])
-os.setuid(uid)
+cluster, limit = sys.argv[1], int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_MSGQUEUE, (limit, limit))
 directory = tempfile.TemporaryDirectory()
 registry = Registry(Path(directory.name))
@@ -76,20 +72,27 @@ directory.cleanup()
 """
 
 
+# The kernel counts bytes for each user of each user namespace, and queues for each IPC namespace:
+# in new ones nobody else's queues count, and ours take nothing from other tests.
+_ALONE = ["unshare", "--user", "--map-root-user", "--ipc"]
+
+
 @pytest.fixture
-def unused_uid(worker_id: str) -> int:
-    """A user id that holds no queue: the kernel counts bytes for each user."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can become a user that holds no message queue")
-    return 61_000 + int(worker_id.removeprefix("gw") if worker_id.startswith("gw") else 99)
+def alone() -> list[str]:
+    """Command that runs a program where no queue exists yet."""
+    unshare = need_tool(_ALONE[0])
+    command = [unshare, *_ALONE[1:]]
+    if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this kernel gives this user no user namespace, so others' queues count too")
+    return command
 
 
-def run(program: str, *arguments: object) -> list[str]:
+def run(alone: list[str], program: str, *arguments: object) -> list[str]:
     """Standard output of a program, by lines."""
     words = [str(argument) for argument in arguments]
-    command = [sys.executable, "-c", program, *words]
+    command = [*alone, sys.executable, "-c", program, *words]
     return subprocess.run(
-        command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
+        command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, timeout=60
     ).stdout.splitlines()
 
 
@@ -97,24 +100,24 @@ def run(program: str, *arguments: object) -> list[str]:
     ("messages", "message_bytes"), [(8, 64), (8, 32), (10, 128), (1, 8192), (10, 1), (3, 100)]
 )
 def test_a_queue_costs_what_queue_bytes_says(
-    messages: int, message_bytes: int, cluster_name: str, unused_uid: int
+    messages: int, message_bytes: int, cluster_name: str, alone: list[str]
 ) -> None:
     """With room for exactly five, five are made; with one byte less, four."""
     room = 5 * queue_bytes(messages, message_bytes)
     prefix = f"/tmem-{cluster_name}"
 
     for limit, expected in ((room, "5"), (room - 1, "4")):
-        made = run(_MAKE_QUEUES, prefix, unused_uid, limit, messages, message_bytes)
+        made = run(alone, _MAKE_QUEUES, prefix, limit, messages, message_bytes)
         assert [expected] == made
 
 
 def test_as_many_guests_fit_as_computed_and_one_more_is_explained(
-    cluster_name: str, unused_uid: int
+    cluster_name: str, alone: list[str]
 ) -> None:
     """The kernel says "too many open files"; a person is told about queues."""
     limit = queue_bytes_needed(4) - 1
 
-    computed, made, line, registered, left = run(_MAKE_PAIRS, cluster_name, unused_uid, limit)
+    computed, made, line, registered, left = run(alone, _MAKE_PAIRS, cluster_name, limit)
 
     assert computed == made == "3"
     assert "the limits of this user allow 3 guests" in line
