@@ -59,6 +59,15 @@ def test_commands_see_a_cluster_in_the_background(up: Path, cluster_name: str) -
     assert "event=stop" in tmem("logs", "hypervisor", cwd=up).stdout
 
 
+def test_guest_process_has_nothing_of_the_rooms_above(up: Path) -> None:
+    """The fork server imports neither our command line nor the hypervisor into a guest."""
+    modules = tmem("exec", "red", "--", "modules", cwd=up).stdout.split()
+
+    rooms = {name.partition(".")[0] for name in modules}
+    assert {"guests", "fs", "ipc"} <= rooms
+    assert not rooms & {"tools", "hypervisor", "typer", "rich", "pydantic"}
+
+
 def test_followed_logs_end_with_the_cluster(up: Path) -> None:
     """`logs -f` prints what is written meanwhile and ends when the cluster is down."""
     with tmem_process("logs", "-f", "red", cwd=up) as following:

@@ -1,0 +1,134 @@
+"""Run directories: how a cluster is found, and what a dead one leaves."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ipc.errors import OperatorError
+from ipc.names import Registry, process_start
+from tests.support.clusters import environment
+from tools.rundir import (
+    ClusterDirectory,
+    ClusterRecord,
+    GuestRecord,
+    children_of,
+    find_live,
+    new_run,
+)
+
+
+def record(pid: int, start: int) -> ClusterRecord:
+    """A cluster of one guest, supervised by a process."""
+    return ClusterRecord("c", 4096, [GuestRecord("red", 4096, "red.img", None)], pid, start)
+
+
+def ours() -> ClusterRecord:
+    """A cluster that lives: this process supervises it."""
+    start = process_start(os.getpid())
+    assert start is not None
+    return record(os.getpid(), start)
+
+
+def test_newest_live_run_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --run the newest of ./runs; with it, a run or a cluster's folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TMEM_RUN_DIR", raising=False)
+    for name, who in (("1", ours()), ("2", ours()), ("3", record(1, 12345))):
+        directory = ClusterDirectory(Path("runs") / name / "on")
+        directory.make()
+        directory.write(who)
+
+    assert find_live(None)[0].path == tmp_path / "runs/2/on"
+    assert find_live(Path("runs/1"))[0].path == tmp_path / "runs/1/on"
+    assert find_live(Path("runs/1/on"))[1] == ours()
+    monkeypatch.setenv("TMEM_RUN_DIR", "runs/1")
+    assert find_live(None)[0].path == tmp_path / "runs/1/on"
+    with pytest.raises(OperatorError, match="stale run directory"):
+        find_live(Path("runs/3"))
+
+
+def test_process_id_that_was_used_again_is_no_supervisor(tmp_path: Path) -> None:
+    """The start time tells them apart; the directory is stale, not live."""
+    directory = ClusterDirectory(tmp_path)
+    directory.make()
+    directory.write(record(os.getpid(), 1))
+
+    assert directory.is_stale()
+    with pytest.raises(OperatorError, match="stale run directory"):
+        directory.check()
+
+
+def test_sweep_removes_what_the_registry_names(tmp_path: Path) -> None:
+    """A registered process and its child, which nobody had time to register."""
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)",
+        ]
+    )
+    while not (children := children_of({parent.pid})):
+        pass
+    directory = ClusterDirectory(tmp_path)
+    directory.make()
+    Registry(tmp_path).add_process(parent.pid)
+    (tmp_path / "attach.sock").touch()
+
+    found = directory.sweep()
+
+    assert len(found) == 2
+    assert parent.wait() == -9
+    assert all(process_start(child) is None for child in children)
+    assert not directory.is_stale()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "log", "registry"]
+    directory.check()
+
+
+def test_damaged_record_is_stale_and_not_an_error(tmp_path: Path) -> None:
+    """Half a file, or one of another version, is cleaned like any other leftover."""
+    directory = ClusterDirectory(tmp_path)
+    directory.make()
+    for text in ("", "{", "[]", '{"name": 1}', '{"guests": [{"colour": "red"}]}'):
+        (tmp_path / "cluster.json").write_text(text)
+
+        assert directory.read() is None
+        assert directory.is_stale()
+    directory.sweep()
+    assert not directory.is_stale()
+
+
+def test_runs_of_one_second_have_different_names(tmp_path: Path) -> None:
+    """Names sort by time."""
+    now = datetime.datetime(2026, 11, 23, 10, 0, 0, tzinfo=datetime.UTC)
+    names = []
+    for _ in range(3):
+        path = new_run(tmp_path, now)
+        path.mkdir()
+        names.append(path.name)
+
+    assert names == ["20261123-100000", "20261123-100000.2", "20261123-100000.3"]
+    assert names == sorted(names)
+
+
+def test_command_line_starts_without_heavy_modules(tmp_path: Path) -> None:
+    """`tmem --help` and every completion pays for what is imported at the top."""
+    code = "import sys, tools.cli; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    loaded = set(done.stdout.split())
+    assert "typer" in loaded
+    assert not loaded & {"pydantic", "rich", "multiprocess", "posix_ipc", "guests", "hypervisor"}
