@@ -49,6 +49,7 @@ def start(config: ClusterConfig, directory: ClusterDirectory, cache: Path) -> No
         process.returncode = 0
         return
     process.wait()
+    directory.sweep()
     number, _, reason = answer.strip().partition(" ")
     if not reason:
         raise OperatorError(

@@ -6,13 +6,15 @@ import datetime
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ipc.errors import OperatorError
 from ipc.names import Registry, process_start
-from tests.support.clusters import environment
+from tests.support.clusters import environment, short_folder
 from tools.rundir import (
     ClusterDirectory,
     ClusterRecord,
@@ -21,6 +23,13 @@ from tools.rundir import (
     find_live,
     new_run,
 )
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder whose path is short enough for sockets."""
+    with short_folder() as path:
+        yield path
 
 
 def record(pid: int, start: int) -> ClusterRecord:
@@ -35,27 +44,27 @@ def ours() -> ClusterRecord:
     return record(os.getpid(), start)
 
 
-def test_newest_live_run_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newest_live_run_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without --run the newest of ./runs; with it, a run or a cluster's folder."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
     monkeypatch.delenv("TMEM_RUN_DIR", raising=False)
     for name, who in (("1", ours()), ("2", ours()), ("3", record(1, 12345))):
         directory = ClusterDirectory(Path("runs") / name / "on")
         directory.make()
         directory.write(who)
 
-    assert find_live(None)[0].path == tmp_path / "runs/2/on"
-    assert find_live(Path("runs/1"))[0].path == tmp_path / "runs/1/on"
+    assert find_live(None)[0].path == folder / "runs/2/on"
+    assert find_live(Path("runs/1"))[0].path == folder / "runs/1/on"
     assert find_live(Path("runs/1/on"))[1] == ours()
     monkeypatch.setenv("TMEM_RUN_DIR", "runs/1")
-    assert find_live(None)[0].path == tmp_path / "runs/1/on"
+    assert find_live(None)[0].path == folder / "runs/1/on"
     with pytest.raises(OperatorError, match="stale run directory"):
         find_live(Path("runs/3"))
 
 
-def test_process_id_that_was_used_again_is_no_supervisor(tmp_path: Path) -> None:
+def test_process_id_that_was_used_again_is_no_supervisor(folder: Path) -> None:
     """The start time tells them apart; the directory is stale, not live."""
-    directory = ClusterDirectory(tmp_path)
+    directory = ClusterDirectory(folder)
     directory.make()
     directory.write(record(os.getpid(), 1))
 
@@ -64,7 +73,7 @@ def test_process_id_that_was_used_again_is_no_supervisor(tmp_path: Path) -> None
         directory.check()
 
 
-def test_sweep_removes_what_the_registry_names(tmp_path: Path) -> None:
+def test_sweep_removes_what_the_registry_names(folder: Path) -> None:
     """A registered process and its child, which nobody had time to register."""
     parent = subprocess.Popen(
         [
@@ -75,10 +84,10 @@ def test_sweep_removes_what_the_registry_names(tmp_path: Path) -> None:
     )
     while not (children := children_of({parent.pid})):
         pass
-    directory = ClusterDirectory(tmp_path)
+    directory = ClusterDirectory(folder)
     directory.make()
-    Registry(tmp_path).add_process(parent.pid)
-    (tmp_path / "attach.sock").touch()
+    Registry(folder).add_process(parent.pid)
+    (folder / "attach.sock").touch()
 
     found = directory.sweep()
 
@@ -86,16 +95,16 @@ def test_sweep_removes_what_the_registry_names(tmp_path: Path) -> None:
     assert parent.wait() == -9
     assert all(process_start(child) is None for child in children)
     assert not directory.is_stale()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "log", "registry"]
+    assert sorted(path.name for path in folder.iterdir()) == ["images", "log", "registry"]
     directory.check()
 
 
-def test_damaged_record_is_stale_and_not_an_error(tmp_path: Path) -> None:
+def test_damaged_record_is_stale_and_not_an_error(folder: Path) -> None:
     """Half a file, or one of another version, is cleaned like any other leftover."""
-    directory = ClusterDirectory(tmp_path)
+    directory = ClusterDirectory(folder)
     directory.make()
     for text in ("", "{", "[]", '{"name": 1}', '{"guests": [{"colour": "red"}]}'):
-        (tmp_path / "cluster.json").write_text(text)
+        (folder / "cluster.json").write_text(text)
 
         assert directory.read() is None
         assert directory.is_stale()
@@ -103,12 +112,12 @@ def test_damaged_record_is_stale_and_not_an_error(tmp_path: Path) -> None:
     assert not directory.is_stale()
 
 
-def test_runs_of_one_second_have_different_names(tmp_path: Path) -> None:
+def test_runs_of_one_second_have_different_names(folder: Path) -> None:
     """Names sort by time."""
     now = datetime.datetime(2026, 11, 23, 10, 0, 0, tzinfo=datetime.UTC)
     names = []
     for _ in range(3):
-        path = new_run(tmp_path, now)
+        path = new_run(folder, now)
         path.mkdir()
         names.append(path.name)
 
@@ -116,13 +125,13 @@ def test_runs_of_one_second_have_different_names(tmp_path: Path) -> None:
     assert names == sorted(names)
 
 
-def test_command_line_starts_without_heavy_modules(tmp_path: Path) -> None:
+def test_command_line_starts_without_heavy_modules(folder: Path) -> None:
     """`tmem --help` and every completion pays for what is imported at the top."""
     code = "import sys, tools.cli; print(*sorted({name.split('.')[0] for name in sys.modules}))"
 
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=tmp_path,
+        cwd=folder,
         env=environment(),
         capture_output=True,
         text=True,
@@ -132,3 +141,21 @@ def test_command_line_starts_without_heavy_modules(tmp_path: Path) -> None:
     loaded = set(done.stdout.split())
     assert "typer" in loaded
     assert not loaded & {"pydantic", "rich", "multiprocess", "posix_ipc", "guests", "hypervisor"}
+
+
+def test_long_path_has_a_short_way_in_until_it_is_swept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link is named in the folder before it is made, and only that link is removed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    directory = ClusterDirectory(folder / ("d" * 90))
+
+    directory.make()
+    door = directory.door
+
+    assert door.parent == folder
+    assert door.readlink() == directory.path
+    assert directory.guest_socket("red") == door / "guest-red.sock"
+    directory.sweep()
+    assert not door.is_symlink()
+    assert directory.door == directory.path
