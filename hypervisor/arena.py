@@ -200,16 +200,12 @@ class Arena:
 
     def read_pools(self) -> list[PoolRecord]:
         """All pool records that are not free, dead ones too."""
-        records = []
-        for number in range(POOLS_MAX):
-            offset = self._pool_offset(number)
-            word, guest, pool_id, flags, uuid = _POOL.unpack_from(self.mapping, offset)
-            if word:
-                dead = bool(word & DEAD)
-                records.append(
-                    PoolRecord(number, dead, GuestId(guest), PoolId(pool_id), flags, uuid)
-                )
-        return records
+        table = self._view[self.layout.pools : self.layout.state_column]
+        return [
+            PoolRecord(number, bool(word & DEAD), GuestId(guest), PoolId(pool_id), flags, uuid)
+            for number, (word, guest, pool_id, flags, uuid) in enumerate(_POOL.iter_unpack(table))
+            if word
+        ]
 
     def _pool_offset(self, number: int) -> int:
         return self.layout.pools + number * _POOL.size
@@ -227,15 +223,19 @@ class Arena:
         self._view[offset : offset + 4] = bytes(4)
 
     def read_guests(self) -> list[GuestRecord]:
-        records = []
-        for number in range(GUESTS_MAX):
-            word, pid, start_ticks, uid, name = _GUEST.unpack_from(
-                self.mapping, self._guest_offset(GuestId(number))
+        """All guest records that are not free."""
+        table = self._view[self.layout.guests : self.layout.pools]
+        return [
+            GuestRecord(
+                GuestId(number),
+                name.rstrip(b"\0").decode("ascii", "replace"),
+                pid,
+                start_ticks,
+                uid,
             )
-            if word:
-                text = name.rstrip(b"\0").decode("ascii", "replace")
-                records.append(GuestRecord(GuestId(number), text, pid, start_ticks, uid))
-        return records
+            for number, (word, pid, start_ticks, uid, name) in enumerate(_GUEST.iter_unpack(table))
+            if word
+        ]
 
     def _guest_offset(self, number: GuestId) -> int:
         return self.layout.guests + number * _GUEST.size

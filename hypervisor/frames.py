@@ -8,7 +8,9 @@ The bytes are all that allocation and CLOCK search, with `bytearray.find` and `s
 at the speed of memchr, where a free list of Python objects would cost more memory than the page
 columns.  Neighbouring frames matter, because a run of neighbours is copied by one slice; so an
 allocation first takes runs that were freed lately (they are warm in the CPU's cache too), then a
-run found by searching on from the last one, then whatever single frames there are.
+run found by searching on from the last one, then whatever single frames there are.  Single frames
+are taken from the bottom and runs from the top, so that single pages do not cut up the room in
+which extents lie.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class Frames:
         self.free = count
         self.kinds = bytearray([FREE]) * count
         self._hand = 0
+        self._top = count
         self._freed: deque[Run] = deque(maxlen=_HINTS_MAX)
         self._freed_single: deque[int] = deque(maxlen=_HINTS_MAX)
 
@@ -81,12 +84,12 @@ class Frames:
                 if length > count:
                     freed.append((first + count, length - count))
                 return [(first, count)]
-        if self.free * _AMPLE_SHARE >= self.count:
-            first = kinds.find(_RUNS[FREE][count], self._hand)
+        if count > 1 and self.free * _AMPLE_SHARE >= self.count:
+            first = kinds.rfind(_RUNS[FREE][count], 0, self._top)
             if first < 0:
-                first = kinds.find(_RUNS[FREE][count])
+                first = kinds.rfind(_RUNS[FREE][count])
             if first >= 0:
-                self._hand = first + count
+                self._top = first
                 return [(first, count)]
         return self._gather(count)
 

@@ -33,6 +33,10 @@ _MASKS: Final = tuple((1 << n) - 1 for n in range(EXTENT_PAGES_MAX + 1))
 _FREE_STATES: Final = tuple(array("Q", [0]) * n for n in range(EXTENT_PAGES_MAX + 1))
 
 
+Run = tuple[int, int, int]
+"""Pages whose frames are neighbours: place in a slice of a leaf, count, first frame."""
+
+
 class NoObjectNumber(Exception):
     """Every object number is in use; only reaping or eviction gives one back."""
 
@@ -85,7 +89,7 @@ class Store:
             frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES
         ]
         if not pool.persistent:
-            self._remove(found, index >> 6, leaf, place, 1, frame)
+            self._remove(found, index >> 6, leaf, place, [(0, 1, frame)])
         return True
 
     def put_one(
@@ -168,13 +172,15 @@ class Store:
         """Bits of the pages that were copied to the window, from bit 0 for `place`."""
         exclusive = not found.pool.persistent
         bitmap = 0
-        for at, count, first in self._runs(leaf[place : place + wanted]):
-            slots[(slot + at) * PAGE_BYTES : (slot + at + count) * PAGE_BYTES] = self._data[
+        data = self._data
+        runs = self._runs(leaf[place : place + wanted])
+        for at, count, first in runs:
+            slots[(slot + at) * PAGE_BYTES : (slot + at + count) * PAGE_BYTES] = data[
                 first * PAGE_BYTES : (first + count) * PAGE_BYTES
             ]
             bitmap |= _MASKS[count] << at
-            if exclusive:
-                self._remove(found, leaf_number, leaf, place + at, count, first)
+        if exclusive and runs:
+            self._remove(found, leaf_number, leaf, place, runs)
         return bitmap
 
     # --- put
@@ -285,9 +291,11 @@ class Store:
         leaf = found.leaf(leaf_number)
         bitmap = 0
         if leaf is not None:
-            for at, length, first in self._runs(leaf[place : place + wanted]):
-                self._remove(found, leaf_number, leaf, place + at, length, first)
+            runs = self._runs(leaf[place : place + wanted])
+            for at, length, _ in runs:
                 bitmap |= _MASKS[length] << at
+            if runs:
+                self._remove(found, leaf_number, leaf, place, runs)
         return bitmap
 
     def flush_object(self, pool: Pool, oid: bytes) -> int:
@@ -323,9 +331,9 @@ class Store:
                 break
             while found.pages and freed < limit_pages:
                 leaf_number, leaf = found.first_leaf()
-                for place, length, first in self._runs(leaf):
-                    self._remove(found, leaf_number, leaf, place, length, first)
-                    freed += length
+                pages = found.pages
+                self._remove(found, leaf_number, leaf, 0, self._runs(leaf))
+                freed += pages - found.pages
         return freed
 
     def take_pool_number(self) -> int | None:
@@ -371,7 +379,7 @@ class Store:
             assert owner is not None
             leaf = owner.leaf(index >> 6)
             assert leaf is not None
-            self._remove(owner, index >> 6, leaf, index & 63, end - at, first + at)
+            self._remove(owner, index >> 6, leaf, index & 63, [(0, end - at, first + at)])
             at = end
         self.evictions += count
 
@@ -383,18 +391,19 @@ class Store:
         leaf_number: int,
         leaf: array[int],
         place: int,
-        count: int,
-        first: int,
+        runs: list[Run],
     ) -> None:
-        """Pages `place`... of a leaf, in `count` neighbouring frames from `first`, are no more."""
+        """Pages of a leaf are no more: `runs` are all that there are between `place`, from which
+        they count, and the end of the last run."""
         pool = owner.pool
-        self._release(pool, first, count)
-        if count == 1:
-            leaf[place] = -1
-        else:
-            leaf[place : place + count] = NO_FRAMES[count]
-        owner.pages -= count
-        pool.pages -= count
+        gone = 0
+        for _, length, first in runs:
+            self._release(pool, first, length)
+            gone += length
+        end = place + runs[-1][0] + runs[-1][1]
+        leaf[place:end] = NO_FRAMES[end - place]
+        owner.pages -= gone
+        pool.pages -= gone
         if not owner.pages:
             self._drop_object(owner)
         elif leaf == NO_FRAMES[len(leaf)]:
@@ -430,8 +439,8 @@ class Store:
         self.objects[owner.number] = None
         self.free_object_numbers.append(owner.number)
 
-    def _runs(self, frames: array[int]) -> list[tuple[int, int, int]]:
-        """(place, count, first frame) of each run of neighbouring frames in a slice of a leaf."""
+    def _runs(self, frames: array[int]) -> list[Run]:
+        """The runs in a slice of a leaf."""
         total = len(frames)
         if not total:
             return []

@@ -2,7 +2,11 @@
 
 import sys
 
-from tools.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from tools.cli import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:
+        # While modules were being loaded; nothing was started yet.
+        sys.exit(130)

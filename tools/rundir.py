@@ -147,6 +147,8 @@ class ClusterDirectory:
 
     def _make_door(self) -> None:
         """A link with a short path; the file that names it is there first, so it is never lost."""
+        if self.door != self.path:
+            return
         link = Path(tempfile.gettempdir(), f"tmem-{secrets.token_hex(8)}")
         (self.path / _DOOR_FILE).write_text(str(link))
         link.symlink_to(self.path)

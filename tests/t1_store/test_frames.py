@@ -21,7 +21,7 @@ def test_an_allocation_from_fresh_frames_is_one_run() -> None:
     """Neighbours are what makes an extent one copy."""
     frames = Frames(1000)
 
-    assert frames.allocate(RUN_MAX) == [(0, RUN_MAX)]
+    assert frames.allocate(RUN_MAX) == [(1000 - RUN_MAX, RUN_MAX)]
 
 
 def test_a_run_that_was_freed_last_is_used_first() -> None:

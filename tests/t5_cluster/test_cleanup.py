@@ -29,6 +29,7 @@ def test_interrupt_at_any_moment_leaves_nothing(
     """Ctrl-C reaches the whole process group, as a terminal sends it."""
     seconds = _random_moment(number)
     with tmem_process("up", "-f", str(cluster_file), cwd=folder) as process:
+        wait_until((folder / "runs").exists, "the run to begin")
         time.sleep(seconds)
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=40)
@@ -45,6 +46,7 @@ def test_killed_supervisor_leaves_nothing_after_clean(
     """SIGKILL gives the supervisor no chance; the registry has what `tmem clean` removes."""
     seconds = _random_moment(number)
     with tmem_process("up", "-f", str(cluster_file), cwd=folder) as process:
+        wait_until((folder / "runs").exists, "the run to begin")
         time.sleep(seconds)
         process.kill()
         process.communicate(timeout=40)
@@ -112,4 +114,4 @@ def _is_supervisor(pid: int) -> bool:
 
 def _random_moment(number: int) -> float:
     """A moment in the run's life, spread over it; the failing test prints it."""
-    return random.Random().uniform(0.15 + 0.5 * number, 0.65 + 0.5 * number)
+    return random.Random().uniform(0.6 * number, 0.6 * number + 0.6)
