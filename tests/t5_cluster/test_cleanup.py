@@ -34,7 +34,8 @@ def test_interrupt_at_any_moment_leaves_nothing(
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=40)
 
-    assert process.returncode in (130, 0), f"after {seconds} s: {errors}"
+    # In the interpreter's last moments, with the run over, the signal ends it as a shell's 130.
+    assert process.returncode in (130, -signal.SIGINT, 0), f"after {seconds} s: {errors}"
     assert "Traceback" not in errors, f"after {seconds} s"
     assert left_behind(folder, cluster_name) == [], f"after {seconds} s"
 
