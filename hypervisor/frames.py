@@ -29,6 +29,9 @@ _AMPLE_SHARE: Final = 8
 """A search for a whole run is tried while an eighth of the frames is free: below that it mostly
 fails, and a failing search reads the whole array (24 us for 262,144 frames)."""
 
+_RESTS_AFTER_FAILURE: Final = 64
+"""Allocations that do without the search after it has failed."""
+
 _RUNS: Final = tuple(tuple(bytes([kind]) * n for n in range(RUN_MAX + 1)) for kind in range(4))
 
 Run = tuple[int, int]
@@ -44,6 +47,7 @@ class Frames:
         self.kinds = bytearray([FREE]) * count
         self._hand = 0
         self._top = count
+        self._rests = 0
         self._freed: deque[Run] = deque(maxlen=_HINTS_MAX)
         self._freed_single: deque[int] = deque(maxlen=_HINTS_MAX)
 
@@ -85,31 +89,35 @@ class Frames:
                     freed.append((first + count, length - count))
                 return [(first, count)]
         if count > 1 and self.free * _AMPLE_SHARE >= self.count:
-            first = kinds.rfind(_RUNS[FREE][count], 0, self._top)
-            if first < 0:
-                first = kinds.rfind(_RUNS[FREE][count])
-            if first >= 0:
-                self._top = first
-                return [(first, count)]
+            if self._rests:
+                self._rests -= 1
+            else:
+                first = kinds.rfind(_RUNS[FREE][count], 0, self._top)
+                if first < 0:
+                    first = kinds.rfind(_RUNS[FREE][count])
+                if first >= 0:
+                    self._top = first
+                    return [(first, count)]
+                self._rests = _RESTS_AFTER_FAILURE
         return self._gather(count)
 
     def _gather(self, count: int) -> list[Run]:
+        """The next free frames from the hand on, wherever they are.  Once round the array meets
+        each free frame once, and there are at least `count`."""
         runs: list[Run] = []
         kinds = self.kinds
         hand = self._hand
         while count:
             first = kinds.find(FREE, hand)
             if first < 0:
-                first = kinds.find(FREE)
-            window = kinds[first : first + count]
-            length = len(window) - len(window.lstrip(_RUNS[FREE][1]))
-            # Marked at once, so that going round the array can't find a frame twice.
-            kinds[first : first + length] = _RUNS[PERSISTENT][length]
-            runs.append((first, length))
-            count -= length
-            hand = first + length
-        for first, length in runs:
-            kinds[first : first + length] = _RUNS[FREE][length]
+                hand = 0
+                continue
+            hand = first + 1
+            limit = min(first + count, self.count)
+            while hand < limit and kinds[hand] == FREE:
+                hand += 1
+            runs.append((first, hand - first))
+            count -= hand - first
         self._hand = hand
         return runs
 

@@ -237,8 +237,9 @@ class Store:
         index = leaf_number * LEAF_PAGES + place
         sequence = self.sequence
         kind = PERSISTENT if pool.persistent else HOT
+        data = self._data
         for first, length in self.frames.allocate(count):
-            self._data[first * PAGE_BYTES : (first + length) * PAGE_BYTES] = slots[
+            data[first * PAGE_BYTES : (first + length) * PAGE_BYTES] = slots[
                 slot * PAGE_BYTES : (slot + length) * PAGE_BYTES
             ]
             if length == 1:
