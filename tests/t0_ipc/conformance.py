@@ -80,12 +80,8 @@ Opener = Callable[[], AbstractContextManager[Channel]]
 
 
 class TransportConformance:
-    """Inherit, and let `open_channel` make channels whose other end runs `serve`."""
-
-    @pytest.fixture
-    def open_channel(self) -> Opener:
-        """Makes a channel; it is closed on leaving."""
-        raise NotImplementedError
+    """Inherit, and add a fixture `open_channel` (an `Opener`) that makes channels whose other end
+    runs `serve` and closes them on leaving."""
 
     @pytest.fixture
     def channel(self, open_channel: Opener) -> Iterator[Channel]:
