@@ -35,6 +35,7 @@ from ipc import attach
 from ipc.channel import Channel
 from ipc.errors import ExitCode, OperatorError
 from ipc.limits import HANDSHAKE_SECONDS
+from ipc.logfile import log_to
 from ipc.mqueue import QueueChannel
 
 __all__ = ["GuestSpec", "run"]
@@ -49,7 +50,7 @@ REATTACH_PATIENCE_SECONDS: Final = 0.1
 
 def run(spec: GuestSpec) -> None:
     """Be this guest until told to stop.  Exits with an `ExitCode`."""
-    _log_to(spec)
+    log_to(spec.run_directory / "log" / f"{spec.name}.log")
     report = spec.run_directory / f"guest-{spec.name}.error"
     report.unlink(missing_ok=True)
     try:
@@ -156,15 +157,3 @@ def _ends_watched(spec: GuestSpec, control: Control, answers: Answers) -> Iterat
         mouth.close()
         if pidfd >= 0:
             os.close(pidfd)
-
-
-def _log_to(spec: GuestSpec) -> None:
-    path = spec.run_directory / "log" / f"{spec.name}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        filename=path,
-        level=logging.INFO,
-        format="%(asctime)s.%(msecs)03d %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )

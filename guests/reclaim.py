@@ -42,11 +42,6 @@ class PageLists:
         """Length of the active list."""
         return len(self._active)
 
-    @property
-    def inactive_pages(self) -> int:
-        """Length of the inactive list."""
-        return len(self._inactive)
-
     def add(self, frame: int) -> None:
         """A page came in: youngest of the inactive list, untouched."""
         self.touches[frame] = 0

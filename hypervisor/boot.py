@@ -18,6 +18,7 @@ from hypervisor.machine import Machine
 from hypervisor.recovery import recover
 from hypervisor.server import Server
 from ipc.errors import ExitCode, OperatorError
+from ipc.logfile import log_to
 from ipc.names import Registry, object_name
 from ipc.segment import create_segment, open_segment, remove_segment
 
@@ -39,7 +40,7 @@ class HypervisorSpec:
 
 def run(spec: HypervisorSpec) -> None:
     """Serve until told to stop; then remove the arena.  Exits with an `ExitCode`."""
-    _log_to(spec.run_directory / "log" / "hypervisor.log")
+    log_to(spec.run_directory / "log" / "hypervisor.log")
     try:
         _serve(spec)
     except OperatorError as error:
@@ -95,14 +96,3 @@ def _open_arena(spec: HypervisorSpec, registry: Registry) -> tuple[str, Arena]:
     temporary.write_text(name + "\n")
     temporary.rename(path)
     return name, arena
-
-
-def _log_to(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        filename=path,
-        level=logging.INFO,
-        format="%(asctime)s.%(msecs)03d %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )

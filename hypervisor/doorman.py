@@ -8,8 +8,8 @@ everything else.  When anything stirs there it sets `somebody_waits` and puts a 
 favourite's request queue, which wakes the server like a request would.
 
   server                                  doorman
-  favour(pair)  ------- arm ----------->  epoll of all but the favourite
-  pair.wait()                             ... something is ready
+  favour(port)  ------- arm ----------->  epoll of all but the favourite
+  port.wait()                             ... something is ready
   KICK (or sees somebody_waits)  <------  somebody_waits, KICK
   unfavour(); epoll of everything
 
@@ -25,7 +25,7 @@ import select
 import signal
 import threading
 
-from ipc.mqueue import QueuePair
+from ipc.channel import Port
 
 
 class Doorman:
@@ -36,7 +36,7 @@ class Doorman:
         self._others = select.epoll()
         self.poll = self._all.poll
         self.somebody_waits = False
-        self._favourite: QueuePair | None = None
+        self._favourite: Port | None = None
         self._lock = threading.Lock()
         self._watching = False
         self._closing = False
@@ -54,11 +54,11 @@ class Doorman:
         self._all.unregister(fd)
         self._others.unregister(fd)
 
-    def favour(self, pair: QueuePair) -> None:
+    def favour(self, port: Port) -> None:
         """From now on the server waits in this queue."""
         with self._lock:
-            self._others.unregister(pair.fileno())
-            self._favourite = pair
+            self._others.unregister(port.fileno())
+            self._favourite = port
             self.somebody_waits = False
             if not self._watching:
                 self._watching = True

@@ -26,6 +26,7 @@ from hypervisor.machine import Machine
 from hypervisor.pools import Client
 from ipc import attach
 from ipc.abi import BYE_MAGIC, CONFIRM, CONFIRM_BYTES, CONFIRM_MAGIC, HELLO_BYTES
+from ipc.channel import Port
 from ipc.errors import OperatorError
 from ipc.limits import HANDSHAKE_SECONDS, HANDSHAKES_MAX
 from ipc.mqueue import QueuePair
@@ -43,7 +44,7 @@ class Session:
     __slots__ = ("client", "connection", "deadline", "guest", "pair", "peer", "port")
 
     guest: Client
-    port: QueuePair
+    port: Port
     """`client` and `pair` once more, set when both are there: what serving reads each call."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:

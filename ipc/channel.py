@@ -36,7 +36,7 @@ class Channel(Protocol):
 
 
 class Port(Protocol):
-    """The hypervisor's end; neither call ever blocks."""
+    """The hypervisor's end; only `wait` ever blocks."""
 
     window: Window
 
@@ -46,6 +46,14 @@ class Port(Protocol):
 
     def receive(self) -> bytes | None:
         """The oldest waiting request as it came (untrusted, any length), or None."""
+        ...
+
+    def wait(self, patience_seconds: float) -> bytes | None:
+        """Sleep until a request comes; None after `patience_seconds`, or after a signal."""
+        ...
+
+    def kick(self) -> None:
+        """Wake whoever sleeps in `wait`; of no effect while requests are waiting."""
         ...
 
     def send(self, reply: bytes) -> bool:

@@ -52,7 +52,6 @@ class Window:
         self._mapping = mapping
         self._view = memoryview(mapping)
         self.fd = fd
-        self.slots_count = WINDOW_SLOTS
         self.table = self._view[WINDOW_TABLE_OFFSET : WINDOW_TABLE_OFFSET + BATCH_TABLE_BYTES]
         self.slots = self._view[
             WINDOW_SLOTS_OFFSET : WINDOW_SLOTS_OFFSET + WINDOW_SLOTS * PAGE_BYTES

@@ -250,15 +250,6 @@ class Cluster:
         """Names of the guests that live, as far as `watch` knows."""
         return list(self._guests)
 
-    @property
-    def hypervisor_pid(self) -> int | None:
-        """Process id of the hypervisor; None while it is down or without one."""
-        return None if self._hypervisor is None else int(self._hypervisor.pid)
-
-    def guest_pid(self, name: str) -> int:
-        """Process id of a living guest."""
-        return int(self._guests[name].pid)
-
     # --- talk
 
     def ask_guest(self, name: str, question: Record) -> Record:

@@ -39,8 +39,6 @@ from ipc.limits import GUEST_NAME_CHARACTERS_MAX
 from ipc.names import Registry, process_start
 
 RUNS: Final = Path("runs")
-CACHE: Final = RUNS / "cache"
-LATEST: Final = RUNS / "latest"
 ENVIRONMENT: Final = "TMEM_RUN_DIR"
 
 # sockaddr_un.sun_path has 108 bytes and ends with a zero (unix(7)); the longest name of ours is

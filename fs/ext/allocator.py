@@ -144,13 +144,6 @@ class Allocator:
         self._buffers.dirty(buffer)
         self._count_inodes(group, 1, is_dir)
 
-    def inode_in_use(self, ino: int) -> bool:
-        """What the bitmap says of `ino`."""
-        group = self._groups.of_inode(ino)
-        return bitmap.is_set(
-            self._buffers.get(group.inode_bitmap).data, (ino - 1) % self._super.group_inodes
-        )
-
     def _count_inodes(self, group: Group, change: int, is_dir: bool) -> None:
         group.free_inodes += change
         self._super.free_inodes += change
