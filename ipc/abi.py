@@ -21,9 +21,18 @@ Differences from Xen's `public/tmem.h`, and why:
 * A refusal carries a `Reason`.  Xen's guest could not tell "full" from "not allowed".
 * A malformed call gets the FAULT flag with -EINVAL, where Xen spread -EINVAL, -EFAULT and silence.
 * Everything is little-endian and of fixed width, so a 32-bit client sees the same bytes.
-* SHARED together with PERSIST is a legal pool type (Xen refused it).  Shared pools are named by
-  the ABI but this revision answers them with -EPERM and Reason.SHARED_NOT_SERVED: Xen silently
-  made such a pool private, and a guest that is not told can't be coherent.
+* SHARED together with PERSIST is a legal pool type (Xen refused it): a page is charged to the guest
+  that put it and lives until it is flushed or the last sharer leaves.
+* A guest that asks for a shared pool and may not have it gets -EPERM and a reason: SHARED_DENIED
+  (no grant for this uuid), SHARED_NEEDS_UUID (the uuid is "none"), KIND_DIFFERS (ephemeral and
+  persistent do not mix), TOO_MANY_SHARERS.  Xen silently made such a pool private, and a guest that
+  is not told can't be coherent.  The flags of the reply say whether the pool was there already
+  (JOINED) and whether this guest may only get from it (READER).
+* A page of a shared pool is charged to the guest that put it, and a frozen guest is one whose own
+  puts are refused; Xen looked at the pool's owner for both.
+* A put may carry a hint (LOW, HIGH, ACTIVE), a get may leave a private ephemeral page where it is
+  (KEEP), and two of Xen's reserved pool flag bits hold the pool's priority.
+* A flush that succeeds answers DONE while frozen; Xen did the work and answered -EFROZEN.
 
 Operation numbers, pool flag bits and status values that Xen had keep their meaning.
 """
@@ -37,7 +46,7 @@ from typing import Final, NamedTuple, NewType
 SPEC_VERSION: Final = 1
 """Xen's TMEM_SPEC_VERSION: 1 is the one with 192-bit object ids."""
 
-ABI_REVISION: Final = 1
+ABI_REVISION: Final = 2
 """Counts changes of this document; answered by VERSION and checked when a guest attaches."""
 
 PAGE_BYTES: Final = 4096
@@ -55,7 +64,9 @@ class Op(IntEnum):
 
     `uses` names the fields of REQUEST that an operation reads; every other field except `sequence`
     and `op` must be 0.  `map` and `value` are 0 where nothing is said.  `token` may have any value
-    in the operations that use it and is not looked at in this revision: send 0.
+    in the operations that use it and is not looked at in this revision: send 0.  A pool id of a
+    shared pool whose grant was taken back answers EPERM with SHARED_DENIED to everything but
+    DESTROY_POOL.
     """
 
     NEW_POOL = 1
@@ -63,10 +74,17 @@ class Op(IntEnum):
 
     uses: pool oid
     DONE: `value` is the pool id, the smallest that is free, below 64.
-    EPERM: TOO_MANY_POOLS (64 a guest, 4096 in all), or SHARED_NOT_SERVED.
+    EPERM: TOO_MANY_POOLS (64 a guest, 4096 in all), and for a shared pool SHARED_DENIED,
+    SHARED_NEEDS_UUID, KIND_DIFFERS or TOO_MANY_SHARERS.
+
+    A shared pool is made by the first guest that names its uuid and joined by the others, each
+    under an id of its own.  To name it twice is legal and gives a second id.
     """
     DESTROY_POOL = 2
     """Drop a pool with all its pages; its id is free at once.
+
+    Of a shared pool that others still use only this guest's id goes; the pages stay and the charge
+    for those that it put passes to another sharer.
 
     uses: pool
     DONE: it is gone.
@@ -78,20 +96,25 @@ class Op(IntEnum):
     A page that is there already is replaced; if the new data can't be kept the old data is dropped
     too, so it is never readable again.  Pages that were stored stay when later ones are refused.
 
-    uses: count pool index oid slot token
+    `flags` may hint: LOW or HIGH (not both) priority, and ACTIVE.
+
+    uses: flags count pool index oid slot token
     map: the pages that were stored.
     DONE: all of them.
-    ENOMEM: NO_MEMORY, or NO_OBJECT_SLOT (then nothing was stored).
+    ENOMEM: NO_MEMORY, OVER_ALLOTMENT, or NO_OBJECT_SLOT (then nothing was stored).
     ENOSPC: DUPLICATE_FLUSHED.
+    EFROZEN: FROZEN (a page that is there already is replaced all the same).
+    EPERM: NOT_WRITER.
     ENODEV: NO_SUCH_POOL.
     """
     GET_PAGE = 5
     """Copy pages `index`... of an object into the window slots `slot`....
 
-    The slot of a page that is not there is left as it was.  An ephemeral page that was got is
-    removed from the pool; a persistent one stays.
+    The slot of a page that is not there is left as it was.  A page that was got from a private
+    ephemeral pool is removed from it, unless `flags` says KEEP; one of a persistent or shared pool
+    stays.
 
-    uses: count pool index oid slot token
+    uses: flags count pool index oid slot token
     map: the pages that were there.
     DONE: all of them.
     MISS: the first one whose bit is clear was not there.
@@ -104,6 +127,7 @@ class Op(IntEnum):
     uses: count pool index oid token
     map: the pages that were there (an absent page is served too, so the status is DONE).
     DONE: none of them is there any more.
+    EPERM: NOT_WRITER.
     ENODEV: NO_SUCH_POOL.
     """
     FLUSH_OBJECT = 7
@@ -111,6 +135,7 @@ class Op(IntEnum):
 
     uses: pool oid token
     DONE: `value` is the number of pages that were there.
+    EPERM: NOT_WRITER.
     ENODEV: NO_SUCH_POOL.
     """
     VERSION = 32
@@ -151,7 +176,7 @@ class Status(IntEnum):
     EINVAL = -22  # fault: a rule of this document was broken
     ENOSPC = -28  # no room for the new page, so the old one was dropped
     ENOSYS = -38  # fault: no such operation
-    EFROZEN = -1000  # Xen's: the guest is frozen; not answered in this revision
+    EFROZEN = -1000  # Xen's: the guest is frozen, so no new page is taken
     EEMPTY = -1001  # Xen's: the pool holds no page at all
 
 
@@ -161,14 +186,20 @@ class Reason(IntEnum):
     NONE = 0  # nothing to explain
     # An ordinary no.
     NO_MEMORY = 1  # every frame holds a page that may not be evicted
-    FROZEN = 2  # new pages are refused while the guest is frozen; not answered in this revision
+    FROZEN = 2  # new pages are refused while the guest is frozen
     DUPLICATE_FLUSHED = 3  # the new page could not be kept, so the old one was dropped
     NO_SUCH_POOL = 4  # this guest has no pool of this id
     POOL_EMPTY = 5  # a get from a pool without a page
     TOO_MANY_POOLS = 6  # this guest has 64 pools, or all guests together 4096
-    SHARED_NOT_SERVED = 7  # this revision has private pools only
-    OVER_ALLOTMENT = 8  # the guest has used up its share; not answered in this revision
+    SHARED_DENIED = 7  # the administrator has not allowed this guest on this uuid, or no longer
+    OVER_ALLOTMENT = 8  # the guest's persistent pages use up its share, or all its pages its cap
     NO_OBJECT_SLOT = 9  # there are as many objects as frames
+    NOT_WRITER = 10  # the guest may only get from this shared pool
+    TOO_MANY_SHARERS = 11  # the shared pool has 64 members, or there are 1024 memberships in all
+    SHARED_NEEDS_UUID = 12  # a shared pool can't have the uuid "none"
+    KIND_DIFFERS = (
+        13  # the shared pool of this uuid is persistent and was asked as ephemeral, or so
+    )
     # The guest broke a rule: these come with ReplyFlag.FAULT.
     BAD_LENGTH = 64  # a request has 64 bytes
     UNKNOWN_OP = 65  # no such operation
@@ -176,7 +207,7 @@ class Reason(IntEnum):
     BAD_SLOT = 67  # slot + count passes the window, or a flush names a slot
     BAD_INDEX = 68  # index + count passes 2**32
     RESERVED_BITS = 69  # a field or byte that must be 0 is not
-    BAD_FLAGS = 70  # flags of a request or of a batch entry are not 0
+    BAD_FLAGS = 70  # flags of a request or of a batch entry that the operation does not know
     BAD_POOL_FLAGS = 71  # a reserved or unserved bit of the pool flag word
     BAD_SPEC_VERSION = 72  # the pool flag word is of another spec version
     BAD_PAGE_SIZE = 73  # the pool flag word asks for other pages than 4 KiB
@@ -191,7 +222,7 @@ class PoolFlag(IntFlag):
     """Pool flag word of NEW_POOL; bit meanings as in Xen."""
 
     PERSIST = 1  # persistent: kept until flushed; otherwise ephemeral: may vanish at any time
-    SHARED = 2  # shared by all who name the uuid; refused with SHARED_NOT_SERVED
+    SHARED = 2  # shared by all who name the uuid and are allowed to
     PRECOMPRESSED = 4  # reserved by Xen, never used; refused
 
 
@@ -201,14 +232,30 @@ POOL_PAGE_SIZE_MASK: Final = 0xF
 """Bits 4-7: log2(page bytes) - 12.  Must be 0."""
 POOL_VERSION_SHIFT: Final = 24
 """Bits 24-31: SPEC_VERSION."""
-POOL_RESERVED_BITS: Final = 0x00FFFF08
+POOL_PRIORITY_SHIFT: Final = 8
+"""Place of the pool's priority in the pool flag word."""
+POOL_PRIORITY_MASK: Final = 0x3
+"""Bits 8-9: a Priority.  Pages of a pool of lower priority are evicted first."""
+POOL_RESERVED_BITS: Final = 0x00FFFC08
 """Must be 0."""
 
 
-class CallFlag(IntFlag):
-    """Flags of REQUEST.  None is served yet: every bit must be 0 in this revision."""
+class Priority(IntEnum):
+    """Of a guest or a pool; 3 is refused."""
 
-    NONE = 0  # the only value
+    NORMAL = 0  # the default
+    LOW = 1  # its pages go before those of others
+    HIGH = 2  # its pages go after those of others
+
+
+class CallFlag(IntFlag):
+    """Flags of REQUEST and BATCH_ENTRY: hints of a put, and how a get treats the page."""
+
+    NONE = 0  # nothing to say
+    LOW = 1  # put: this page is of little value
+    HIGH = 2  # put: this page is of great value
+    ACTIVE = 4  # put: the page was used more than once while the guest had it
+    KEEP = 8  # get: leave the page in a private ephemeral pool
 
 
 class ReplyFlag(IntFlag):
@@ -216,6 +263,8 @@ class ReplyFlag(IntFlag):
 
     NONE = 0  # the call was served or refused
     FAULT = 1  # the guest broke the ABI; the call had no effect
+    JOINED = 2  # NEW_POOL: another guest had made this shared pool
+    READER = 4  # NEW_POOL: this guest may only get from the pool
 
 
 ANY_UUID: Final = b"\xff" * UUID_BYTES
@@ -230,7 +279,7 @@ REQUEST: Final = struct.Struct("<IBBHII24sQQQ")
 
 sequence: any number; the reply repeats it.  Neighbouring calls must differ.
 op: the operation.
-flags: 0 in this revision.
+flags: CallFlag bits that the operation knows.
 count: pages of an extent or entries of a batch, 1 to 64.
 pool: a pool id; NEW_POOL has the pool flag word here.
 index: page number in the object of the first page; index + count may be at most 2**32.
@@ -256,7 +305,7 @@ BATCH_ENTRY: Final = struct.Struct("<IIII24sQ")
 pool: a pool id; entries of one batch may name different pools.
 index: page number in the object.
 slot: window slot of the page; two entries may name one slot.
-flags: 0 in this revision.
+flags: CallFlag bits that the operation knows.
 oid: object id.
 token: not looked at in this revision.
 """
@@ -349,9 +398,15 @@ def oid_from_int(number: int) -> bytes:
     return number.to_bytes(OID_BYTES, "little")
 
 
-def pool_flag_word(*, persist: bool = False, shared: bool = False) -> int:
+PUT_HINTS: Final = CallFlag.LOW | CallFlag.HIGH | CallFlag.ACTIVE
+"""Flags that a put may carry; LOW and HIGH exclude each other."""
+
+
+def pool_flag_word(
+    *, persist: bool = False, shared: bool = False, priority: Priority = Priority.NORMAL
+) -> int:
     """The flag word of NEW_POOL for 4 KiB pages and this spec version."""
-    word = SPEC_VERSION << POOL_VERSION_SHIFT
+    word = SPEC_VERSION << POOL_VERSION_SHIFT | priority << POOL_PRIORITY_SHIFT
     if persist:
         word |= PoolFlag.PERSIST
     if shared:

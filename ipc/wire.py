@@ -16,12 +16,14 @@ from typing import NoReturn
 
 from ipc.abi import (
     BATCH_ENTRY,
+    PUT_HINTS,
     EXTENT_PAGES_MAX,
     INVALID_OID,
     OID_BYTES,
     REPLY,
     REQUEST,
     UUID_BYTES,
+    CallFlag,
     Op,
     Reason,
     Reply,
@@ -34,7 +36,21 @@ RequestTuple = tuple[int, int, int, int, int, int, bytes, int, int, int]
 INDEX_LIMIT = 1 << 32
 
 _unpack_request = REQUEST.unpack
-_MOVERS = frozenset((int(Op.PUT_PAGE), int(Op.GET_PAGE)))
+_NO_FLAGS: frozenset[int] = frozenset((0,))
+_PUT_FLAGS = frozenset(
+    flags
+    for flags in range(PUT_HINTS + 1)
+    if flags & (CallFlag.LOW | CallFlag.HIGH) != CallFlag.LOW | CallFlag.HIGH
+)
+_GET_FLAGS = frozenset((0, int(CallFlag.KEEP)))
+_FLAGS: dict[int, frozenset[int]] = {
+    int(Op.PUT_PAGE): _PUT_FLAGS,
+    int(Op.PUT_BATCH): _PUT_FLAGS,
+    int(Op.GET_PAGE): _GET_FLAGS,
+    int(Op.GET_BATCH): _GET_FLAGS,
+}
+"""Flags that an operation knows; of a batch those of its entries."""
+_MOVERS = {op: _FLAGS[op] for op in (int(Op.PUT_PAGE), int(Op.GET_PAGE))}
 _OPS = frozenset(int(op) for op in Op)
 _BATCH_OPS = frozenset((int(Op.PUT_BATCH), int(Op.GET_BATCH), int(Op.FLUSH_BATCH)))
 _ZERO_TAIL = bytes(OID_BYTES - UUID_BYTES)
@@ -53,7 +69,7 @@ def decode_request(untrusted_message: bytes) -> RequestTuple:
         and 0 < count <= EXTENT_PAGES_MAX
         and slot + count <= WINDOW_SLOTS
         and index + count <= INDEX_LIMIT
-        and not flags
+        and flags in _MOVERS[op]
         and not reserved
         and oid != INVALID_OID
     ):
@@ -62,17 +78,20 @@ def decode_request(untrusted_message: bytes) -> RequestTuple:
     return request
 
 
-def decode_batch(untrusted_table: bytes, *, moves_pages: bool) -> list[tuple[int, int, int, bytes]]:
-    """The entries (pool, index, slot, oid) of a batch table that was copied out of the window."""
+def decode_batch(untrusted_table: bytes, op: int) -> list[tuple[int, int, int, int, bytes]]:
+    """The entries (pool, index, slot, flags, oid) of a batch table that was copied out of the
+    window, for a batch operation."""
     entries = []
+    known = _FLAGS.get(op, _NO_FLAGS)
+    slots = 1 if op == Op.FLUSH_BATCH else WINDOW_SLOTS
     for pool, index, slot, flags, oid, _token in BATCH_ENTRY.iter_unpack(untrusted_table):
-        if flags:
+        if flags not in known:
             raise GuestFault(Reason.BAD_FLAGS, hex(flags))
-        if slot >= (WINDOW_SLOTS if moves_pages else 1):
+        if slot >= slots:
             raise GuestFault(Reason.BAD_SLOT, str(slot))
         if oid == INVALID_OID:
             raise GuestFault(Reason.INVALID_OID)
-        entries.append((pool, index, slot, oid))
+        entries.append((pool, index, slot, flags, oid))
     return entries
 
 
@@ -93,7 +112,7 @@ def _check(request: RequestTuple) -> None:
     _, op, flags, count, _, index, oid, slot, _, reserved = request
     if op not in _OPS:
         raise GuestFault(Reason.UNKNOWN_OP, str(op))
-    if flags:
+    if flags not in _MOVERS.get(op, _NO_FLAGS):
         raise GuestFault(Reason.BAD_FLAGS, hex(flags))
     if reserved:
         raise GuestFault(Reason.RESERVED_BITS, "the last word")
