@@ -1,67 +1,66 @@
 """FIFO: the page that came first goes first, whatever happened to it meanwhile.
 
-This is what Xen's global list amounts to for private pools, whose pages leave when they are used.
-A doubly linked list through two arrays of frame numbers (8 bytes a frame), so that a page that
-leaves early is unlinked at once and the list never holds a stale entry.
+This is what Xen's lists amount to for private pools, whose pages leave when they are used.  (A hit
+in a shared pool requeues the page in Xen; here that is what the other policies are for.)
 """
 
 from __future__ import annotations
 
-from array import array
-
-from hypervisor.frames import HOT, RUN_MAX, Frames, Run
+from hypervisor.eviction.links import Links
+from hypervisor.frames import RUN_MAX, Run
 from ipc.errors import InvariantError
 
 
 class Fifo:
-    """Frame `count` (one past the last) is the list's head and tail."""
+    """One list."""
 
-    listens = True
+    wants_keys = False
 
-    def __init__(self, frames: Frames) -> None:
-        end = frames.count
-        self._frames = frames
-        self._end = end
-        self._next = array("i", [-1]) * (end + 1)
-        self._previous = array("i", [-1]) * (end + 1)
-        self._next[end] = self._previous[end] = end
+    def __init__(self, links: Links) -> None:
+        self.pages = 0
+        self.capacity_pages = 0
+        self._links = links
+        self._list = links.new_list()
 
-    def inserted(self, first: int, count: int) -> None:
-        following, previous, end = self._next, self._previous, self._end
-        last = previous[end]
-        for frame in range(first, first + count):
-            following[last] = frame
-            previous[frame] = last
-            last = frame
-        following[last] = end
-        previous[end] = last
+    def inserted(self, first: int, count: int, _key: int, _place: int, _hints: int, /) -> None:
+        self.pages += count
+        self._links.append(self._list, first, count)
 
-    def removed(self, first: int, count: int) -> None:
-        following, previous = self._next, self._previous
-        for frame in range(first, first + count):
-            before, after = previous[frame], following[frame]
-            following[before] = after
-            previous[after] = before
+    def used(self, first: int, count: int, /) -> None:
+        """Changes nothing."""
 
-    def victims(self, count: int) -> list[Run]:
+    def taken(self, first: int, count: int, _key: int, _place: int, /) -> None:
+        self.removed(first, count)
+
+    def evicted(self, first: int, count: int, _key: int, _place: int, /) -> None:
+        self.removed(first, count)
+
+    def removed(self, first: int, count: int, /) -> None:
+        self.pages -= count
+        self._links.remove(first, count)
+
+    def victims(self, count: int, /) -> list[Run]:
+        links = self._links
+        following, end = links.following, self._list
         runs: list[Run] = []
-        frame = self._next[self._end]
-        while count and frame != self._end:
-            first, length = frame, 1
-            frame = self._next[frame]
-            while length < min(count, RUN_MAX) and frame == first + length != self._end:
-                length += 1
-                frame = self._next[frame]
+        first = end + following[end]
+        while count > 0 and first != end:
+            length = links.run_length(first, min(count, RUN_MAX))
             runs.append((first, length))
             count -= length
+            last = first + length - 1
+            first = last + following[last]
         return runs
 
-    def check(self) -> None:
-        listed: list[int] = []
-        frame = self._next[self._end]
-        while frame != self._end and len(listed) <= self._frames.count:
-            listed.append(frame)
-            frame = self._next[frame]
-        ephemeral = [n for n, kind in enumerate(self._frames.kinds) if kind == HOT]
-        if sorted(listed) != ephemeral:
-            raise InvariantError(f"{len(listed)} pages are in line, {len(ephemeral)} are ephemeral")
+    def front(self) -> int:
+        return self._links.front(self._list)
+
+    def check(self, numbers: set[int], /) -> None:
+        listed = list(self._links.walk(self._list))
+        if len(listed) != self.pages or set(listed) != numbers or len(numbers) != len(listed):
+            raise InvariantError(
+                f"{len(listed)} pages are in line, {self.pages} counted, {len(numbers)} there"
+            )
+
+    def close(self) -> None:
+        self._links.drop_list(self._list)
