@@ -4,7 +4,10 @@ Life of a cluster, always in this order:
 
     check_limits, the directory's check  by the caller, before anything is made or started
     cluster.json, registry               from here on `tmem clean` finds everything
-    fork server, hypervisor, guests      each is written down as it starts
+    fork server, hypervisor              written down as they start
+    settings and grants                  asked of the hypervisor before there is a guest to obey;
+                                         it keeps them itself when it is started again
+    guests                               each is written down as it starts
     watch                                a dead hypervisor is started again on its arena, later and
                                          later; a dead guest stays dead and is reported
     stop                                 guests first (they sync and unmount), then the hypervisor,
@@ -19,7 +22,8 @@ import contextlib
 import logging
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -34,6 +38,7 @@ from ipc.errors import Disconnected, ExitCode, OperatorError
 from ipc.limits import explain_queue_limit, read_queue_limits
 from ipc.names import Registry, process_start
 from ipc.segment import available_memory_bytes, explain_segment_limit
+from tools.administer import ask_politely
 from tools.control import ask
 from tools.interrupts import Interrupts
 from tools.processes import ProcessFactory
@@ -67,7 +72,10 @@ class ClusterPlan:
     name: str
     guests: list[GuestPlan]
     arena_bytes: int | None
-    eviction: str = "clock"
+    hypervisor: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `HypervisorSpec` that shall not have their defaults."""
+    questions: Sequence[Record] = ()
+    """What the hypervisor is told before guests start (`tools.administer.questions`)."""
 
 
 class Cluster:
@@ -115,6 +123,7 @@ class Cluster:
         if self.plan.arena_bytes is not None:
             self._start_hypervisor()
             self._await_ready(HYPERVISOR, self.directory.hypervisor_socket, "ping")
+            self._tell_hypervisor()
         for guest in self.plan.guests:
             self._interrupts.check()
             self._start_guest(guest)
@@ -151,13 +160,24 @@ class Cluster:
             cluster=self.plan.name,
             run_directory=self.directory.door,
             arena_bytes=self.plan.arena_bytes,
-            eviction=self.plan.eviction,
             supervisor_pid=os.getpid(),
+            **self.plan.hypervisor,
         )
         self._hypervisor = self._factory.spawn(run_hypervisor, spec, HYPERVISOR)
         self._registry.add_process(self._hypervisor.pid)
         self._started_at = time.monotonic()
         self._restart_at = None
+
+    def _tell_hypervisor(self) -> None:
+        for question in self.plan.questions:
+            try:
+                ask_politely(self.directory, question, ExitCode.BAD_CONFIG)
+            except Disconnected as error:
+                raise OperatorError(
+                    f"{HYPERVISOR}: it ended while it was being told its settings ({error}); see "
+                    f"{self.directory.log(HYPERVISOR)}",
+                    ExitCode.HYPERVISOR_BUG,
+                ) from None
 
     def _start_guest(self, guest: GuestPlan) -> None:
         token = os.urandom(TOKEN_BYTES)

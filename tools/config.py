@@ -5,7 +5,10 @@
 
     [hypervisor]
     arena = "16M"                # bytes, or a text with K, M or G (binary)
-    eviction = "clock"           # clock | fifo
+    eviction = "clock"           # fifo | clock | s3fifo | hinted
+    scheduling = "greedy"        # greedy | static | scheduled: how guests share the arena
+    admission = true             # s3fifo, hinted: new pages wait in a queue of their own
+    faults_max = 1000            # broken calls after which a guest is thrown out; 0 for never
 
     [[guest]]
     name = "web"
@@ -15,6 +18,18 @@
     tree_limit = "13M"           # take files of the tree up to this size
     # image = "disk.img"         # or an ext2 image, used in place
     # manifest = "disk.json"     # of an image: {path: sha256}, what the files must hold
+    weight = 100                 # from here on: what `tmem set` changes later; without them the
+    cap = "8M"                   # hypervisor's defaults
+    reserve = "1M"
+    compress = true
+    priority = "normal"          # low | normal | high
+    sharing = "group"            # off | guest | group | all: whose equal pages may be one
+    group = "web"
+
+    [[shared_pool]]              # who may join it; nobody else may
+    uuid = "abcdef01-2345-6789-1234-567890abcdef"
+    writers = ["web1"]
+    readers = ["web2"]
 
     [[phase]]                    # the work of a measured run, phase by phase
     title = "web1 is busy"
@@ -28,6 +43,7 @@ file's name and the key's path.
 
 from __future__ import annotations
 
+import contextlib
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +54,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ipc.attach import is_guest_name
 from ipc.errors import ExitCode, OperatorError
 from ipc.limits import GUEST_NAME_CHARACTERS_MAX, GUESTS_MAX
-from tools.units import PAGE_BYTES, parse_size
+from tools.units import PAGE_BYTES, format_size, parse_size
+from tools.uuids import parse_uuid
 
 GUEST_MEMORY_BYTES_MIN = 2**20
 """Below this the page budget is eaten by the metadata buffers and a readahead window."""
@@ -51,8 +68,15 @@ def _pages(value: Any) -> int:
     return size
 
 
+def _perhaps_pages(value: Any) -> int | None:
+    # A checked configuration goes to the supervisor as JSON, which has null for what is not there.
+    return None if value is None else _pages(value)
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
 Pages = Annotated[int, BeforeValidator(_pages)]
+PerhapsPages = Annotated[int | None, BeforeValidator(_perhaps_pages)]
+Uuid = Annotated[str, BeforeValidator(parse_uuid)]
 
 
 class _Strict(BaseModel):
@@ -60,10 +84,22 @@ class _Strict(BaseModel):
 
 
 class HypervisorConfig(_Strict):
-    """The arena and how it makes room."""
+    """The arena and how it makes room; None is the hypervisor's default."""
 
     arena: Pages = 16 * 2**20
-    eviction: Literal["clock", "fifo"] = "clock"
+    eviction: Literal["fifo", "clock", "s3fifo", "hinted"] = "clock"
+    scheduling: Literal["greedy", "static", "scheduled"] | None = None
+    admission: bool | None = None
+    faults_max: int | None = Field(default=None, ge=0)
+
+    def options(self) -> dict[str, Any]:
+        """What a hypervisor process is started with, where it is not to have its default."""
+        values = {
+            "eviction": self.eviction,
+            "admission": self.admission,
+            "faults_max": self.faults_max,
+        }
+        return {key: value for key, value in values.items() if value is not None}
 
 
 class GuestConfig(_Strict):
@@ -76,10 +112,38 @@ class GuestConfig(_Strict):
     tree_limit: Size = 13 * 2**20
     image: str | None = None
     manifest: str | None = None
+    weight: int | None = Field(default=None, ge=0)
+    cap: PerhapsPages = None
+    reserve: PerhapsPages = None
+    compress: bool | None = None
+    priority: Literal["low", "normal", "high"] | None = None
+    sharing: Literal["off", "guest", "group", "all"] | None = None
+    group: str | None = Field(default=None, min_length=1)
 
     def names(self) -> list[str]:
         """Names of the guests that this entry stands for."""
         return guest_names(self.name, self.count)
+
+    def settings(self) -> dict[str, Any]:
+        """What is set of that which `tmem set` can change, in the hypervisor's words."""
+        values = {
+            "weight": self.weight,
+            "cap_bytes": self.cap,
+            "reserve_bytes": self.reserve,
+            "compress": self.compress,
+            "priority": self.priority,
+            "sharing": self.sharing,
+            "group": self.group,
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
+
+class SharedPoolConfig(_Strict):
+    """Who may join the shared pool of a uuid."""
+
+    uuid: Uuid
+    writers: list[str] = []
+    readers: list[str] = []
 
 
 class WorkConfig(BaseModel):
@@ -108,6 +172,7 @@ class ClusterConfig(_Strict):
     seed: int = Field(default=1, ge=0)
     hypervisor: HypervisorConfig = HypervisorConfig()
     guest: list[GuestConfig] = Field(min_length=1)
+    shared_pool: list[SharedPoolConfig] = []
     phase: list[PhaseConfig] = []
 
     def guests(self) -> list[tuple[str, GuestConfig]]:
@@ -192,6 +257,64 @@ def _disagreements(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
             if name not in owners:
                 names = ", ".join(owners)
                 yield f"phase[{number}].work.{name}", f"no guest has this name; there are {names}"
+    yield from _bad_shares(fields)
+    yield from _bad_grants(fields, list(owners))
+
+
+def _bad_shares(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Memory settings that can't all be kept."""
+    hypervisor = fields.get("hypervisor")
+    hypervisor = hypervisor if isinstance(hypervisor, dict) else {}
+    arena_bytes = _size(hypervisor.get("arena", HypervisorConfig().arena))
+    reserved_bytes = 0
+    for number, guest in enumerate(_tables(fields.get("guest"))):
+        count = guest.get("count")
+        guests = count if isinstance(count, int) else 1
+        cap_bytes, reserve_bytes = _size(guest.get("cap")), _size(guest.get("reserve"))
+        reserved_bytes += guests * (reserve_bytes or 0)
+        if cap_bytes and reserve_bytes and reserve_bytes > cap_bytes:
+            yield (
+                f"guest[{number}].reserve",
+                f"{format_size(reserve_bytes)} is more than its cap of {format_size(cap_bytes)}",
+            )
+        if guest.get("sharing") == "group" and "group" not in guest:
+            yield f"guest[{number}].sharing", "which group? add the key group"
+    if arena_bytes is not None and reserved_bytes > arena_bytes:
+        yield (
+            "guest",
+            (
+                f"all reserves together are {format_size(reserved_bytes)} and the arena has "
+                f"{format_size(arena_bytes)}"
+            ),
+        )
+
+
+def _bad_grants(fields: dict[str, Any], names: list[str]) -> Iterator[tuple[str, str]]:
+    """Shared pools that are there twice, or speak of a guest twice or of nobody."""
+    pools: dict[str, int] = {}
+    for number, pool in enumerate(_tables(fields.get("shared_pool"))):
+        with contextlib.suppress(ValueError):
+            first = pools.setdefault(parse_uuid(pool.get("uuid")), number)
+            if first != number:
+                yield f"shared_pool[{number}].uuid", f"shared_pool[{first}] has it already"
+        seen: set[str] = set()
+        for role in ("writers", "readers"):
+            listed = pool.get(role)
+            for name in listed if isinstance(listed, list) else []:
+                place = f"shared_pool[{number}].{role}"
+                if name not in names:
+                    yield place, f"no guest is called {name!r}; there are {', '.join(names)}"
+                elif name in seen:
+                    yield place, f"{name!r} stands here twice; a writer may read too"
+                seen.add(name)
+
+
+def _size(value: Any) -> int | None:
+    """Bytes, None of what is no size: that is told elsewhere."""
+    try:
+        return parse_size(value)
+    except ValueError:
+        return None
 
 
 def guest_names(name: str, count: int | None) -> list[str]:

@@ -25,6 +25,7 @@ from fs.errors import ImageError
 from fs.mount import mount_image
 from ipc.codec import Record
 from ipc.errors import Disconnected, ExitCode, OperatorError
+from tools.administer import questions
 from tools.cluster import Cluster, ClusterPlan, GuestPlan, check_limits
 from tools.config import ClusterConfig, GuestConfig
 from tools.image import build_image, copy_image
@@ -110,8 +111,10 @@ def plan_cluster(
         image = directory.images / f"{name}.img" if disk.copied else disk.source
         memory_bytes = guest.memory + (shares[number] if shares else 0)
         guests.append(GuestPlan(name, memory_bytes, image))
+    if mode == "off":
+        return ClusterPlan(config.name, guests, None)
     return ClusterPlan(
-        config.name, guests, None if mode == "off" else arena, config.hypervisor.eviction
+        config.name, guests, arena, config.hypervisor.options(), list(questions(config))
     )
 
 

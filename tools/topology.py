@@ -35,6 +35,12 @@ _LIGHT: Final[list[dict[str, Any]]] = [
 ]
 
 
+def _switch(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise ValueError("neither on nor off")
+    return text == "on"
+
+
 class Parameter(NamedTuple):
     """One parameter of a topology: how its text is read, and what it means."""
 
@@ -50,6 +56,16 @@ PARAMETERS: Final = {
     "passes": Parameter(int, "how often a hot guest reads its tree in a phase"),
     "seed": Parameter(int, "seed of everything random"),
     "name": Parameter(str, "name of the cluster"),
+    "eviction": Parameter(str, "which page goes first: fifo, clock, s3fifo or hinted"),
+    "scheduling": Parameter(str, "how guests share the arena: greedy, static or scheduled"),
+    "compress": Parameter(_switch, "on or off: compress the pages of all guests"),
+    "group": Parameter(str, "group in which all guests' equal pages may be one"),
+}
+
+_KINDS: Final[dict[Any, str]] = {
+    parse_size: "size (for example 4M)",
+    int: "whole number",
+    _switch: "switch (on or off)",
 }
 
 _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
@@ -84,18 +100,24 @@ def _usage(message: str) -> OperatorError:
 
 
 def _kind(key: str) -> str:
-    return "size (for example 4M)" if PARAMETERS[key].read is parse_size else "whole number"
+    return _KINDS[PARAMETERS[key].read]
 
 
 def _cluster(values: dict[str, Any]) -> dict[str, Any]:
     count = values["n"]
     names = guest_names(count)
+    hypervisor = {key: values[key] for key in ("eviction", "scheduling") if key in values}
+    settings: dict[str, Any] = {}
+    if "compress" in values:
+        settings["compress"] = values["compress"]
+    if "group" in values:
+        settings |= {"sharing": "group", "group": values["group"]}
     return {
         "name": values["name"],
         "seed": values["seed"],
-        "hypervisor": {"arena": values["arena"] // PAGE_BYTES * PAGE_BYTES},
+        "hypervisor": {"arena": values["arena"] // PAGE_BYTES * PAGE_BYTES, **hypervisor},
         "guest": [
-            {"name": name, "memory": values["memory"], "tree_limit": values["tree"]}
+            {"name": name, "memory": values["memory"], "tree_limit": values["tree"], **settings}
             for name in names
         ],
         "phase": phases(names, values["passes"]),

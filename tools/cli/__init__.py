@@ -14,7 +14,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from ipc.errors import Disconnected, ExitCode, OperatorError
-from tools.cli import cluster, guest, machine
+from tools.cli import admin, cluster, guest, machine, xen
 
 app = typer.Typer(
     name="tmem",
@@ -26,6 +26,8 @@ app = typer.Typer(
 cluster.register(app)
 guest.register(app)
 machine.register(app)
+admin.register(app)
+xen.register(app)
 
 
 def main(arguments: list[str] | None = None) -> int:

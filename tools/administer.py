@@ -1,0 +1,244 @@
+"""The administrator's side of the control socket: ask, ask again, and show what was said.
+
+`Administrator` speaks the verbs of `hypervisor.administration` to the hypervisor of one cluster.
+Names are checked here and not there: settings may be made for a guest that has not attached yet,
+so the hypervisor takes any name, and a slip of the fingers would be kept for ever.  Whom there is
+to name is written in the roster (`ipc.attach.enrol`).
+
+A flush is done in slices, so that the hypervisor serves its guests in between; Xen's did it in one
+go, and for all guests only.
+
+A guest may also be called by its number, as Xen's hands do; a guest of that name goes first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+from ipc.codec import Record
+from ipc.errors import ExitCode, OperatorError
+from tools.config import ClusterConfig
+from tools.control import ask
+from tools.rundir import ClusterDirectory, ClusterRecord
+from tools.units import format_size
+from tools.uuids import format_uuid
+
+_FRUITLESS_SLICES_MAX: Final = 100
+"""Slices of a flush in a row that may free nothing; each drops pages that share a frame."""
+
+
+class Flushed(NamedTuple):
+    """What a flush has done in all its slices."""
+
+    pages: int
+    bytes: int
+
+
+class Administrator:
+    """The hypervisor of one live cluster, as its administrator talks to it."""
+
+    def __init__(self, directory: ClusterDirectory, record: ClusterRecord) -> None:
+        if not record.arena_bytes:
+            raise OperatorError(
+                f"{directory.path}: this cluster runs without tmem (the first half of a measured "
+                "run); wait for the second half",
+                ExitCode.UNAVAILABLE,
+            )
+        self._directory = directory
+
+    def ask(self, verb: str, **fields: Any) -> Record:
+        """The answer; fields that are None are left out.  Raises OperatorError for a no."""
+        question = {
+            "verb": verb,
+            **{key: value for key, value in fields.items() if value is not None},
+        }
+        return ask_politely(self._directory, question, ExitCode.USAGE)
+
+    def names(self) -> list[str]:
+        """Everybody who may attach or has attached."""
+        roster = self._directory.path / "guests"
+        enrolled = os.listdir(roster) if roster.is_dir() else []
+        attached = self.ask("list")["guests"]
+        return sorted({name for name in enrolled if not name.startswith(".")} | set(attached))
+
+    def guest(self, text: str) -> str:
+        """The name of the guest that a person means by its name or number."""
+        names = self.names()
+        if text in names:
+            return text
+        if text.isdecimal():
+            for name, guest in self.ask("list")["guests"].items():
+                if guest["id"] == int(text):
+                    return str(name)
+        known = f"there are {', '.join(names)}" if names else "none has attached yet"
+        raise OperatorError(f"there is no guest {text!r}; {known}", ExitCode.USAGE)
+
+    def flush(self, guest: str | None, size_bytes: int) -> Flushed:
+        """Drop ephemeral pages until so many bytes are free that were not, or none is left."""
+        pages = released_bytes = fruitless = 0
+        while released_bytes < size_bytes and fruitless < _FRUITLESS_SLICES_MAX:
+            answer = self.ask("flush", guest=guest, size_bytes=size_bytes - released_bytes)
+            pages += answer["flushed_pages"]
+            released_bytes += answer["released_bytes"]
+            fruitless = 0 if answer["released_bytes"] else fruitless + 1
+            if not answer["more"]:
+                break
+        return Flushed(pages, released_bytes)
+
+
+def ask_politely(directory: ClusterDirectory, question: Record, exit_code: ExitCode) -> Record:
+    """The hypervisor's answer; its "error" becomes an OperatorError with this exit code."""
+    answer = ask(directory.hypervisor_socket, question)
+    if "error" in answer:
+        raise OperatorError(str(answer["error"]), exit_code)
+    return answer
+
+
+def questions(config: ClusterConfig) -> Iterator[Record]:
+    """What a new hypervisor is told before its guests start, so that the first page obeys."""
+    if config.hypervisor.scheduling is not None:
+        yield {"verb": "schedule", "mode": config.hypervisor.scheduling}
+    for name, guest in config.guests():
+        settings = guest.settings()
+        if settings:
+            yield {"verb": "set", "guest": name, **settings}
+    for pool in config.shared_pool:
+        for role, names in (("writer", pool.writers), ("reader", pool.readers)):
+            for name in names:
+                yield {
+                    "verb": "auth",
+                    "action": "allow",
+                    "guest": name,
+                    "uuid": pool.uuid,
+                    "role": role,
+                }
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+GUESTS_HEADER: Final = (
+    "NAME",
+    "ID",
+    "STATE",
+    "WEIGHT",
+    "CAP",
+    "RESERVE",
+    "COMPRESS",
+    "PRIORITY",
+    "SHARING",
+    "POOLS",
+    "EPH pages",
+    "PERS pages",
+    "COST",
+    "TARGET",
+)
+POOLS_HEADER: Final = (
+    "POOL",
+    "TYPE",
+    "UUID",
+    "PRIORITY",
+    "GUEST",
+    "ID",
+    "ROLE",
+    "PAGES",
+    "COST",
+    "TARGET",
+)
+GRANTS_HEADER: Final = ("UUID", "GUEST", "ROLE")
+TYPES: Final = "EP, PP: ephemeral and persistent, private; ES, PS: shared; COST: bytes of the arena"
+
+
+def guests_table(answer: Record) -> list[tuple[str, ...]]:
+    """A row for each guest of a `list` answer."""
+    return [
+        (
+            name,
+            str(guest["id"]),
+            state(guest),
+            str(guest["weight"]),
+            _bound(guest["cap_bytes"]),
+            _bound(guest["reserve_bytes"]),
+            "on" if guest["compress"] else "off",
+            guest["priority"],
+            sharing(guest),
+            str(len(guest["pools"])),
+            f"{guest['ephemeral_pages']:,}",
+            f"{guest['persistent_pages']:,}",
+            format_size(guest["cost_bytes"]),
+            format_size(guest["target_bytes"]),
+        )
+        for name, guest in answer["guests"].items()
+    ]
+
+
+def pools_table(answer: Record) -> list[tuple[str, ...]]:
+    """A row for each guest in each pool of a `pools` answer."""
+    return [
+        (
+            str(pool["number"]),
+            pool["type"],
+            format_uuid(pool["uuid"]) or "-",
+            pool["priority"],
+            member["guest"],
+            str(member["id"]),
+            "writer" if member["writer"] else "reader",
+            f"{member['pages']:,}",
+            format_size(member["cost_bytes"]),
+            format_size(member["target_bytes"]),
+        )
+        for pool in answer["pools"]
+        for member in pool["members"]
+    ]
+
+
+def grants_table(answer: Record) -> list[tuple[str, ...]]:
+    """A row for each grant of an `auth` answer."""
+    return [
+        (format_uuid(grant["uuid"]), grant["guest"], grant["role"]) for grant in answer["grants"]
+    ]
+
+
+def headlines(answer: Record) -> Iterator[str]:
+    """The arena of a `list` answer and what was saved in it, a line each."""
+    arena = answer["arena"]
+    yield (
+        f"arena {format_size(arena['bytes'])}: {arena['free_frames']:,} of {arena['frames']:,} "
+        f"frames free, {arena['ephemeral_pages']:,} ephemeral pages, "
+        f"{arena['persistent_pages']:,} persistent; scheduling {answer['scheduling']}, "
+        f"eviction {answer['eviction']}"
+    )
+    saved = [
+        f"{kind} {saving['pages']:,} pages ({format_size(saving['bytes_saved'])})"
+        for kind, saving in answer["savings"].items()
+        if saving["pages"]
+    ]
+    if saved:
+        yield f"saved: {', '.join(saved)}"
+
+
+def settings_line(name: str, guest: Record) -> str:
+    """A guest's settings after `set`, in the words that `set` takes."""
+    cap, reserve = _bound(guest["cap_bytes"]), _bound(guest["reserve_bytes"])
+    return (
+        f"{name}: weight {guest['weight']}, cap {cap.replace('-', 'none')}, "
+        f"reserve {reserve.replace('-', 'none')}, compress {'on' if guest['compress'] else 'off'}, "
+        f"priority {guest['priority']}, sharing {sharing(guest)}"
+    )
+
+
+def state(guest: Record) -> str:
+    """Whether it is attached, and whether it is frozen."""
+    return ("attached" if guest["attached"] else "detached") + (
+        ",frozen" if guest["frozen"] else ""
+    )
+
+
+def sharing(guest: Record) -> str:
+    """With whom pages of the same content may be one: off, guest, all, or group:NAME."""
+    return f"group:{guest['group']}" if guest["sharing"] == "group" else str(guest["sharing"])
+
+
+def _bound(size_bytes: int) -> str:
+    return format_size(size_bytes) if size_bytes else "-"
