@@ -15,7 +15,9 @@ from typing import Final, Protocol
 
 from hypervisor.eviction.clock import Clock
 from hypervisor.eviction.fifo import Fifo
+from hypervisor.eviction.hinted import Hinted
 from hypervisor.eviction.links import Links
+from hypervisor.eviction.s3fifo import S3Fifo
 from hypervisor.frames import Run
 from ipc.errors import OperatorError
 
@@ -77,7 +79,7 @@ class EvictionPolicy(Protocol):
         ...
 
 
-POLICIES: Final = ("fifo", "clock")
+POLICIES: Final = ("fifo", "clock", "s3fifo", "hinted")
 
 
 def make_policy(name: str, links: Links, *, admission: bool = True) -> EvictionPolicy:
@@ -90,6 +92,10 @@ def make_policy(name: str, links: Links, *, admission: bool = True) -> EvictionP
             return Fifo(links)
         case "clock":
             return Clock(links)
+        case "s3fifo":
+            return S3Fifo(links, admission=admission)
+        case "hinted":
+            return Hinted(links, admission=admission)
         case _:
             choice = ", ".join(POLICIES)
             raise OperatorError(f"no eviction policy {name!r}; choose one of {choice}")

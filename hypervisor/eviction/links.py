@@ -104,6 +104,17 @@ class Links:
                 previous[before + joined] = -joined
                 start = number + 1
 
+    def replace(self, old: int, new: int) -> None:
+        """A page gets another number: `new`, which is in no list, takes the place and the mark."""
+        following, previous = self.following, self.previous
+        before = old + previous[old]
+        behind = old + following[old]
+        following[before] = new - before
+        previous[new] = before - new
+        following[new] = behind - new
+        previous[behind] = new - behind
+        self.marks[new] = self.marks[old]
+
     def front(self, sentinel: int) -> int:
         """The oldest number, -1 if there is none."""
         step = self.following[sentinel]

@@ -1,0 +1,89 @@
+"""Ghosts: which pages were here lately, without the pages.
+
+A ghost is one bit: the leaf's key leads to a bitmap of its 64 places, so that a leaf costs an entry
+in a dictionary, however many of its pages are remembered.  Leaves are forgotten in the order in
+which they came (again); one page a leaf makes this the reference's queue of pages, exactly.
+
+Two dictionaries, because the oldest key of one can't be had in constant time once keys at its
+front are gone: leaves come into the young one, and the old one is emptied through a list of its
+keys.  When that is empty, the young one becomes the old one.
+
+Invariant: `pages` is the number of bits, and no key is in both dictionaries.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hypervisor.frames import RUN_MAX
+from ipc.errors import InvariantError
+
+FORGET_MAX: Final = 256
+"""Leaves that one call forgets: a limit that has fallen is reached step by step."""
+
+PLACES: Final = tuple((1 << n) - 1 for n in range(RUN_MAX + 1))
+"""PLACES[n] is a bitmap of n places."""
+
+
+class Ghosts:
+    """Bitmaps by leaf, in the order in which the leaves came."""
+
+    __slots__ = ("_old", "_order", "_young", "pages")
+
+    def __init__(self) -> None:
+        self.pages = 0
+        self._young: dict[int, int] = {}
+        self._old: dict[int, int] = {}
+        self._order: list[int] = []
+
+    def add(self, key: int, place: int, count: int) -> None:
+        """Remember `count` pages of a leaf from `place` on."""
+        young = self._young
+        known = young.get(key)
+        if known is None:
+            known = self._old.pop(key, 0)
+        both = known | PLACES[count] << place
+        young[key] = both
+        self.pages += (both ^ known).bit_count()
+
+    def take(self, key: int, place: int, count: int) -> int:
+        """Which of these pages are remembered (bit 0 is `place`); they are no more."""
+        if not self.pages:
+            return 0
+        leaves = self._young
+        known = leaves.get(key)
+        if known is None:
+            leaves = self._old
+            known = leaves.get(key)
+            if known is None:
+                return 0
+        found = known & PLACES[count] << place
+        if found:
+            if found == known:
+                del leaves[key]
+            else:
+                leaves[key] = known ^ found
+            self.pages -= found.bit_count()
+        return found >> place
+
+    def trim(self, pages: int) -> None:
+        """Forget the oldest leaves until at most `pages` are remembered; bounded work."""
+        forgotten = 0
+        while self.pages > pages and forgotten < FORGET_MAX:
+            if not self._order:
+                self._old = self._young
+                self._young = {}
+                self._order = list(self._old)
+                self._order.reverse()
+            self.pages -= self._old.pop(self._order.pop(), 0).bit_count()
+            forgotten += 1
+
+    def check(self) -> None:
+        """Raises InvariantError if `pages` is not what there is."""
+        bits = sum(
+            bitmap.bit_count() for table in (self._young, self._old) for bitmap in table.values()
+        )
+        if bits != self.pages or self._young.keys() & self._old.keys():
+            raise InvariantError(f"{bits} ghosts are remembered, {self.pages} counted")
+        if not self._old.keys() <= set(self._order):
+            raise InvariantError("a ghost is remembered for ever")
