@@ -90,9 +90,10 @@ class Administrator:
 
 def ask_politely(directory: ClusterDirectory, question: Record, exit_code: ExitCode) -> Record:
     """The hypervisor's answer; its "error" becomes an OperatorError with this exit code."""
+    whom = question.get("guest", "hypervisor")
     answer = ask(directory.hypervisor_socket, question)
     if "error" in answer:
-        raise OperatorError(str(answer["error"]), exit_code)
+        raise OperatorError(f"{whom}: {answer['error']}", exit_code)
     return answer
 
 

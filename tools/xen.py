@@ -38,7 +38,7 @@ def records(
         yield _line("G", _global(pooled, stats, long=long))
         for pool in pooled["pools"]:
             if pool["type"].endswith("S"):
-                yield _line("S", _shared(pool, long=long))
+                yield _line("S", _shared(pool, listed["guests"], long=long))
     for client in listed["guests"].values():
         yield _line("C", _client(client, long=long))
         for pool in client["pools"]:
@@ -71,10 +71,15 @@ def _global(pooled: Record, stats: Record, *, long: bool) -> list[tuple[str, Any
     return fields
 
 
-def _shared(pool: Record, *, long: bool) -> list[tuple[str, Any]]:
+def _shared(pool: Record, guests: Record, *, long: bool) -> list[tuple[str, Any]]:
     fields = [("SI", pool["number"]), ("PT", pool["type"]), *_words(pool)]
-    fields += [("SC", member["id"]) for member in pool["members"]]
+    fields += [("SC", guests[name]["id"]) for name in _sharers(pool) if name in guests]
     return fields + (_sizes(pool) if long else [])
+
+
+def _sharers(pool: Record) -> list[str]:
+    # A guest may be in a pool twice, under two ids.
+    return list(dict.fromkeys(member["guest"] for member in pool["members"]))
 
 
 def _client(client: Record, *, long: bool) -> list[tuple[str, Any]]:
