@@ -26,6 +26,9 @@ def folder() -> Iterator[Path]:
         (["up", "--topo", "pair,colour=red"], 64, "'colour=red' is no parameter of a topology"),
         (["up", "--topo", "pair,memory=much"], 64, "'much' is no size"),
         (["up", "--topo", "pair,n=some"], 64, "'some' is no whole number"),
+        (["up", "--topo", "pair,compress=yes"], 64, "'yes' is no switch (on or off)"),
+        (["up", "--topo", "pair,eviction=lru"], 65, "hypervisor.eviction: input should be"),
+        (["up", "--topo", "single,group="], 65, "guest[0].group"),
         (["up", "--topo", "single,memory=3000"], 65, "guest[0].memory: 3000 bytes are no whole"),
         (["up", "--topo", "pair,n=0"], 65, "guest: list should have at least 1 item"),
         (["up", "--topo", "pair", "-f", "c.toml"], 64, "a cluster file or a topology, not both"),
@@ -43,6 +46,11 @@ def folder() -> Iterator[Path]:
         (["stats"], 69, "no cluster is running"),
         (["logs"], 69, "no cluster is running"),
         (["exec", "red", "--", "ls"], 69, "no cluster is running"),
+        (["list"], 69, "no cluster is running"),
+        (["freeze", "--all"], 69, "no cluster is running"),
+        (["freeze"], 64, "say whom to freeze"),
+        (["auth", "allow", "red", "7"], 64, "'7' is no uuid"),
+        (["tmem-list", "-a"], 69, "no cluster is running"),
         (["exec", "red"], 64, "Missing argument"),
     ],
 )
@@ -78,6 +86,48 @@ def test_all_errors_of_a_cluster_file_are_told_with_their_place(folder: Path) ->
         ["tmem", "bad.toml", "nmae"],
         ["tmem", "bad.toml", "phase[0].work.green"],
     ]
+    assert done.returncode == 65
+
+
+def test_settings_that_do_not_fit_are_told_with_the_rest(folder: Path) -> None:
+    """Reserves above the arena or the cap, unknown names, bad uuids, roles twice."""
+    (folder / "bad.toml").write_text(
+        '[hypervisor]\narena = "4M"\neviction = "lru"\nscheduling = "random"\nfaults_max = -1\n'
+        '[[guest]]\nname = "red"\ncount = 2\nreserve = "2M"\ncap = "1M"\nweight = -1\n'
+        '[[guest]]\nname = "blue"\nreserve = "1M"\ncap = "1000"\npriority = "urgent"\n'
+        'compress = "yes"\nsharing = "group"\n'
+        '[[shared_pool]]\nuuid = "abc"\nwriters = ["green"]\n'
+        '[[shared_pool]]\nuuid = "abcdef01-2345-6789-1234-567890abcdef"\n'
+        'writers = ["blue"]\nreaders = ["red1", "blue"]\n'
+        '[[shared_pool]]\nuuid = "abcdef0123456789-1234567890abcdef"\n'
+        '[[shared_pool]]\nuuid = "ABCDEF01234567891234567890ABCDEF"\n'
+    )
+
+    done = tmem("up", "-f", "bad.toml", cwd=folder)
+
+    complaints = dict(line.split(": ", 3)[2:] for line in done.stderr.splitlines())
+    assert sorted(complaints) == [
+        "guest",
+        "guest[0].reserve",
+        "guest[0].weight",
+        "guest[1].cap",
+        "guest[1].compress",
+        "guest[1].priority",
+        "guest[1].reserve",
+        "guest[1].sharing",
+        "hypervisor.eviction",
+        "hypervisor.faults_max",
+        "hypervisor.scheduling",
+        "shared_pool[0].uuid",
+        "shared_pool[0].writers",
+        "shared_pool[1].readers",
+        "shared_pool[2].uuid",
+        "shared_pool[3].uuid",
+    ]
+    assert complaints["guest"] == ("all reserves together are 5.0 MiB and the arena has 4.0 MiB")
+    assert "green" in complaints["shared_pool[0].writers"]
+    assert "there are red1, red2, blue" in complaints["shared_pool[0].writers"]
+    assert "shared_pool[1] has it already" in complaints["shared_pool[3].uuid"]
     assert done.returncode == 65
 
 

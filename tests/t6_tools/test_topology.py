@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ipc.errors import OperatorError
+from tools.administer import questions
 from tools.config import ClusterConfig, read_config
 from tools.demo import divide_pages, plan_cluster, work_of
 from tools.rundir import ClusterDirectory
@@ -82,6 +83,47 @@ def test_cluster_file_is_read_with_paths_relative_to_it(tmp_path: Path) -> None:
     assert guests["web1"].memory == 2 * 2**20
     assert config.hypervisor.eviction == "fifo"
     assert list(work_of(config)) == [("load", {"web2": ("mixed", {"passes": 4})})]
+
+
+def test_settings_and_grants_are_told_before_guests_start(tmp_path: Path) -> None:
+    """For every guest of an entry; what the file does not say is not asked for."""
+    (tmp_path / "c.toml").write_text(
+        '[hypervisor]\nscheduling = "static"\nadmission = false\nfaults_max = 9\n'
+        '[[guest]]\nname = "web"\ncount = 2\nweight = 3\ncap = "2M"\ncompress = true\n'
+        '[[guest]]\nname = "db"\nreserve = "64K"\npriority = "high"\nsharing = "group"\n'
+        'group = "x"\n[[guest]]\nname = "other"\n'
+        '[[shared_pool]]\nuuid = "ABCDEF01-2345-6789-1234-567890ABCDEF"\n'
+        'writers = ["web1"]\nreaders = ["web2", "db"]\n'
+    )
+
+    config = read_config(tmp_path / "c.toml")
+    # As it comes to a supervisor in the background.
+    config = ClusterConfig.model_validate_json(config.model_dump_json())
+
+    grant = {"verb": "auth", "action": "allow", "uuid": "abcdef01234567891234567890abcdef"}
+    web = {"verb": "set", "weight": 3, "cap_bytes": 2 << 20, "compress": True}
+    db = {"reserve_bytes": 65536, "priority": "high", "sharing": "group", "group": "x"}
+    assert list(questions(config)) == [
+        {"verb": "schedule", "mode": "static"},
+        web | {"guest": "web1"},
+        web | {"guest": "web2"},
+        {"verb": "set", "guest": "db", **db},
+        grant | {"guest": "web1", "role": "writer"},
+        grant | {"guest": "web2", "role": "reader"},
+        grant | {"guest": "db", "role": "reader"},
+    ]
+    assert config.hypervisor.options() == {"eviction": "clock", "admission": False, "faults_max": 9}
+
+
+def test_topologies_have_settings_too() -> None:
+    """The same for all guests."""
+    config = build_topology("pair,compress=on,group=web,eviction=s3fifo,scheduling=scheduled")
+
+    settings = {"compress": True, "sharing": "group", "group": "web"}
+    assert [guest.settings() for _, guest in config.guests()] == [settings] * 2
+    assert (config.hypervisor.eviction, config.hypervisor.scheduling) == ("s3fifo", "scheduled")
+    assert list(questions(build_topology("pair"))) == []
+    assert build_topology("pair,compress=off").guest[0].settings() == {"compress": False}
 
 
 def test_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
