@@ -1,0 +1,352 @@
+"""The memory scheduler: how many bytes each member should hold, from what its pages were used for.
+
+One pure function, `targets`.  A target takes nothing away by itself: while there is room everybody
+may hold more, and when there is none the member furthest over its target loses pages (module
+`entitlement`).  So the targets add up to all there is, and memory of an idle guest is used.
+
+    greedy      no targets: the oldest page goes, whosesoever it is (Xen with its default weights)
+    static      by weight, reservation and cap alone
+    scheduled   so that the fewest pages are read from disk, as far as the curves can tell
+
+**Scheduled.**  Hits that a size brings come from the member's curve, times the guest's weight and
+the priorities.  Curves have cliffs (a loop of N pages finds nothing in less than N), so marginal
+utility alone does not find the best division: it is a knapsack, solved by dynamic programming over
+equal units, first among the members of a guest, then among guests.  With very many members the
+upper hulls of the curves are climbed instead, steepest part first.  Either way what the rounding
+left over is dealt along the hulls again, and what nobody has a use for goes by weight.
+
+Reservations and caps hold for a guest's persistent and ephemeral pages together.  A member that is
+too new to be judged gets its static share; one that was watched and asked for nothing gets none.
+
+**Hysteresis.**  Pages that one period moves and the next moves back are read from disk twice, so the
+targets of the last round stay unless new ones promise at least `GAIN_LEAST` more hits.
+
+Xen has nothing of this kind: its only input is the weight, compared the wrong way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+from hypervisor.curve import Curve
+from hypervisor.entitlement import Claim, Priority, Terms, share_bytes
+from hypervisor.knapsack import Knapsack, Step, ascents, coarse, worth_of
+from ipc.abi import PAGE_BYTES
+
+MEMBERS_EXACT_MAX: Final = 64
+"""Members for which the knapsack is solved; beyond, hulls are climbed."""
+
+GAIN_LEAST: Final = 0.02
+"""Targets stay if new ones promise less than this part more."""
+
+SAMPLES_LEAST: Final = 32
+PERIODS_LEAST: Final = 8
+"""A member with fewer samples and fewer periods than that is not judged."""
+
+_UNITS_WORK: Final = 4096
+_UNITS_LEAST: Final = 64
+_UNITS_MOST: Final = 512
+"""Units into which memory is cut for the knapsack: as many as the work allows, shared by members."""
+
+_STEPS_MOST: Final = 32
+"""Steps of a curve that the knapsack looks at; smaller ones are taken together."""
+
+_MARGIN_SHARE: Final = 1 / 64
+_MARGIN_PAGES: Final = 32
+"""Added to every size, with the curve's own error: one page short of a cliff is all short, and
+a sampler knows depths no better than the extents that it saw."""
+
+_WORTH: Final = {Priority.LOW: 0.25, Priority.NORMAL: 1.0, Priority.HIGH: 4.0}
+_WORTH_OF_NO_WEIGHT: Final = 0.001
+
+
+class Scheduling(StrEnum):
+    """How targets are set."""
+
+    GREEDY = "greedy"
+    STATIC = "static"
+    SCHEDULED = "scheduled"
+
+
+@dataclass(frozen=True, slots=True)
+class GuestState:
+    """A guest with its terms, and what its persistent pages cost."""
+
+    number: int
+    terms: Terms = Terms()
+    persistent_bytes: int = 0
+    priority: Priority = Priority.NORMAL
+
+
+@dataclass(frozen=True, slots=True)
+class MemberState:
+    """A guest's part in one pool of ephemeral pages."""
+
+    number: int
+    guest: int
+    curve: Curve = field(default_factory=Curve)
+    weight: int = 100
+    """Against the guest's other members."""
+    priority: Priority = Priority.NORMAL
+    held_pages: int = 0
+    held_bytes: int = 0
+    """Charged for these pages: fewer than a page each, if they are compressed."""
+    target_bytes: int | None = None
+    """From the last round; None: none yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that `targets` looks at."""
+
+    mode: Scheduling
+    total_bytes: int
+    """What can be charged: the arena without tables."""
+    guests: tuple[GuestState, ...]
+    members: tuple[MemberState, ...]
+
+
+def targets(snapshot: Snapshot) -> dict[int, int | None]:
+    """The target of each member in bytes; None for all if there are to be no targets."""
+    if snapshot.mode == Scheduling.GREEDY:
+        return {member.number: None for member in snapshot.members}
+    shares = _static(snapshot)
+    if snapshot.mode == Scheduling.STATIC:
+        return dict(shares)
+    return dict(_Division(snapshot, shares).targets())
+
+
+def _static(snapshot: Snapshot) -> dict[int, int]:
+    """Every guest its share, less what its persistent pages cost, divided among its members."""
+    parts = share_bytes(
+        snapshot.total_bytes,
+        [
+            Claim(
+                guest.terms.weight,
+                max(guest.terms.reserve_bytes, guest.persistent_bytes),
+                guest.terms.most_bytes,
+            )
+            for guest in snapshot.guests
+        ],
+    )
+    shares: dict[int, int] = {}
+    for guest, part in zip(snapshot.guests, parts, strict=True):
+        members = [member for member in snapshot.members if member.guest == guest.number]
+        claims = [Claim(member.weight) for member in members]
+        left = max(part - guest.persistent_bytes, 0)
+        for member, share in zip(members, share_bytes(left, claims), strict=True):
+            shares[member.number] = share
+    return shares
+
+
+def steps_of(member: MemberState, factor: float, limit_bytes: int) -> list[Step]:
+    """What sizes bring to a member, up to a limit."""
+    curve = member.curve
+    page_bytes = float(PAGE_BYTES)
+    if member.held_pages >= 64:
+        page_bytes = max(member.held_bytes / member.held_pages, 1.0)
+    margin = 1 + _MARGIN_SHARE + curve.error
+    steps: list[Step] = [(0, 0.0)]
+    for size, found in zip(curve.sizes, curve.found, strict=True):
+        needed = int((size * margin + min(size / 8, _MARGIN_PAGES)) * page_bytes) + 1
+        if needed > limit_bytes:
+            break
+        steps.append((needed, found * factor))
+    return steps
+
+
+class _Division:
+    """One round of `scheduled`: what is to be divided, among whom."""
+
+    def __init__(self, snapshot: Snapshot, shares: dict[int, int]) -> None:
+        self.guests = snapshot.guests
+        self.members = snapshot.members
+        self.pot = max(
+            snapshot.total_bytes - sum(guest.persistent_bytes for guest in self.guests), 0
+        )
+        # What a guest's ephemeral pages may take at least and at most, and its members by place.
+        self.most: dict[int, int] = {}
+        self.least: dict[int, int] = {}
+        self.of_guest: dict[int, list[int]] = {guest.number: [] for guest in self.guests}
+        for place, member in enumerate(self.members):
+            self.of_guest[member.guest].append(place)
+        for guest in self.guests:
+            cap = guest.terms.cap_bytes or snapshot.total_bytes
+            most = max(min(cap - guest.persistent_bytes, self.pot), 0)
+            self.most[guest.number] = most
+            least = guest.terms.reserve_bytes - guest.persistent_bytes
+            members = self.of_guest[guest.number]
+            self.least[guest.number] = min(max(least, 0), most) if members else 0
+        promised = sum(self.least.values())
+        if promised > self.pot:
+            self.least = {key: least * self.pot // promised for key, least in self.least.items()}
+        self.steps = self._steps()
+        small = sum(steps[-1][1] for steps in self.steps) / _UNITS_MOST
+        self.rough = [coarse(steps, max(small, steps[-1][1] / _STEPS_MOST)) for steps in self.steps]
+        # Members that can't be judged keep their share whatever the others need.
+        self.fixed = {
+            place: shares[member.number]
+            for place, member in enumerate(self.members)
+            if _is_unknown(member)
+        }
+
+    def _steps(self) -> list[list[Step]]:
+        weights = [guest.terms.weight for guest in self.guests if guest.terms.weight]
+        mean = sum(weights) / len(weights) if weights else 1.0
+        factors = {
+            guest.number: (guest.terms.weight / mean or _WORTH_OF_NO_WEIGHT)
+            * _WORTH[guest.priority]
+            for guest in self.guests
+        }
+        return [
+            [(0, 0.0)]
+            if _is_unknown(member)
+            else steps_of(
+                member, factors[member.guest] * _WORTH[member.priority], self.most[member.guest]
+            )
+            for member in self.members
+        ]
+
+    def targets(self) -> dict[int, int]:
+        """By member number."""
+        sizes = [self.fixed.get(place, 0) for place in range(len(self.members))]
+        if len(self.members) <= MEMBERS_EXACT_MAX:
+            self._solve(sizes)
+        self._climb(sizes)
+        best = self._fill(sizes)
+        kept = self._kept()
+        if kept is not None:
+            promised = self._promise(best)
+            if promised - self._promise(kept) <= GAIN_LEAST * promised:
+                best = kept
+        return {member.number: best[place] for place, member in enumerate(self.members)}
+
+    def _promise(self, sizes: Sequence[int]) -> float:
+        return sum(map(worth_of, self.steps, sizes))
+
+    def _charges(self, sizes: Sequence[int]) -> dict[int, int]:
+        """What each guest takes from the pot: at least what it has reserved."""
+        return {
+            number: max(sum(sizes[place] for place in places), self.least[number])
+            for number, places in self.of_guest.items()
+        }
+
+    # --- the best division
+
+    def _solve(self, sizes: list[int]) -> None:
+        """Add to the sizes the best division of what is left, in equal units: among the members of
+        each guest for all that the guest may get, then among guests.  What a guest has reserved
+        is free for it."""
+        left = self.pot - sum(self._charges(sizes).values())
+        units = min(max(_UNITS_WORK // max(len(self.members), 1), _UNITS_LEAST), _UNITS_MOST)
+        unit = max(-(-self.pot // units), 1)
+        if left < 0:
+            return
+        inner: list[Knapsack] = []
+        uses: list[list[tuple[int, int]]] = []
+        offers: list[list[Step]] = []
+        for number, places in self.of_guest.items():
+            own = sum(sizes[place] for place in places)
+            free = max(self.least[number] - own, 0) // unit
+            choices = [
+                [(-(-size // unit), worth) for size, worth in self.rough[place]] for place in places
+            ]
+            sack = Knapsack(choices, max(self.most[number] - own, 0) // unit)
+            inner.append(sack)
+            worth = sack.worth
+            # (units of the pot, units used): what is free, then every amount that brings more.
+            use = [(0, min(free, len(worth) - 1))]
+            for used in range(use[0][1] + 1, len(worth)):
+                if worth[used] > worth[used - 1]:
+                    use.append((used - free, used))
+            uses.append(use)
+            offers.append([(charged, worth[used]) for charged, used in use])
+        outer = Knapsack(offers, left // unit)
+        for places, sack, use, at in zip(
+            self.of_guest.values(), inner, uses, outer.choose(left // unit), strict=True
+        ):
+            for place, step in zip(places, sack.choose(use[at][1]), strict=True):
+                sizes[place] += self.rough[place][step][0]
+
+    def _climb(self, sizes: list[int]) -> None:
+        """Add to the sizes what is still left, along the hulls."""
+        left = self.pot - sum(self._charges(sizes).values())
+        held = {
+            number: sum(sizes[place] for place in places)
+            for number, places in self.of_guest.items()
+        }
+        blocked: set[int] = set(self.fixed)
+        for place, size, wanted in ascents(self.rough, sizes):
+            if place in blocked:
+                continue
+            guest = self.members[place].guest
+            # What is reserved for the guest and not yet used does not come out of the pot.
+            reserved = max(self.least[guest] - held[guest], 0)
+            room = min(left + reserved, self.most[guest] - held[guest])
+            if wanted - size > room:
+                # Not all of this part: the largest step within it that fits, and no more.
+                blocked.add(place)
+                fitting = [step[0] for step in self.steps[place] if size < step[0] <= size + room]
+                if not fitting:
+                    continue
+                wanted = fitting[-1]
+            sizes[place] += wanted - size
+            held[guest] += wanted - size
+            left -= max(wanted - size - reserved, 0)
+
+    def _fill(self, sizes: Sequence[int]) -> list[int]:
+        """Divide what nobody has a use for by weight: among guests, then among their members."""
+        guests = [guest for guest in self.guests if self.of_guest[guest.number]]
+        charges = self._charges(sizes)
+        parts = share_bytes(
+            self.pot,
+            [
+                Claim(guest.terms.weight, charges[guest.number], self.most[guest.number])
+                for guest in guests
+            ],
+        )
+        filled = list(sizes)
+        for guest, part in zip(guests, parts, strict=True):
+            places = self.of_guest[guest.number]
+            claims = [Claim(self.members[place].weight, sizes[place]) for place in places]
+            for place, size in zip(places, share_bytes(part, claims), strict=True):
+                filled[place] = size
+        return filled
+
+    # --- hysteresis
+
+    def _kept(self) -> list[int] | None:
+        """The targets of the last round, if they can stay."""
+        sizes: list[int] = []
+        for place, member in enumerate(self.members):
+            if member.target_bytes is None:
+                return None
+            sizes.append(self.fixed.get(place, member.target_bytes))
+        excess = sum(self._charges(sizes).values()) - self.pot
+        if excess > 0:
+            # Persistent pages took some: what a member has beyond its last step it won't miss.
+            needed = [
+                max(step[0] for step in steps if step[0] <= size)
+                for steps, size in zip(self.steps, sizes, strict=True)
+            ]
+            slack = sum(sizes) - sum(needed)
+            if excess > slack:
+                return None
+            sizes = [
+                size - -(-(size - need) * excess // slack)
+                for size, need in zip(sizes, needed, strict=True)
+            ]
+        charges = self._charges(sizes)
+        if sum(charges.values()) > self.pot:
+            return None
+        if any(charges[number] > self.most[number] for number in charges):
+            return None
+        return self._fill(sizes)
+
+
+def _is_unknown(member: MemberState) -> bool:
+    curve = member.curve
+    return curve.samples < SAMPLES_LEAST and curve.periods < PERIODS_LEAST
