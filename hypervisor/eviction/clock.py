@@ -22,7 +22,7 @@ SPARED_MAX: Final = 4096
 
 _UNUSED: Final = 0
 _USED: Final = 1
-_MARKS: Final = tuple(tuple(bytes([mark]) * n for n in range(RUN_MAX + 1)) for mark in (0, 1))
+_ALL_USED: Final = tuple(bytes([_USED]) * n for n in range(RUN_MAX + 1))
 
 
 class Clock:
@@ -38,12 +38,10 @@ class Clock:
 
     def inserted(self, first: int, count: int, _key: int, _place: int, _hints: int, /) -> None:
         self.pages += count
-        links = self._links
-        links.marks[first : first + count] = _MARKS[_UNUSED][count]
-        links.append(self._list, first, count)
+        self._links.append(self._list, first, count, _UNUSED)
 
     def used(self, first: int, count: int, /) -> None:
-        self._links.marks[first : first + count] = _MARKS[_USED][count]
+        self._links.marks[first : first + count] = _ALL_USED[count]
 
     def taken(self, first: int, count: int, _key: int, _place: int, /) -> None:
         self.pages -= count
@@ -71,9 +69,8 @@ class Clock:
                 if unused >= 0:
                     length = unused - first
                 spare -= length
-                marks[first : first + length] = _MARKS[_UNUSED][length]
                 links.remove(first, length)
-                links.append(end, first, length)
+                links.append(end, first, length, _UNUSED)
                 continue
             if used > 0:
                 length = used - first

@@ -24,7 +24,7 @@ class Fifo:
 
     def inserted(self, first: int, count: int, _key: int, _place: int, _hints: int, /) -> None:
         self.pages += count
-        self._links.append(self._list, first, count)
+        self._links.append(self._list, first, count, 0)
 
     def used(self, first: int, count: int, /) -> None:
         """Changes nothing."""

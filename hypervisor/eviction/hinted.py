@@ -47,8 +47,7 @@ class Hinted(S3Fifo):
         if self.wants_keys:
             self._recall(key, place, count)  # what is here again is no ghost
         if hints & _LOW:
-            self._links.marks[first : first + count] = bytes((LOW,)) * count
-            self._links.append(self._low, first, count)
+            self._links.append(self._low, first, count, LOW)
         else:
             self._into_main(first, count, MAIN + 1 if hints & _HIGH else MAIN)
 

@@ -26,8 +26,14 @@ from ipc.errors import InvariantError
 BLOCK_NUMBERS: Final = 128
 """Numbers come into being by the block: as many as there are entries in a table frame."""
 
+MARKS_COUNT: Final = 16
+"""Pages get marks below this when they are put in line."""
+
 _FORWARD: Final = tuple(array("i", [1]) * n for n in range(RUN_MAX + 1))
 _BACKWARD: Final = tuple(array("i", [-1]) * n for n in range(RUN_MAX + 1))
+_MARKS: Final = tuple(
+    tuple(bytes([mark]) * n for n in range(RUN_MAX + 1)) for mark in range(MARKS_COUNT)
+)
 _EMPTY: Final = array("i", [0]) * BLOCK_NUMBERS
 _STEP_BYTES: Final = array("i").itemsize
 
@@ -61,12 +67,15 @@ class Links:
         assert not self.following[sentinel]
         self._sentinels.append(sentinel)
 
-    def append(self, sentinel: int, first: int, count: int) -> None:
+    def append(self, sentinel: int, first: int, count: int, mark: int) -> None:
         """Neighbours that are in no list become the youngest, in order; `count` <= RUN_MAX."""
         following, previous = self.following, self.previous
         last = first
-        if count > 1:
+        if count == 1:
+            self.marks[first] = mark
+        else:
             last += count - 1
+            self.marks[first : last + 1] = _MARKS[mark][count]
             following[first:last] = _FORWARD[count - 1]
             previous[first + 1 : last + 1] = _BACKWARD[count - 1]
         step = previous[sentinel]

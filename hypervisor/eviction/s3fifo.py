@@ -37,12 +37,14 @@ LOW: Final = 8
 """A mark is a queue and the number of uses, 0 to 3.  LOW is for `hinted`."""
 
 _SMALL_SHARE: Final = 10
-_GHOST_PERCENT: Final = 90
+_GHOST_TENTHS: Final = 9
 _TAKEN_MIN: Final = 64
 
 _USED: Final = bytes(mark if mark & 3 == 3 else mark + 1 for mark in range(256))
 _SPARED: Final = bytes(max(mark - 1, mark & ~3) for mark in range(256))
 _QUEUE: Final = bytes(mark & ~3 for mark in range(256))
+_SMALL_MARKS: Final = bytes(range(SMALL, SMALL + 4))
+_MAIN_MARKS: Final = bytes(range(MAIN, MAIN + 4))
 _MAIN_UNUSED: Final = bytes([MAIN])
 _MAIN_USED: Final = bytes([MAIN + 1, MAIN + 2, MAIN + 3])
 
@@ -75,8 +77,13 @@ class S3Fifo:
             self._into_main(first, count, MAIN)
             return
         known = self._recall(key, place, count)
-        self._ghosts.trim(self._ghosts_max())
-        self._let_in(first, count, known)
+        self._trim_ghosts()
+        if not known:
+            self._into_small(first, count)
+        elif known == PLACES[count]:
+            self._into_main(first, count, MAIN)
+        else:
+            self._let_in(first, count, known)
 
     def used(self, first: int, count: int, /) -> None:
         marks = self._links.marks
@@ -87,20 +94,34 @@ class S3Fifo:
 
     def taken(self, first: int, count: int, key: int, place: int, /) -> None:
         if self.wants_keys:
-            self._taken.trim(max(self.capacity_pages, self.pages, _TAKEN_MIN))
-            self._taken.add(key, place, count)
+            taken = self._taken
+            if taken.pages > self.capacity_pages:
+                taken.trim(max(self.capacity_pages, self.pages, _TAKEN_MIN))
+            taken.add(key, place, count)
         self.removed(first, count)
 
     def evicted(self, first: int, count: int, key: int, place: int, /) -> None:
         self._has_evicted = True
         if self.wants_keys:
-            self._ghosts.trim(self._ghosts_max())
-            self._leave_ghosts(first, count, key, place)
+            self._trim_ghosts()
+            marks = self._links.marks[first : first + count]
+            if not marks.lstrip(_SMALL_MARKS):
+                self._ghosts.add(key, place, count)
+            elif marks.lstrip(_MAIN_MARKS):
+                self._leave_ghosts(marks, key, place)
         self.removed(first, count)
 
     def removed(self, first: int, count: int, /) -> None:
         self.pages -= count
-        self._uncount(first, count)
+        marks = self._links.marks[first : first + count]
+        if not marks.lstrip(_SMALL_MARKS):
+            self._small_pages -= count
+        elif not marks.lstrip(_MAIN_MARKS):
+            self._main_pages -= count
+        else:
+            queues = marks.translate(_QUEUE)
+            self._small_pages -= queues.count(SMALL)
+            self._main_pages -= queues.count(MAIN)
         self._links.remove(first, count)
 
     def victims(self, count: int, /) -> list[Run]:
@@ -163,25 +184,21 @@ class S3Fifo:
 
     def _recall(self, key: int, place: int, count: int) -> int:
         """Which of the pages were evicted or taken lately."""
-        return self._ghosts.take(key, place, count) | self._taken.take(key, place, count)
+        known = self._ghosts.take(key, place, count) if self._ghosts.pages else 0
+        return known | self._taken.take(key, place, count) if self._taken.pages else known
 
     def _let_in(self, first: int, count: int, known: int) -> None:
         """Known pages come into the main queue, others into the small one."""
-        if not known:
-            self._into_small(first, count)
-        elif known == PLACES[count]:
-            self._into_main(first, count, MAIN)
-        else:
-            while count:
-                other = ~known if known & 1 else known
-                length = min(count, (other & -other).bit_length() - 1) if other else count
-                if known & 1:
-                    self._into_main(first, length, MAIN)
-                else:
-                    self._into_small(first, length)
-                known >>= length
-                first += length
-                count -= length
+        while count:
+            other = ~known if known & 1 else known
+            length = min(count, (other & -other).bit_length() - 1) if other else count
+            if known & 1:
+                self._into_main(first, length, MAIN)
+            else:
+                self._into_small(first, length)
+            known >>= length
+            first += length
+            count -= length
 
     def _into_small(self, first: int, count: int) -> None:
         small_max = self.capacity_pages // _SMALL_SHARE
@@ -189,13 +206,11 @@ class S3Fifo:
             self._into_main(first, count, MAIN)
             return
         self._small_pages += count
-        self._links.marks[first : first + count] = bytes(count)
-        self._links.append(self._small, first, count)
+        self._links.append(self._small, first, count, SMALL)
 
     def _into_main(self, first: int, count: int, mark: int) -> None:
         self._main_pages += count
-        self._links.marks[first : first + count] = bytes((mark,)) * count
-        self._links.append(self._main, first, count)
+        self._links.append(self._main, first, count, mark)
 
     # --- going
 
@@ -233,26 +248,23 @@ class S3Fifo:
                 return first, length - others
             length -= len(window.lstrip(_MAIN_USED))
             self._spare -= length
-            marks[first : first + length] = window[:length].translate(_SPARED)
             links.remove(first, length)
-            links.append(self._main, first, length)
+            links.append(self._main, first, length, MAIN)
+            marks[first : first + length] = window[:length].translate(_SPARED)
 
-    def _leave_ghosts(self, first: int, count: int, key: int, place: int) -> None:
-        """Pages in the small queue are remembered."""
-        queues = self._links.marks[first : first + count].translate(_QUEUE)
+    def _trim_ghosts(self) -> None:
+        tenths = self._ghosts.pages * 10
+        if tenths > self.capacity_pages * _GHOST_TENTHS and tenths > self.pages * _GHOST_TENTHS:
+            self._ghosts.trim(max(self.capacity_pages, self.pages) * _GHOST_TENTHS // 10)
+
+    def _leave_ghosts(self, marks: bytearray, key: int, place: int) -> None:
+        """Those pages that are in the small queue are remembered."""
+        queues = marks.translate(_QUEUE)
         at = queues.find(SMALL)
         while at >= 0:
-            length = count - at - len(queues[at:].lstrip(b"\0"))
+            length = len(queues) - at - len(queues[at:].lstrip(b"\0"))
             self._ghosts.add(key, place + at, length)
             at = queues.find(SMALL, at + length)
-
-    def _uncount(self, first: int, count: int) -> None:
-        queues = self._links.marks[first : first + count].translate(_QUEUE)
-        self._main_pages -= queues.count(MAIN)
-        self._small_pages -= queues.count(SMALL)
-
-    def _ghosts_max(self) -> int:
-        return max(self.capacity_pages, self.pages) * _GHOST_PERCENT // 100
 
     def _queues(self) -> list[tuple[int, int, int]]:
         """(sentinel, mark, pages) of each queue."""
