@@ -30,10 +30,12 @@ _FRUITLESS_SLICES_MAX: Final = 100
 
 
 class Flushed(NamedTuple):
-    """What a flush has done in all its slices."""
+    """What a flush has done in all its slices: pages dropped, bytes of whole frames that became
+    free by it, and what of them the host has back."""
 
     pages: int
-    bytes: int
+    freed_bytes: int
+    released_bytes: int
 
 
 class Administrator:
@@ -77,15 +79,16 @@ class Administrator:
 
     def flush(self, guest: str | None, size_bytes: int) -> Flushed:
         """Drop ephemeral pages until so many bytes are free that were not, or none is left."""
-        pages = released_bytes = fruitless = 0
-        while released_bytes < size_bytes and fruitless < _FRUITLESS_SLICES_MAX:
-            answer = self.ask("flush", guest=guest, size_bytes=size_bytes - released_bytes)
+        pages = freed_bytes = released_bytes = fruitless = 0
+        while freed_bytes < size_bytes and fruitless < _FRUITLESS_SLICES_MAX:
+            answer = self.ask("flush", guest=guest, size_bytes=size_bytes - freed_bytes)
             pages += answer["flushed_pages"]
+            freed_bytes += answer["freed_bytes"]
             released_bytes += answer["released_bytes"]
-            fruitless = 0 if answer["released_bytes"] else fruitless + 1
+            fruitless = 0 if answer["freed_bytes"] else fruitless + 1
             if not answer["more"]:
                 break
-        return Flushed(pages, released_bytes)
+        return Flushed(pages, freed_bytes, released_bytes)
 
 
 def ask_politely(directory: ClusterDirectory, question: Record, exit_code: ExitCode) -> Record:
@@ -227,6 +230,14 @@ def settings_line(name: str, guest: Record) -> str:
         f"reserve {reserve.replace('-', 'none')}, compress {'on' if guest['compress'] else 'off'}, "
         f"priority {guest['priority']}, sharing {sharing(guest)}"
     )
+
+
+def pool_line(name: str, guest: Record, pool_id: int) -> str:
+    """The settings of one pool of a guest after `set`."""
+    for pool in guest["pools"]:
+        if pool["id"] == pool_id:
+            return f"{name} pool {pool_id}: weight {pool['weight']}, priority {pool['priority']}"
+    return f"{name} pool {pool_id}: gone meanwhile"
 
 
 def state(guest: Record) -> str:

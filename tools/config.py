@@ -112,13 +112,13 @@ class GuestConfig(_Strict):
     tree_limit: Size = 13 * 2**20
     image: str | None = None
     manifest: str | None = None
-    weight: int | None = Field(default=None, ge=0)
+    weight: int | None = Field(default=None, ge=1, le=65535)
     cap: PerhapsPages = None
     reserve: PerhapsPages = None
     compress: bool | None = None
     priority: Literal["low", "normal", "high"] | None = None
     sharing: Literal["off", "guest", "group", "all"] | None = None
-    group: str | None = Field(default=None, min_length=1)
+    group: str | None = Field(default=None, min_length=1, max_length=31)
 
     def names(self) -> list[str]:
         """Names of the guests that this entry stands for."""

@@ -25,6 +25,7 @@ def _pool(number: int, kind: str, pages: int, objects: int, uuid: str = "") -> R
         "objects": objects,
         "cost_bytes": pages * 4096,
         "priority": "normal",
+        "weight": 100,
         "writer": True,
     }
 

@@ -249,8 +249,8 @@ def test_records_are_xens(
             ["tmem-shared-auth", "-a", "-u", UUID, "-A", "0"],
             "auth",
             [
-                {"action": "deny", "guest": name, "uuid": DIGITS}
-                for name in ("alpha", "bravo", "carol")
+                {"action": "list", "uuid": DIGITS},
+                {"action": "deny", "guest": "alpha", "uuid": DIGITS},
             ],
         ),
         (["destroy", "alpha", "--yes"], "destroy", [{"guest": "alpha"}]),
@@ -276,6 +276,10 @@ def test_commands_ask_for_what_was_said(
         (["tmem-freeable"], "5\n"),
         (["tmem-freeze", "-a"], ""),
         (["destroy", "alpha", "--yes"], "destroyed 3 pools of alpha\n"),
+        (
+            ["set", "alpha", "--pool", "2", "--weight", "100"],
+            "alpha pool 2: weight 100, priority normal\n",
+        ),
         (
             ["set", "alpha", "--weight", "300"],
             (
@@ -304,7 +308,8 @@ def test_flush_asks_again_for_what_is_left(
     """Slice by slice, until there is enough."""
     hypervisor.answers["flush"] = lambda question: {
         "flushed_pages": 300,
-        "released_bytes": min(1 << 20, question["size_bytes"]),
+        "freed_bytes": min(1 << 20, question["size_bytes"]),
+        "released_bytes": 4096,
         "more": True,
     }
 
@@ -312,7 +317,9 @@ def test_flush_asks_again_for_what_is_left(
 
     sizes = [question["size_bytes"] for question in hypervisor.asked("flush")]
     assert sizes == [2560 << 10, 1536 << 10, 512 << 10]
-    assert capsys.readouterr().out == "flushed 900 pages, 2.5 MiB set free\n"
+    assert capsys.readouterr().out == (
+        "flushed 900 pages, 2.5 MiB set free, 12.0 KiB given back to the host\n"
+    )
 
 
 def test_flush_says_when_nothing_is_left(
@@ -323,14 +330,15 @@ def test_flush_says_when_nothing_is_left(
 
     def answer(_question: Record) -> Record:
         pages, more = next(slices)
-        return {"flushed_pages": pages, "released_bytes": pages * 4096, "more": more}
+        freed = {"freed_bytes": pages * 4096, "released_bytes": pages * 4096}
+        return {"flushed_pages": pages, **freed, "more": more}
 
     hypervisor.answers["flush"] = answer
 
     assert tmem("flush", "alpha", "1M") == 0
 
     out, err = capsys.readouterr()
-    assert out == "flushed 2 pages, 8.0 KiB set free\n"
+    assert out == "flushed 2 pages, 8.0 KiB set free, 8.0 KiB given back to the host\n"
     assert err == "tmem: that is less than 1.0 MiB: no ephemeral page is left\n"
     assert {question["guest"] for question in hypervisor.asked("flush")} == {"alpha"}
 
@@ -339,6 +347,7 @@ def test_flush_gives_up_on_a_hypervisor_that_frees_nothing(hypervisor: Standin) 
     """The loop has an end whatever is answered."""
     hypervisor.answers["flush"] = lambda _question: {
         "flushed_pages": 0,
+        "freed_bytes": 0,
         "released_bytes": 0,
         "more": True,
     }
@@ -390,7 +399,7 @@ def test_destroy_asks_on_a_terminal(
         (["set", "alpha"], "say what to set: --weight, "),
         (["set", "alpha", "--pool", "1"], "say what to set: --weight, "),
         (["set", "zulu", "--weight", "1"], "no guest 'zulu'"),
-        (["set", "alpha", "--weight", "-1"], "--weight"),
+        (["set", "alpha", "--weight", "0"], "--weight"),
         (["set", "alpha", "--weight", "much"], "--weight"),
         (["set", "alpha", "--cap", "much"], "--cap: 'much' is no size"),
         (["set", "alpha", "--cap", "0"], "write 'none'"),

@@ -130,7 +130,7 @@ def change(
         int | None, typer.Option(help="One pool of the guest, by its ID in 'tmem pools'.", min=0)
     ] = None,
     weight: Annotated[
-        int | None, typer.Option(help="Share of the arena beside the others' weights.", min=0)
+        int | None, typer.Option(help="Share of the arena beside the others' weights.", min=1)
     ] = None,
     cap: Annotated[
         str | None, typer.Option(help="Most that it may hold: SIZE, or none.", metavar="SIZE|none")
@@ -154,7 +154,7 @@ def change(
     json: JsonOption = False,
 ) -> int:
     """Change settings of a guest or of one of its pools; they hold from now on."""
-    from tools.administer import settings_line
+    from tools.administer import pool_line, settings_line
 
     settings: Record = {
         "pool": pool,
@@ -177,8 +177,10 @@ def change(
     answer = admin.ask("set", guest=name, **settings)
     if json:
         print_json(answer)
-    else:
+    elif pool is None:
         print(settings_line(name, answer["guest"]))
+    else:
+        print(pool_line(name, admin.ask("list", guest=name)["guests"][name], pool))
     return ExitCode.OK
 
 
@@ -221,10 +223,13 @@ def flush(
     admin = administrator(run)
     done = admin.flush(None if guest == "all" else admin.guest(guest), size_bytes)
     if json:
-        print_json({"flushed_pages": done.pages, "released_bytes": done.bytes})
+        print_json(done._asdict())
         return ExitCode.OK
-    print(f"flushed {done.pages:,} pages, {format_size(done.bytes)} set free")
-    if done.bytes < size_bytes:
+    print(
+        f"flushed {done.pages:,} pages, {format_size(done.freed_bytes)} set free, "
+        f"{format_size(done.released_bytes)} given back to the host"
+    )
+    if done.freed_bytes < size_bytes:
         print(
             f"tmem: that is less than {format_size(size_bytes)}: no ephemeral page is left",
             file=sys.stderr,

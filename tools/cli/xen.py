@@ -97,7 +97,7 @@ def _set_frozen(verb: str, domain: str | None, run: Path | None, *, everybody: b
 def tmem_set(
     domain: Domain = None,
     everybody: All = False,
-    weight: Annotated[int | None, typer.Option("-w", help="Weight.", min=0)] = None,
+    weight: Annotated[int | None, typer.Option("-w", help="Weight.", min=1)] = None,
     cap: Annotated[
         str | None, typer.Option("-c", help="Cap in MiB, or with K, M or G; 0 for none.")
     ] = None,
@@ -153,8 +153,15 @@ def tmem_shared_auth(
         )
     digits = uuid_of(uuid)
     admin = administrator(run)
+    if domain is not None:
+        names = [admin.guest(domain)]
+    elif auth == "1":
+        names = admin.names()
+    else:
+        granted = admin.ask("auth", action="list", uuid=digits)["grants"]
+        names = [grant["guest"] for grant in granted]
     action, role = ("allow", "writer") if auth == "1" else ("deny", None)
-    for name in admin.names() if domain is None else [admin.guest(domain)]:
+    for name in names:
         admin.ask("auth", action=action, guest=name, uuid=digits, role=role)
     return ExitCode.OK
 
