@@ -19,7 +19,7 @@ from ipc.abi import PAGE_BYTES
 _WORD_BYTES: Final = 8
 _WORDS: Final = PAGE_BYTES // _WORD_BYTES
 _LAST: Final = _WORDS - 1
-_FEW: Final = 3
+_FEW: Final = 8
 """So many pages are looked at faster one by one."""
 
 
