@@ -18,8 +18,8 @@ left over is dealt along the hulls again, and what nobody has a use for goes by 
 Reservations and caps hold for a guest's persistent and ephemeral pages together.  A member that is
 too new to be judged gets its static share; one that was watched and asked for nothing gets none.
 
-**Hysteresis.**  Pages that one period moves and the next moves back are read from disk twice, so the
-targets of the last round stay unless new ones promise at least `GAIN_LEAST` more hits.
+**Hysteresis.**  Pages that one period moves and the next moves back are read from disk twice, so
+the targets of the last round stay unless new ones promise at least `GAIN_LEAST` more hits.
 
 Xen has nothing of this kind: its only input is the weight, compared the wrong way round.
 """
@@ -49,7 +49,7 @@ PERIODS_LEAST: Final = 8
 _UNITS_WORK: Final = 4096
 _UNITS_LEAST: Final = 64
 _UNITS_MOST: Final = 512
-"""Units into which memory is cut for the knapsack: as many as the work allows, shared by members."""
+"""Memory is cut into units for the knapsack: the more members, the fewer units."""
 
 _STEPS_MOST: Final = 32
 """Steps of a curve that the knapsack looks at; smaller ones are taken together."""
@@ -76,7 +76,7 @@ class GuestState:
     """A guest with its terms, and what its persistent pages cost."""
 
     number: int
-    terms: Terms = Terms()
+    terms: Terms = field(default_factory=Terms)
     persistent_bytes: int = 0
     priority: Priority = Priority.NORMAL
 
@@ -184,8 +184,10 @@ class _Division:
         if promised > self.pot:
             self.least = {key: least * self.pot // promised for key, least in self.least.items()}
         self.steps = self._steps()
-        small = sum(steps[-1][1] for steps in self.steps) / _UNITS_MOST
-        self.rough = [coarse(steps, max(small, steps[-1][1] / _STEPS_MOST)) for steps in self.steps]
+        self.small = sum(steps[-1][1] for steps in self.steps) / _UNITS_MOST
+        self.rough = [
+            coarse(steps, max(self.small, steps[-1][1] / _STEPS_MOST)) for steps in self.steps
+        ]
         # Members that can't be judged keep their share whatever the others need.
         self.fixed = {
             place: shares[member.number]
@@ -259,8 +261,10 @@ class _Division:
             worth = sack.worth
             # (units of the pot, units used): what is free, then every amount that brings more.
             use = [(0, min(free, len(worth) - 1))]
+            least = max(worth[-1] / _STEPS_MOST, self.small)
             for used in range(use[0][1] + 1, len(worth)):
-                if worth[used] > worth[used - 1]:
+                rise = worth[used] - worth[use[-1][1]]
+                if rise >= least or (rise > 0 and worth[used] == worth[-1]):
                     use.append((used - free, used))
             uses.append(use)
             offers.append([(charged, worth[used]) for charged, used in use])
@@ -289,13 +293,13 @@ class _Division:
             if wanted - size > room:
                 # Not all of this part: the largest step within it that fits, and no more.
                 blocked.add(place)
-                fitting = [step[0] for step in self.steps[place] if size < step[0] <= size + room]
-                if not fitting:
-                    continue
-                wanted = fitting[-1]
-            sizes[place] += wanted - size
-            held[guest] += wanted - size
-            left -= max(wanted - size - reserved, 0)
+                within = [step[0] for step in self.steps[place] if size < step[0] <= size + room]
+                added = max(within, default=size) - size
+            else:
+                added = wanted - size
+            sizes[place] += added
+            held[guest] += added
+            left -= max(added - reserved, 0)
 
     def _fill(self, sizes: Sequence[int]) -> list[int]:
         """Divide what nobody has a use for by weight: among guests, then among their members."""
