@@ -1,25 +1,35 @@
 """The arena: one shared-memory segment with the pages and all that is needed to find them again.
 
-  header | guest records | pool records | frame columns | page frames | object columns
+  header | guest, pool, member records | frame columns | page frames | object columns
                                           state  u64                    word u32
                                           object u32                    oid  24 bytes
                                           index  u32
 
-A *frame* holds one page.  Three column words say whose it is: object number, page index, and a
-state word that is 0 for a free frame and else the *sequence* of the put that filled it.  An
+A *frame* of 4 KiB holds one raw page, or serves pages that need less than a frame: then it is a
+table of 128 *entries*, part of a slab, or content that entries refer to.  A raw page and an entry
+are described alike: object number, page index, and a state word that is 0 if there is no page.  An
 *object number* stands for (pool record, object id), so that a page costs 16 bytes and not 40.
 
+  state     sequence of the put << 16 | slot of the member that put it << 8 | its hints
+            (of a frame that holds no raw page: not 0, and `object` says what it is)
+  entry     state u64, object u32, index u32, location u64, pattern u64   (`entries`)
+  member    a guest in a shared pool: word and guest, pool record, pool id, slot
+            (a private pool has one member, its pool record says whom)
+
 Invariants (they let the hypervisor be killed at any instruction and started again)
-  A1  A frame is live if and only if its state is not 0.  State is written last when a page is put,
+  A1  A page is live if and only if its state is not 0.  State is written last when a page is put,
       by one aligned store, and first when a page goes.
-  A2  A live page is never overwritten in place: a duplicate put fills another frame, publishes it
-      with a higher sequence, then frees the old one.  Of two live frames with one handle the
-      higher sequence is the page (`recovery` frees the other).
-  A3  An object record is published before a page names it, and used again only when no frame
-      names it.  The same holds for pool records and objects, guest records and pools.
+  A2  A live page is never overwritten in place: a duplicate put fills another frame or entry,
+      publishes it with a higher sequence, then frees the old one.  Of two live pages with one
+      handle the higher state is the page (`recovery` frees the other).
+  A3  An object record is published before a page names it, and used again only when no page
+      names it.  The same holds for pool records and objects, guest and member records and pools.
   A4  A pool or object word with DEAD set disowns every page below it at once; the frames are freed
       later, in slices.
-  A5  A put's sequence is above that of every live frame, whoever restarted in between.
+  A5  A put's sequence is above that of every live page, whoever restarted in between.
+  A6  What an entry's location names (slab place, content frame) is written before the location, and
+      the location changes by one aligned store to another copy of the same bytes.  What no live
+      entry names is free: occupancy of slabs and counts of references are not in the segment.
 
 What a killed process stored is in memory up to the instruction it died at, in program order, so A1
 needs no fence.  Slices of up to 64 state words go through memcpy, which moves an aligned span of at
@@ -40,19 +50,43 @@ from ipc.errors import ExitCode, OperatorError
 from ipc.limits import GUEST_NAME_CHARACTERS_MAX, GUESTS_MAX
 
 POOLS_MAX: Final = 4096
+MEMBERS_MAX: Final = 1024
+"""Memberships of shared pools, all pools together, heirs' included."""
 FRAMES_MIN: Final = 64
+
+SEQUENCE_SHIFT: Final = 16
+SLOT_SHIFT: Final = 8
+SLOTS: Final = 256
+"""Member slots of a shared pool; 64 sharers and what leavers left behind."""
+HINTS_MASK: Final = 0xFF
+
+ENTRY_TABLE: Final = 0xFFFFFFFF
+SLAB_PART: Final = 0xFFFFFFFE
+CONTENT_FRAME: Final = 0xFFFFFFFD
+"""In the object column: what a frame is that holds no raw page."""
+SPECIAL_OBJECTS: Final = 0xFFFFFF00
+"""Object numbers from here on are such marks."""
+HELD: Final = 1
+"""State of a table or content frame."""
 
 LIVE: Final = 1
 DEAD: Final = 1 << 31
 
-_MAGIC: Final = b"TMEMARN1"
+_MAGIC: Final = b"TMEMARN2"
 _HEADER: Final = struct.Struct("<8sIIQ")
 """magic, frames, generation, segment bytes."""
 _GENERATION_OFFSET: Final = 12
 _GUEST: Final = struct.Struct("<IIQI4x32s8x")
 """word (0 free, LIVE), pid, process start (clock ticks), uid, name."""
 _POOL: Final = struct.Struct("<IIII16s")
-"""word (0 free, LIVE, LIVE | DEAD), guest record, pool id, pool flags, uuid."""
+"""word (0 free, LIVE, LIVE | DEAD), guest record, pool id, pool flags, uuid; guest and pool id of a
+shared pool are NOBODY and 0."""
+NOBODY: Final = 0xFFFFFFFF
+
+_MEMBER: Final = struct.Struct("<IIIHH")
+"""word (0 free, LIVE, HEIR), guest record, pool record, pool id, slot."""
+HEIR: Final = 2
+"""A member word: the guest has only inherited the charges of one that left."""
 
 _HEADER_BYTES: Final = PAGE_BYTES
 _FRAME_COLUMN_BYTES: Final = 8 + 4 + 4
@@ -60,6 +94,7 @@ _OBJECT_COLUMN_BYTES: Final = 4 + OID_BYTES
 
 assert _GUEST.size == 64
 assert _POOL.size == 32
+assert _MEMBER.size == 16
 assert GUEST_NAME_CHARACTERS_MAX < 32
 
 
@@ -84,12 +119,24 @@ class PoolRecord(NamedTuple):
     uuid: bytes
 
 
+class MemberRecord(NamedTuple):
+    """A guest's part in a shared pool; `heir` if it only pays for what another left."""
+
+    number: int
+    heir: bool
+    guest: GuestId
+    pool: int
+    pool_id: PoolId
+    slot: int
+
+
 class Layout(NamedTuple):
     """Offsets into a segment of `frames` frames, in bytes."""
 
     frames: int
     guests: int
     pools: int
+    members: int
     state_column: int
     object_column: int
     index_column: int
@@ -103,14 +150,17 @@ def layout(frames: int) -> Layout:
     """Where everything is in a segment of this many frames; columns first, then pages."""
     guests = _HEADER_BYTES
     pools = guests + GUESTS_MAX * _GUEST.size
-    state = pools + POOLS_MAX * _POOL.size
+    members = pools + POOLS_MAX * _POOL.size
+    state = members + MEMBERS_MAX * _MEMBER.size
     object_ = state + 8 * frames
     index = object_ + 4 * frames
     data = -(-(index + 4 * frames) // PAGE_BYTES) * PAGE_BYTES
     object_word = data + PAGE_BYTES * frames
     object_oid = object_word + 4 * frames
     end = object_oid + OID_BYTES * frames
-    return Layout(frames, guests, pools, state, object_, index, data, object_word, object_oid, end)
+    return Layout(
+        frames, guests, pools, members, state, object_, index, data, object_word, object_oid, end
+    )
 
 
 def frames_that_fit(arena_bytes: int) -> int:
@@ -149,10 +199,22 @@ class Arena:
         where = self.layout
         self._view = view
         self.data = view[where.data : where.object_word]
+        self.words = self.data.cast("Q")
         self.state = view[where.state_column : where.object_column].cast("Q")
         self.object = view[where.object_column : where.index_column].cast("I")
         self.index = view[where.index_column : where.index_column + 4 * frames].cast("I")
         self.object_word = view[where.object_word : where.object_oid].cast("I")
+        self._member_words = view[where.members : where.state_column].cast("Q")
+
+    def punch(self, first: int, count: int) -> int:
+        """Give the memory of free frames back to the host; bytes given.  They read as zeros then.
+
+        Whole pages of the host only, so of neighbours of a frame that is in use.
+        """
+        start = self.layout.data + first * PAGE_BYTES
+        length = count * PAGE_BYTES
+        self.mapping.madvise(mmap.MADV_REMOVE, start, length)
+        return length
 
     def next_generation(self) -> int:
         """Count a start of a hypervisor on this arena; guests see it go up."""
@@ -200,7 +262,7 @@ class Arena:
 
     def read_pools(self) -> list[PoolRecord]:
         """All pool records that are not free, dead ones too."""
-        table = self._view[self.layout.pools : self.layout.state_column]
+        table = self._view[self.layout.pools : self.layout.members]
         return [
             PoolRecord(number, bool(word & DEAD), GuestId(guest), PoolId(pool_id), flags, uuid)
             for number, (word, guest, pool_id, flags, uuid) in enumerate(_POOL.iter_unpack(table))
@@ -209,6 +271,27 @@ class Arena:
 
     def _pool_offset(self, number: int) -> int:
         return self.layout.pools + number * _POOL.size
+
+    # --- members of shared pools
+
+    def publish_member(self, record: MemberRecord) -> None:
+        """Word and guest are one aligned word, written last; the same call turns a member into an
+        heir's."""
+        at = 2 * record.number
+        self._member_words[at + 1] = record.pool | record.pool_id << 32 | record.slot << 48
+        self._member_words[at] = (HEIR if record.heir else LIVE) | record.guest << 32
+
+    def free_member(self, number: int) -> None:
+        self._member_words[2 * number] = 0
+
+    def read_members(self) -> list[MemberRecord]:
+        """All member records that are not free."""
+        table = self._view[self.layout.members : self.layout.state_column]
+        return [
+            MemberRecord(number, word == HEIR, GuestId(guest), pool, PoolId(pool_id), slot)
+            for number, (word, guest, pool, pool_id, slot) in enumerate(_MEMBER.iter_unpack(table))
+            if word
+        ]
 
     # --- guests
 
@@ -241,7 +324,16 @@ class Arena:
         return self.layout.guests + number * _GUEST.size
 
     def close(self) -> None:
-        for view in (self.data, self.state, self.object, self.index, self.object_word, self._view):
+        for view in (
+            self.words,
+            self.data,
+            self.state,
+            self.object,
+            self.index,
+            self.object_word,
+            self._member_words,
+            self._view,
+        ):
             view.release()
         self.mapping.close()
 

@@ -1,16 +1,18 @@
 """Which frames are free, and what the others hold: one byte a frame.
 
-    COLD, HOT   an ephemeral page; HOT since it came or was last used, until the CLOCK hand passes
-    PERSISTENT  a page that may not be evicted
-    FREE
+    FREE        nothing
+    EPHEMERAL   a page that may be evicted, raw
+    PERSISTENT  a page that may not, raw
+    TABLE       a block of 128 entries (`entries`)
+    SLAB        part of a span of compressed pages (`slab`)
+    CONTENT     a whole page that entries refer to, maybe several (`sharing`)
 
-The bytes are all that allocation and CLOCK search, with `bytearray.find` and `startswith`: both run
-at the speed of memchr, where a free list of Python objects would cost more memory than the page
-columns.  Neighbouring frames matter, because a run of neighbours is copied by one slice; so an
-allocation first takes runs that were freed lately (they are warm in the CPU's cache too), then a
-run found by searching on from the last one, then whatever single frames there are.  Single frames
-are taken from the bottom and runs from the top, so that single pages do not cut up the room in
-which extents lie.
+The bytes are all that allocation searches, with `bytearray.find` and `startswith`: both run at the
+speed of memchr, where a free list of Python objects would cost more memory than the page columns.
+Neighbouring frames matter, because a run of neighbours is copied by one slice; so an allocation
+first takes runs that were freed lately (they are warm in the CPU's cache too), then a run found by
+searching on from the last one, then whatever single frames there are.  Single frames are taken from
+the bottom and runs from the top, so that single pages do not cut up the room in which extents lie.
 """
 
 from __future__ import annotations
@@ -18,10 +20,15 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
-COLD: Final = 0
-HOT: Final = 1
+FREE: Final = 0
+EPHEMERAL: Final = 1
 PERSISTENT: Final = 2
-FREE: Final = 3
+TABLE: Final = 3
+SLAB: Final = 4
+CONTENT: Final = 5
+
+KINDS: Final = ("free", "ephemeral", "persistent", "table", "slab", "content")
+"""Names of the kinds, by their number."""
 
 RUN_MAX: Final = 64
 _HINTS_MAX: Final = 256
@@ -32,45 +39,43 @@ fails, and a failing search reads the whole array (24 us for 262,144 frames)."""
 _RESTS_AFTER_FAILURE: Final = 64
 """Allocations that do without the search after it has failed."""
 
-_RUNS: Final = tuple(tuple(bytes([kind]) * n for n in range(RUN_MAX + 1)) for kind in range(4))
+_RUNS: Final = tuple(
+    tuple(bytes([kind]) * n for n in range(RUN_MAX + 1)) for kind in range(len(KINDS))
+)
 
 Run = tuple[int, int]
-"""First frame and count of neighbouring frames."""
+"""First number and count of neighbours."""
 
 
 class Frames:
-    """`kinds` is read by the eviction policies; they write it only between COLD and HOT."""
+    """`kinds[frame]` says what it holds; `free` counts the free ones."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.free = count
-        self.kinds = bytearray([FREE]) * count
+        self.kinds = bytearray(count)
         self._hand = 0
         self._top = count
         self._rests = 0
         self._freed: deque[Run] = deque(maxlen=_HINTS_MAX)
         self._freed_single: deque[int] = deque(maxlen=_HINTS_MAX)
 
-    @property
-    def persistent(self) -> int:
-        return self.kinds.count(PERSISTENT)
-
-    @property
-    def ephemeral(self) -> int:
-        return self.count - self.free - self.persistent
+    def count_kind(self, kind: int) -> int:
+        """How many frames are of this kind; reads the whole array."""
+        return self.kinds.count(kind)
 
     def take(self, kind: int) -> int:
         """One free frame, marked as `kind`.  Precondition: there is one."""
         kinds = self.kinds
         frame = self._freed_single.pop() if self._freed_single else -1
-        if frame < 0 or kinds[frame] != FREE:
+        if frame < 0 or kinds[frame]:
             frame = self.allocate(1)[0][0]
         kinds[frame] = kind
         self.free -= 1
         return frame
 
     def give(self, frame: int) -> None:
-        """One frame that held a page becomes free."""
+        """One frame that was in use becomes free."""
         self.kinds[frame] = FREE
         self.free += 1
         self._freed_single.append(frame)
@@ -114,7 +119,7 @@ class Frames:
                 continue
             hand = first + 1
             limit = min(first + count, self.count)
-            while hand < limit and kinds[hand] == FREE:
+            while hand < limit and not kinds[hand]:
                 hand += 1
             runs.append((first, hand - first))
             count -= hand - first
@@ -122,12 +127,25 @@ class Frames:
         return runs
 
     def mark(self, first: int, count: int, kind: int) -> None:
-        """Free frames become `kind` (HOT or PERSISTENT)."""
+        """Free frames become `kind`."""
         self.kinds[first : first + count] = _RUNS[kind][count]
         self.free -= count
 
     def release(self, first: int, count: int) -> None:
-        """Frames that held pages become free."""
+        """Frames that were in use become free."""
         self.kinds[first : first + count] = _RUNS[FREE][count]
         self.free += count
         self._freed.append((first, count))
+
+    def free_runs(self, start: int, limit: int) -> list[Run]:
+        """Runs of free frames among `limit` frames from `start` on, of any length."""
+        runs: list[Run] = []
+        kinds = self.kinds
+        end = min(self.count, start + limit)
+        at = start
+        while (first := kinds.find(FREE, at, end)) >= 0:
+            window = kinds[first:end]
+            length = len(window) - len(window.lstrip(b"\0"))
+            runs.append((first, length))
+            at = first + length
+        return runs

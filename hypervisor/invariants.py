@@ -1,30 +1,46 @@
 """One walk over the whole state that proves it consistent.
 
-Every fact that is kept twice is compared: leaves against frame columns, object words against
-objects, kinds against the counts of free and persistent frames, page counts of pools against their
-objects, pool and guest records against clients.  Tests call it after every step.
+Every fact that is kept twice is compared: leaves against frame columns and entries, object words
+against objects, kinds of frames against what lies in them, charges against what pages cost, counts
+of pools and members against their pages, policies against the pages of their member, references of
+shared content against the entries that name it, slab slots against the entries that own them, and
+pool, member and guest records against clients.  Tests call it after every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from hypervisor.frames import COLD, FREE, HOT, PERSISTENT
+from hypervisor.arena import (
+    CONTENT_FRAME,
+    ENTRY_TABLE,
+    HELD,
+    HINTS_MASK,
+    NOBODY,
+    SEQUENCE_SHIFT,
+    SLAB_PART,
+    SLOT_SHIFT,
+)
+from hypervisor.frames import CONTENT, EPHEMERAL, FREE, KINDS, PERSISTENT, SLAB, TABLE
 from hypervisor.machine import Machine
-from hypervisor.pools import NO_FRAMES, Pool, TmemObject
+from hypervisor.pools import NO_PAGES, RAW_COST_BYTES, Member, Pool, TmemObject
 from hypervisor.store import Store
 from ipc.errors import InvariantError
+
+Owned = dict[int, tuple[TmemObject, int]]
+"""Page number -> (object, index)."""
 
 
 def check(machine: Machine) -> None:
     """Raises InvariantError with what contradicts what."""
     store = machine.store
-    owned = _check_pools(store, list(_all_pools(machine)))
+    pools = _all_pools(machine)
+    owned = _check_pools(store, pools)
     _check_frames(store, owned)
+    _check_entries(store, owned)
+    _check_members(store, pools, owned)
     _check_objects(store)
     _check_records(machine)
-    store.policy.check()
-    waiting = store.doomed_pools or any(yard.objects for yard in store.graveyards)
+    _check_clients(machine)
+    waiting = store.doomed_pools or store.doomed_objects
     if waiting and not store.doomed:
         _fail("doomed pages wait but nobody will reap them")
 
@@ -33,67 +49,157 @@ def _fail(text: str) -> None:
     raise InvariantError(text)
 
 
-def _all_pools(machine: Machine) -> Iterator[Pool]:
-    for client in machine.clients.values():
-        yield from client.pools.values()
-    yield from machine.store.doomed_pools
-    yield from machine.store.graveyards
+def _all_pools(machine: Machine) -> list[Pool]:
+    """Doomed ones too."""
+    live = list(machine.memberships.all_pools(machine.clients))
+    pools = [*live, *machine.store.doomed_pools]
+    if len({id(pool) for pool in pools}) != len(pools):
+        _fail("a pool is found twice")
+    return pools
 
 
-def _check_pools(store: Store, pools: list[Pool]) -> dict[int, tuple[TmemObject, int]]:
-    """Frame -> (object, index) of every page that a leaf names."""
-    owned: dict[int, tuple[TmemObject, int]] = {}
+def _check_pools(store: Store, pools: list[Pool]) -> Owned:
+    """Page number -> (object, index) of every page that a leaf names."""
+    owned: Owned = {}
     for pool in pools:
         pages = 0
-        for key, found in pool.objects.items():
-            if found.pool is not pool or found.key != key:
+        for oid, found in pool.objects.items():
+            if found.pool is not pool or found.oid != oid or found.doomed:
                 _fail(f"object {found.number} does not know its pool {pool.number}")
-            if store.objects[found.number] is not found:
-                _fail(f"object number {found.number} is not its own")
-            object_pages = 0
-            for leaf_number, leaf in found.leaves():
-                if leaf == NO_FRAMES[len(leaf)]:
-                    _fail(f"leaf {leaf_number} of object {found.number} is empty")
-                for place, frame in enumerate(leaf):
-                    if frame < 0:
-                        continue
-                    if frame in owned:
-                        _fail(f"frame {frame} holds two pages")
-                    owned[frame] = (found, leaf_number * 64 + place)
-                    object_pages += 1
-            if object_pages != found.pages or not object_pages:
-                _fail(f"object {found.number} counts {found.pages} of {object_pages} pages")
-            pages += object_pages
+            pages += _check_object(store, found, owned)
         if pages != pool.pages:
             _fail(f"pool {pool.number} counts {pool.pages} of {pages} pages")
+    for number, found in store.doomed_objects.items():
+        if found.number != number or not found.doomed:
+            _fail(f"doomed object {number} is not")
+        _check_object(store, found, owned)
     return owned
 
 
-def _check_frames(store: Store, owned: dict[int, tuple[TmemObject, int]]) -> None:
+def _check_object(store: Store, found: TmemObject, owned: Owned) -> int:
+    if store.objects[found.number] is not found:
+        _fail(f"object number {found.number} is not its own")
+    pages = 0
+    for leaf_number, leaf in found.leaves():
+        if leaf == NO_PAGES[len(leaf)]:
+            _fail(f"leaf {leaf_number} of object {found.number} is empty")
+        for place, number in enumerate(leaf):
+            if number < 0:
+                continue
+            if number in owned:
+                _fail(f"page number {number} holds two pages")
+            owned[number] = (found, leaf_number * 64 + place)
+            pages += 1
+    if pages != found.pages or not pages:
+        _fail(f"object {found.number} counts {found.pages} of {pages} pages")
+    return pages
+
+
+def _check_frames(store: Store, owned: Owned) -> None:
     frames = store.frames
     arena = store.arena
     if frames.free != frames.kinds.count(FREE):
         _fail(f"{frames.free} free frames are counted, {frames.kinds.count(FREE)} are marked")
-    if frames.persistent != frames.kinds.count(PERSISTENT):
-        _fail("the count of persistent frames is wrong")
+    tables = set(store.entries.table_frames())
+    marks = {TABLE: ENTRY_TABLE, SLAB: SLAB_PART, CONTENT: CONTENT_FRAME}
     for frame in range(frames.count):
-        state, kind = arena.state[frame], frames.kinds[frame]
+        state, kind, object_ = arena.state[frame], frames.kinds[frame], arena.object[frame]
         entry = owned.get(frame)
-        if entry is None:
-            if state or kind != FREE:
-                _fail(f"frame {frame} is nobody's but has state {state}, kind {kind}")
-            continue
-        owner, index = entry
-        if not 0 < state <= store.sequence:
-            _fail(f"frame {frame} has state {state} at sequence {store.sequence}")
-        if arena.object[frame] != owner.number or arena.index[frame] != index:
-            _fail(f"frame {frame} is object {arena.object[frame]} index {arena.index[frame]}")
-        if kind not in ((PERSISTENT,) if owner.pool.persistent else (HOT, COLD)):
-            _fail(f"frame {frame} of a pool {owner.pool.kind} has kind {kind}")
+        if entry is not None:
+            owner, index = entry
+            if not 0 < state >> SEQUENCE_SHIFT <= store.sequence:
+                _fail(f"frame {frame} has state {state:#x} at sequence {store.sequence}")
+            if object_ != owner.number or arena.index[frame] != index:
+                _fail(f"frame {frame} is object {object_} index {arena.index[frame]}")
+            if kind != (PERSISTENT if owner.pool.persistent else EPHEMERAL):
+                _fail(f"frame {frame} of a pool {owner.pool.kind} is marked {KINDS[kind]}")
+        elif kind == FREE:
+            if state:
+                _fail(f"frame {frame} is free but has state {state:#x}")
+        elif kind not in marks or object_ != marks[kind]:
+            _fail(f"frame {frame} is marked {KINDS[kind]} but its object is {object_:#x}")
+        elif kind != SLAB and state != HELD:
+            _fail(f"frame {frame}, {KINDS[kind]}, has state {state:#x}")
+        if (kind == TABLE) != (frame in tables):
+            _fail(f"frame {frame} is a table, or is not: opinions differ")
+
+
+def _check_entries(store: Store, owned: Owned) -> None:
+    entries = store.entries
+    live = set(entries.live())
+    named = {number for number in owned if number >= entries.base}
+    if live != named:
+        _fail(f"{len(live - named)} entries without a leaf, {len(named - live)} leaves without one")
+    free = entries.free_numbers()
+    if len(free) != len(set(free)) or live & set(free):
+        _fail("an entry is free twice, or free and live")
+    if len(free) + len(live) != 128 * entries.tables:
+        _fail(f"{len(free)} free and {len(live)} live entries in {entries.tables} tables")
+    for number in live:
+        owner, index = owned[number]
+        if entries.handle(number) != (owner.number, index):
+            _fail(f"entry {number} is of {entries.handle(number)}")
+        if not 0 < entries.state(number) >> SEQUENCE_SHIFT <= store.sequence:
+            _fail(f"entry {number} has state {entries.state(number):#x}")
+    store.contents.check(
+        {number: _member_of(store, owned[number][0], number) for number in sorted(live)}
+    )
+
+
+def _member_of(store: Store, owner: TmemObject, number: int) -> Member:
+    slot = store.state(number) >> SLOT_SHIFT & HINTS_MASK
+    member = owner.pool.members.get(slot)
+    if member is None:
+        raise InvariantError(f"page {number} is of slot {slot}, which nobody has")
+    return member
+
+
+def _check_members(store: Store, pools: list[Pool], owned: Owned) -> None:
+    pages: dict[int, set[int]] = {}
+    raw: dict[int, int] = {}
+    for number, (owner, _) in owned.items():
+        member = _member_of(store, owner, number)
+        pages.setdefault(id(member), set()).add(number)
+        if number < store.entries.base:
+            raw[id(member)] = raw.get(id(member), 0) + 1
+    charges = store.contents.charges()
+    purses: dict[int, int] = {}
+    for pool in pools:
+        if (pool.only is None) != pool.shared or (pool.only and pool.members != {0: pool.only}):
+            _fail(f"pool {pool.number} has members {list(pool.members)}")
+        for slot, member in pool.members.items():
+            if member.slot != slot or member.pool is not pool:
+                _fail(f"a member of pool {pool.number} is in the wrong slot")
+            its_pages = pages.pop(id(member), set())
+            if len(its_pages) != member.pages:
+                _fail(f"a member is charged for {member.pages} of {len(its_pages)} pages")
+            cost = raw.get(id(member), 0) * RAW_COST_BYTES + charges.get(id(member), 0)
+            if cost != member.cost_bytes:
+                _fail(f"a member is charged {member.cost_bytes} for pages that cost {cost}")
+            purses[id(member.purse)] = purses.get(id(member.purse), 0) + cost
+            _check_member(store, member, its_pages)
+            if purses[id(member.purse)] > member.purse.bytes:
+                _fail("a purse holds less than its members are charged")
+    if pages:
+        _fail(f"{len(pages)} members have pages but are in no pool")
+    ephemeral = sum(len(pool.members) for pool in pools if not pool.persistent)
+    if len(store.victims.members) != ephemeral:
+        _fail(f"{len(store.victims.members)} possible victims, {ephemeral} ephemeral members")
+
+
+def _check_member(store: Store, member: Member, its_pages: set[int]) -> None:
+    persistent = member.pool.persistent
+    if (member.policy is None) != persistent:
+        _fail("persistent pages have no policy, ephemeral ones have one")
+    if member.policy is not None:
+        member.policy.check(its_pages)
+        if store.victims.members.get(id(member)) is not member:
+            _fail("a member can't be chosen as victim")
+    if member.purse is not member.client.purses[persistent]:
+        _fail("a member draws on the wrong purse")
 
 
 def _check_objects(store: Store) -> None:
-    graves = set(store.graveyards)
     free = set(store.free_object_numbers)
     if len(free) != len(store.free_object_numbers):
         _fail("an object number is free twice")
@@ -104,10 +210,10 @@ def _check_objects(store: Store) -> None:
         if found is None:
             if store.arena.object_word[number]:
                 _fail(f"object record {number} is not free")
-        elif found.pool in graves:
-            if entry is not None:
+        elif found.doomed:
+            if entry is not None or store.doomed_objects.get(number) is not found:
                 _fail(f"doomed object {number} is live in the segment")
-        elif entry is None or entry != (found.pool.number, found.key):
+        elif entry is None or entry != (found.pool.number, found.oid):
             _fail(f"object record {number} says {entry}")
     for number in range(len(store.objects), store.arena.frames_count):
         if store.arena.object_word[number]:
@@ -116,9 +222,7 @@ def _check_objects(store: Store) -> None:
 
 def _check_records(machine: Machine) -> None:
     store = machine.store
-    pools = {
-        pool.number: pool for client in machine.clients.values() for pool in client.pools.values()
-    }
+    pools = {pool.number: pool for pool in machine.memberships.all_pools(machine.clients)}
     doomed = {pool.number for pool in store.doomed_pools}
     records = {record.number: record for record in store.arena.read_pools()}
     if {n for n, record in records.items() if not record.dead} != set(pools):
@@ -130,8 +234,46 @@ def _check_records(machine: Machine) -> None:
     guests = {record.name: record.number for record in store.arena.read_guests()}
     if guests != {client.name: client.number for client in machine.clients.values()}:
         _fail("guest records and clients differ")
+    for number, pool in pools.items():
+        record = records[number]
+        owner = (NOBODY, 0) if pool.only is None else (pool.only.client.number, pool.only.pool_id)
+        if (record.guest, record.pool_id) != owner:
+            _fail(f"pool record {number} names another owner")
+    members = {
+        (pool.number, member.slot): (member.record, member.heir, member.client.number)
+        for pool in pools.values()
+        if pool.shared
+        for member in pool.members.values()
+    }
+    recorded = {
+        (record.pool, record.slot): (record.number, record.heir, record.guest)
+        for record in store.arena.read_members()
+    }
+    if members != recorded:
+        _fail("member records and members differ")
+    if set(machine.memberships.free_records) & {record for record, _, _ in members.values()}:
+        _fail("a member record in use is free")
+
+
+def _check_clients(machine: Machine) -> None:
+    doomed = machine.store.doomed_pools
     for client in machine.clients.values():
-        for pool_id, pool in client.pools.items():
-            record = records[pool.number]
-            if (record.guest, record.pool_id) != (client.number, pool_id):
-                _fail(f"pool record {pool.number} names another owner")
+        for pool_id, member in client.members.items():
+            if member.pool_id != pool_id or member.client is not client or member.heir:
+                _fail(f"guest {client.name} has a wrong pool {pool_id}")
+            if member.pool.members.get(member.slot) is not member:
+                _fail(f"pool {member.pool.number} does not know its member {client.name}")
+            if member.may_put != (member.may_get and member.writer and not client.settings.frozen):
+                _fail(f"guest {client.name} may put into pool {pool_id}, or not: opinions differ")
+        for member in client.inherited:
+            if not member.heir or member.client is not client:
+                _fail(f"guest {client.name} inherited what it does not pay for")
+        parts = client.charged()
+        parts += [m for p in doomed for m in p.members.values() if m.client is client]
+        for persistent in (False, True):
+            cost = sum(m.cost_bytes for m in parts if m.pool.persistent == persistent)
+            if cost != client.purses[persistent].bytes:
+                _fail(
+                    f"guest {client.name} pays {client.purses[persistent].bytes} for parts "
+                    f"that cost {cost}"
+                )

@@ -1,32 +1,44 @@
 """The machine: every tmem operation, and nothing of the world.
 
-It has no clock, queue, socket or randomness of its own.
+It has no clock, queue, socket or randomness of its own; what it needs of them is passed in.
 
 `execute(client, message, window) -> reply` is driven alike by the queue server, the simulator and
-the tests.  It parses, finds the pool, has `Store` move the pages, names the outcome and accounts
-for it.
+the tests.  It parses, finds the guest's part in the pool, has `Store` move the pages, names the
+outcome and accounts for it.
 
 Kept from the original, and easily broken:
-  * a private ephemeral get removes the page, a persistent one keeps it;
+  * a private ephemeral get removes the page, a shared and a persistent one keep it;
   * a duplicate put replaces, or drops the old page and fails: the old one is never readable again;
-  * a flush of what is not there is a success;
+  * a flush of what is not there is a success, and flushes, gets and duplicate puts go on while the
+    guest is frozen;
   * an accepted persistent page is never dropped by us: eviction takes ephemeral pages only;
   * a get from a pool without any page answers EEMPTY (it counts as a miss here; Xen did not count
     it at all, which made hit ratios of young pools look better than they were).
+
+Ours: a guest that would hold more than it may is told OVER_ALLOTMENT.  Persistent pages count
+against its allotment, and all its pages against its cap, for which its own ephemeral pages make
+room first.  Near the limit a put goes page by page, so that replacing a page is never refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from hypervisor.accounting import Account, OpCount
 from hypervisor.arena import Arena, GuestRecord
-from hypervisor.pools import Client, Pool
+from hypervisor.auth import Grants
+from hypervisor.balance import Balance
+from hypervisor.membership import Memberships
+from hypervisor.pools import NO_PAGE, Client, Member, Settings
 from hypervisor.store import NoObjectNumber, Store
 from ipc.abi import (
     ABI_REVISION,
+    PAGE_BYTES,
     POOL_PAGE_SIZE_MASK,
     POOL_PAGE_SIZE_SHIFT,
+    POOL_PRIORITY_MASK,
+    POOL_PRIORITY_SHIFT,
     POOL_RESERVED_BITS,
     POOL_VERSION_SHIFT,
     REPLY,
@@ -35,13 +47,13 @@ from ipc.abi import (
     GuestId,
     Op,
     PoolFlag,
-    PoolId,
+    Priority,
     Reason,
     ReplyFlag,
     Status,
 )
 from ipc.errors import GuestFault
-from ipc.limits import GUESTS_MAX, POOLS_PER_GUEST
+from ipc.limits import GUESTS_MAX
 from ipc.window import Window
 from ipc.wire import decode_batch, decode_request
 
@@ -52,19 +64,47 @@ _DONE: Final = int(Status.DONE)
 _MISS: Final = int(Status.MISS)
 _pack_reply: Final = REPLY.pack
 
-Answer = tuple[int, int, int, int]
-"""status, reason, map, value."""
+_OVER_LIMIT_EVICTIONS_MAX: Final = 512
+"""Pages of its own that a guest over its cap loses in one call; then it is refused."""
+
+Answer = tuple[int, int, int, int, int]
+"""status, reason, map, value, reply flags."""
 
 
 class Machine:
     """All state of a hypervisor over one arena.  Over an arena that was used before,
-    `recovery.recover` fills it before it serves anyone."""
+    `recovery.recover` fills it before it serves anyone.
 
-    def __init__(self, arena: Arena, *, policy: str = "clock") -> None:
-        self.store = Store(arena, policy)
+    `settings` and `grants` are the administrator's, kept by guest name and read here as they are.
+    `secret` seeds the hash that finds equal pages; `now_ns` measures what encoding costs.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        *,
+        policy: str = "clock",
+        scheduling: str = "scheduled",
+        admission: bool = True,
+        settings: dict[str, Settings] | None = None,
+        grants: Grants | None = None,
+        secret: bytes = b"",
+        now_ns: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.store = Store(
+            arena,
+            policy,
+            admission=admission,
+            scheduling=scheduling,
+            secret=secret,
+            now_ns=now_ns,
+        )
         self.policy_name = policy
         self.generation = arena.next_generation()
+        self.settings = {} if settings is None else settings
+        self.memberships = Memberships(self.store, Grants() if grants is None else grants)
         self.clients: dict[str, Client] = {}
+        self.balance = Balance(self.store, self.clients)
         self.departed = Account()
         self.free_guest_numbers = list(range(GUESTS_MAX - 1, -1, -1))
 
@@ -82,18 +122,30 @@ class Machine:
                 return None
             number = GuestId(self.free_guest_numbers.pop())
             self.store.arena.publish_guest(GuestRecord(number, name, pid, start_ticks, uid))
-            client = Client(number, name, pid, start_ticks, uid)
-            self.clients[name] = client
+            client = self.adopt(GuestRecord(number, name, pid, start_ticks, uid))
+            self.balance.retarget()
+        return client
+
+    def adopt(self, record: GuestRecord) -> Client:
+        """The client of a guest record."""
+        settings = self.settings.setdefault(record.name, Settings())
+        client = Client(
+            record.number, record.name, record.pid, record.start_ticks, record.uid, settings
+        )
+        self.clients[record.name] = client
         return client
 
     def depart(self, client: Client) -> None:
-        """The guest is gone: disown its pages now, free them in slices."""
-        for pool in list(client.pools.values()):
-            self._destroy_pool(client, pool)
+        """The guest is gone: disown its private pages now, free them in slices; what it put into
+        shared pools stays with the other sharers."""
+        for member in list(client.members.values()):
+            self.memberships.leave(member)
+        self.store.contents.retire(client)
         self.store.arena.free_guest(client.number)
         self.free_guest_numbers.append(client.number)
         del self.clients[client.name]
         self.departed.add(client.account)
+        self.balance.retarget()
 
     # --- calls
 
@@ -101,14 +153,14 @@ class Machine:
         """Serve one call; raises nothing for anything that a guest can send."""
         try:
             request = decode_request(untrusted_message)
-            sequence, op, _, count, pool_id, index, oid, slot, _, _ = request
+            sequence, op, flags, count, pool_id, index, oid, slot, _, _ = request
             if op == _GET_PAGE:
-                status, reason, bitmap, value = self._get(
-                    client, client.account.get, pool_id, oid, index, count, window.slots, slot
+                status, reason, bitmap, value, reply_flags = self._get(
+                    client, client.account.get, pool_id, oid, index, count, window, slot, flags
                 )
             elif op == _PUT_PAGE:
-                status, reason, bitmap, value = self._put(
-                    client, client.account.put, pool_id, oid, index, count, window.slots, slot
+                status, reason, bitmap, value, reply_flags = self._put(
+                    client, client.account.put, pool_id, oid, index, count, window, slot, flags
                 )
             else:
                 account = client.account.operations[op]
@@ -118,11 +170,11 @@ class Machine:
                     answer = self._flush(client, account, pool_id, oid, index, count)
                 else:
                     answer = self._manage(client, account, op, pool_id, oid)
-                status, reason, bitmap, value = answer
+                status, reason, bitmap, value, reply_flags = answer
                 account.calls += 1
         except GuestFault as fault:
             return self._fault(client, untrusted_message, fault)
-        return _pack_reply(sequence, status, reason, 0, self.generation, bitmap, value)
+        return _pack_reply(sequence, status, reason, reply_flags, self.generation, bitmap, value)
 
     def _fault(self, client: Client, untrusted_message: bytes, fault: GuestFault) -> bytes:
         client.account.fault(fault.reason)
@@ -141,28 +193,28 @@ class Machine:
         oid: bytes,
         index: int,
         count: int,
-        slots: memoryview,
+        window: Window,
         slot: int,
+        flags: int,
     ) -> Answer:
         account.calls += 1
         account.pages += count
-        pool = client.pools.get(pool_id)
-        if pool is None:
-            account.refuse(Reason.NO_SUCH_POOL, count)
-            return Status.ENODEV, Reason.NO_SUCH_POOL, 0, 0
-        was_empty = not pool.pages
+        member = client.members.get(pool_id)
+        if member is None or not member.may_get:
+            return _no_member(account, member, count)
+        was_empty = not member.pool.pages
         if count == 1:
-            got = bitmap = int(self.store.get_one(pool, oid, index, slots, slot))
+            got = bitmap = int(self.store.get_one(member, oid, index, window, slot, flags))
         else:
-            bitmap = self.store.get(pool, oid, index, count, slots, slot)
+            bitmap = self.store.get(member, oid, index, count, window, slot, flags)
             got = bitmap.bit_count()
         account.done += got
         if got == count:
-            return _DONE, 0, bitmap, 0
+            return _DONE, 0, bitmap, 0, 0
         account.missed += count - got
         if was_empty:
-            return Status.EEMPTY, Reason.POOL_EMPTY, 0, 0
-        return _MISS, 0, bitmap, 0
+            return Status.EEMPTY, Reason.POOL_EMPTY, 0, 0, 0
+        return _MISS, 0, bitmap, 0, 0
 
     def _put(
         self,
@@ -172,27 +224,36 @@ class Machine:
         oid: bytes,
         index: int,
         count: int,
-        slots: memoryview,
+        window: Window,
         slot: int,
+        flags: int,
     ) -> Answer:
         account.calls += 1
         account.pages += count
-        pool = client.pools.get(pool_id)
-        if pool is None:
-            account.refuse(Reason.NO_SUCH_POOL, count)
-            return Status.ENODEV, Reason.NO_SUCH_POOL, 0, 0
+        member = client.members.get(pool_id)
+        if member is None or not member.may_get:
+            return _no_member(account, member, count)
         try:
+            if not member.may_put:
+                if not member.writer:
+                    account.refuse(Reason.NOT_WRITER, count)
+                    return Status.EPERM, Reason.NOT_WRITER, 0, 0, 0
+                return self._put_some(member, account, oid, index, count, window, slot, flags)
+            if (member.policy is None or client.settings.cap_bytes) and not self._may_hold(
+                member, count
+            ):
+                return self._put_some(member, account, oid, index, count, window, slot, flags)
             if count == 1:
-                bitmap, dropped = self.store.put_one(pool, oid, index, slots, slot)
+                bitmap, dropped = self.store.put_one(member, oid, index, window, slot, flags)
             else:
-                bitmap, dropped = self.store.put(pool, oid, index, count, slots, slot)
+                bitmap, dropped = self.store.put(member, oid, index, count, window, slot, flags)
         except NoObjectNumber:
             account.refuse(Reason.NO_OBJECT_SLOT, count)
-            return Status.ENOMEM, Reason.NO_OBJECT_SLOT, 0, 0
+            return Status.ENOMEM, Reason.NO_OBJECT_SLOT, 0, 0, 0
         done = bitmap.bit_count()
         account.done += done
         if done == count:
-            return _DONE, 0, bitmap, 0
+            return _DONE, 0, bitmap, 0, 0
         flushed = dropped.bit_count()
         if flushed:
             account.refuse(Reason.DUPLICATE_FLUSHED, flushed)
@@ -200,35 +261,126 @@ class Machine:
             account.refuse(Reason.NO_MEMORY, count - done - flushed)
         first_refused = ~bitmap & (bitmap + 1)
         if dropped & first_refused:
-            return Status.ENOSPC, Reason.DUPLICATE_FLUSHED, bitmap, 0
-        return Status.ENOMEM, Reason.NO_MEMORY, bitmap, 0
+            return Status.ENOSPC, Reason.DUPLICATE_FLUSHED, bitmap, 0, 0
+        return Status.ENOMEM, Reason.NO_MEMORY, bitmap, 0, 0
+
+    def _may_hold(self, member: Member, count: int) -> bool:
+        """Whether the member's guest may be charged for `count` more whole pages; its own
+        ephemeral and doomed pages make room for it."""
+        client = member.client
+        store = self.store
+        bytes_ = count * PAGE_BYTES
+        persistent = member.policy is None
+        cap_bytes = client.settings.cap_bytes
+        while store.doomed and (
+            (cap_bytes and client.cost_bytes + bytes_ > cap_bytes)
+            or (persistent and member.purse.bytes + bytes_ > client.allotment_bytes)
+        ):
+            # Flushed pages are charged until they are reaped.
+            if not store.reap():
+                break
+        if persistent and member.purse.bytes + bytes_ > client.allotment_bytes:
+            return False
+        if cap_bytes and client.cost_bytes + bytes_ > cap_bytes:
+            self._shrink(client, client.cost_bytes + bytes_ - cap_bytes)
+            return client.cost_bytes + bytes_ <= cap_bytes
+        return True
+
+    def _shrink(self, client: Client, over_bytes: int) -> None:
+        """Evict a guest's own pages until it costs so much less, or a call's worth has gone."""
+        until = client.cost_bytes - over_bytes
+        left = _OVER_LIMIT_EVICTIONS_MAX
+        while client.cost_bytes > until and left > 0:
+            victim = self.store.victims.choose_of(client)
+            if victim is None:
+                return
+            pages = max(1, min(left, (client.cost_bytes - until) // PAGE_BYTES))
+            gone = self.store.evict(victim, pages)
+            if not gone:
+                return
+            left -= gone
+
+    def _put_some(
+        self,
+        member: Member,
+        account: OpCount,
+        oid: bytes,
+        index: int,
+        count: int,
+        window: Window,
+        slot: int,
+        flags: int,
+    ) -> Answer:
+        """A put of a guest that is frozen or at its limit, page by page: what is charged to it and
+        only replaced is taken, what is new may be refused."""
+        store = self.store
+        bitmap = 0
+        first_refusal = 0
+        for at in range(count):
+            number = self._find(member, oid, index + at)
+            reason = 0
+            if member.client.settings.frozen:
+                reason = 0 if number != NO_PAGE else Reason.FROZEN
+            elif not self._is_own(member, number) and not self._may_hold(member, 1):
+                reason = Reason.OVER_ALLOTMENT
+            if not reason:
+                stored = dropped = 0
+                try:
+                    stored, dropped = store.put_one(
+                        member, oid, index + at, window, slot + at, flags
+                    )
+                    reason = Reason.DUPLICATE_FLUSHED if dropped else Reason.NO_MEMORY
+                except NoObjectNumber:
+                    reason = Reason.NO_OBJECT_SLOT
+                if stored:
+                    bitmap |= 1 << at
+                    account.done += 1
+                    continue
+            elif self._find(member, oid, index + at) != NO_PAGE:
+                store.flush(member, oid, index + at, 1)
+                reason = Reason.DUPLICATE_FLUSHED
+            account.refuse(reason, 1)
+            first_refusal = first_refusal or reason
+        if not first_refusal:
+            return _DONE, 0, bitmap, 0, 0
+        status = {Reason.DUPLICATE_FLUSHED: Status.ENOSPC, Reason.FROZEN: Status.EFROZEN}
+        return status.get(Reason(first_refusal), Status.ENOMEM), first_refusal, bitmap, 0, 0
+
+    def _find(self, member: Member, oid: bytes, index: int) -> int:
+        found = member.pool.objects.get(oid)
+        return NO_PAGE if found is None else found.find(index)
+
+    def _is_own(self, member: Member, number: int) -> bool:
+        return number != NO_PAGE and self.store.member_of(member.pool, number) is member
 
     def _flush(
         self, client: Client, account: OpCount, pool_id: int, oid: bytes, index: int, count: int
     ) -> Answer:
         account.pages += count
-        pool = client.pools.get(pool_id)
-        if pool is None:
-            account.refuse(Reason.NO_SUCH_POOL, count)
-            return Status.ENODEV, Reason.NO_SUCH_POOL, 0, 0
-        bitmap = self.store.flush(pool, oid, index, count)
+        member = client.members.get(pool_id)
+        if member is None or not member.may_get:
+            return _no_member(account, member, count)
+        if not member.writer:
+            account.refuse(Reason.NOT_WRITER, count)
+            return Status.EPERM, Reason.NOT_WRITER, 0, 0, 0
+        bitmap = self.store.flush(member, oid, index, count)
         account.done += bitmap.bit_count()
         account.missed += count - bitmap.bit_count()
-        return _DONE, 0, bitmap, 0
+        return _DONE, 0, bitmap, 0, 0
 
     def _batch(
         self, client: Client, account: OpCount, op: int, count: int, window: Window
     ) -> Answer:
         """Entries in order, each as a call of one page; the status is that of the first failure."""
-        entries = decode_batch(window.read_table(count), moves_pages=op != Op.FLUSH_BATCH)
+        entries = decode_batch(window.read_table(count), op)
         calls = account.calls
         bitmap = 0
         result: Answer | None = None
-        for at, (pool_id, index, slot, oid) in enumerate(entries):
+        for at, (pool_id, index, slot, flags, oid) in enumerate(entries):
             if op == Op.PUT_BATCH:
-                answer = self._put(client, account, pool_id, oid, index, 1, window.slots, slot)
+                answer = self._put(client, account, pool_id, oid, index, 1, window, slot, flags)
             elif op == Op.GET_BATCH:
-                answer = self._get(client, account, pool_id, oid, index, 1, window.slots, slot)
+                answer = self._get(client, account, pool_id, oid, index, 1, window, slot, flags)
             else:
                 answer = self._flush(client, account, pool_id, oid, index, 1)
             bitmap |= answer[2] << at
@@ -236,8 +388,8 @@ class Machine:
                 result = answer
         account.calls = calls
         if result is None:
-            return _DONE, 0, bitmap, 0
-        return result[0], result[1], bitmap, 0
+            return _DONE, 0, bitmap, 0, 0
+        return result[0], result[1], bitmap, 0, 0
 
     # --- operations on pools and objects
 
@@ -247,19 +399,11 @@ class Machine:
         if op == Op.NEW_POOL:
             answer = self._new_pool(client, pool_id, oid[:UUID_BYTES])
         elif op == Op.VERSION:
-            answer = _DONE, 0, 0, SPEC_VERSION << 32 | ABI_REVISION
+            answer = _DONE, 0, 0, SPEC_VERSION << 32 | ABI_REVISION, 0
+        elif op == Op.DESTROY_POOL:
+            answer = self._destroy_pool(client, pool_id)
         else:
-            pool = client.pools.get(pool_id)
-            if op == Op.DESTROY_POOL:
-                if pool is not None:
-                    self._destroy_pool(client, pool)
-                answer = (_MISS if pool is None else _DONE), 0, 0, 0
-            elif pool is None:
-                answer = Status.ENODEV, Reason.NO_SUCH_POOL, 0, 0
-            else:
-                pages = self.store.flush_object(pool, oid)
-                account.pages += pages
-                answer = _DONE, 0, 0, pages
+            answer = self._flush_object(client, account, pool_id, oid)
         if answer[0] == _DONE:
             account.done += 1
         elif answer[0] == _MISS:
@@ -273,27 +417,48 @@ class Machine:
             raise GuestFault(Reason.BAD_SPEC_VERSION, str(flags >> POOL_VERSION_SHIFT))
         if flags >> POOL_PAGE_SIZE_SHIFT & POOL_PAGE_SIZE_MASK:
             raise GuestFault(Reason.BAD_PAGE_SIZE, hex(flags))
-        if flags & (POOL_RESERVED_BITS | PoolFlag.PRECOMPRESSED):
+        if (
+            flags & (POOL_RESERVED_BITS | PoolFlag.PRECOMPRESSED)
+            or flags >> POOL_PRIORITY_SHIFT & POOL_PRIORITY_MASK > Priority.HIGH
+        ):
             raise GuestFault(Reason.BAD_POOL_FLAGS, hex(flags))
-        if flags & PoolFlag.SHARED:
-            return Status.EPERM, Reason.SHARED_NOT_SERVED, 0, 0
-        if len(client.pools) >= POOLS_PER_GUEST:
-            return Status.EPERM, Reason.TOO_MANY_POOLS, 0, 0
-        number = self.store.take_pool_number()
-        if number is None:
-            return Status.EPERM, Reason.TOO_MANY_POOLS, 0, 0
-        pool_id = PoolId(next(n for n in range(POOLS_PER_GUEST) if n not in client.pools))
-        self.store.arena.publish_pool(number, client.number, pool_id, flags, uuid)
-        persistent = bool(flags & PoolFlag.PERSIST)
-        client.pools[pool_id] = Pool(number, pool_id, flags, uuid, persistent=persistent)
-        return _DONE, 0, 0, pool_id
+        made = self.memberships.new_pool(client, flags, uuid)
+        if made.member is None:
+            return Status.EPERM, made.reason, 0, 0, 0
+        self.balance.welcome(made.member)
+        return _DONE, 0, 0, made.member.pool_id, made.flags
 
-    def _destroy_pool(self, client: Client, pool: Pool) -> None:
-        del client.pools[pool.pool_id]
-        self.store.doom_pool(pool)
+    def _destroy_pool(self, client: Client, pool_id: int) -> Answer:
+        member = client.members.get(pool_id)
+        if member is None:
+            return _MISS, 0, 0, 0, 0
+        self.memberships.leave(member)
+        self.balance.retarget()
+        return _DONE, 0, 0, 0, 0
+
+    def _flush_object(self, client: Client, account: OpCount, pool_id: int, oid: bytes) -> Answer:
+        member = client.members.get(pool_id)
+        if member is None:
+            return Status.ENODEV, Reason.NO_SUCH_POOL, 0, 0, 0
+        if not member.may_get:
+            return Status.EPERM, Reason.SHARED_DENIED, 0, 0, 0
+        if not member.writer:
+            return Status.EPERM, Reason.NOT_WRITER, 0, 0, 0
+        pages = self.store.flush_object(member.pool, oid)
+        account.pages += pages
+        return _DONE, 0, 0, pages, 0
 
     # --- what others ask
 
     def accounts(self) -> list[Account]:
         """Of all guests that are here, and of all that have left as one."""
         return [self.departed, *(client.account for client in self.clients.values())]
+
+
+def _no_member(account: OpCount, member: Member | None, count: int) -> Answer:
+    """The pool id is nobody's, or its grant was taken back."""
+    if member is None:
+        account.refuse(Reason.NO_SUCH_POOL, count)
+        return Status.ENODEV, Reason.NO_SUCH_POOL, 0, 0, 0
+    account.refuse(Reason.SHARED_DENIED, count)
+    return Status.EPERM, Reason.SHARED_DENIED, 0, 0, 0

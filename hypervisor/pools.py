@@ -1,42 +1,75 @@
-"""Pools and objects, and how a handle finds its frame.
+"""Guests, pools and objects, and how a handle finds its page.
 
-  client.pools[pool id] -> pool.objects[oid] -> object.leaf(index >> 6)[index & 63] -> frame
+  client.members[pool id] -> member.pool.objects[oid] -> object.leaf(index >> 6)[index & 63] -> page
 
-A leaf is an `array('i')` of up to 64 frame numbers, -1 where there is no page: a radix tree of
+A *member* is one guest's part in one pool: its id for it, its rights, and the pages that it put
+there, which are charged to it.  A private pool has one member; a shared pool up to 64, and beside
+them what is left of members that have gone (`heir`), paid for by one that stayed.
+
+A leaf is an `array('i')` of up to 64 page numbers, -1 where there is no page: a radix tree of
 height one over a dictionary, because a page may cost no Python object of its own.  A leaf is only
 as long as its highest page needs (in powers of two), and one without pages is dropped at once: a
 guest that touches one page in each leaf must not make the hypervisor grow for ever.  Most files
 are below 64 pages, so leaf 0 has a slot of its own and the dictionary exists for larger objects.
+
+A page number below the number of frames is a raw page in the frame of that number; the numbers
+above are entries (`entries`).
+
+Differs from Xen: a page of a shared pool belongs to whoever put it.  There the pool's owner was
+charged for all of them, and a leaving sharer took the objects with it that it had touched last.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 from hypervisor.accounting import Account
-from ipc.abi import GuestId, PoolId
+from hypervisor.arena import SLOT_SHIFT
+from hypervisor.compression import Compressor
+from hypervisor.sharing import Sharing, domain_of
+from ipc.abi import (
+    PAGE_BYTES,
+    POOL_PRIORITY_MASK,
+    POOL_PRIORITY_SHIFT,
+    GuestId,
+    PoolFlag,
+    PoolId,
+    Priority,
+)
+
+if TYPE_CHECKING:
+    from hypervisor.eviction import EvictionPolicy
+    from hypervisor.reuse import ReuseSampler
 
 LEAF_PAGES: Final = 64
-NO_FRAME: Final = -1
-NO_FRAMES: Final = tuple(array("i", [NO_FRAME]) * n for n in range(LEAF_PAGES + 1))
-"""NO_FRAMES[n] is a leaf of n places without a page; shared, never written."""
+NO_PAGE: Final = -1
+NO_PAGES: Final = tuple(array("i", [NO_PAGE]) * n for n in range(LEAF_PAGES + 1))
+"""NO_PAGES[n] is a leaf of n places without a page; shared, never written."""
+
+SHARERS_MAX: Final = 64
+"""Members of a shared pool at a time."""
+
+RAW_COST_BYTES: Final = PAGE_BYTES
+"""What a page with a frame of its own is charged."""
 
 _LEAF_LENGTHS: Final = tuple(1 << max(0, n - 1).bit_length() for n in range(LEAF_PAGES + 1))
 
 
 class TmemObject:
-    """The pages of one object id.  `key` is its key in `pool.objects`: the oid, or the object
-    number once the object was flushed and waits in a graveyard."""
+    """The pages of one object id.  A `doomed` one was flushed, or its pool was destroyed, and waits
+    to be reaped; nobody finds it by its oid any more."""
 
-    __slots__ = ("_low", "_rest", "key", "number", "pages", "pool")
+    __slots__ = ("_low", "_rest", "doomed", "number", "oid", "pages", "pool")
 
-    def __init__(self, number: int, pool: Pool, key: bytes | int) -> None:
+    def __init__(self, number: int, pool: Pool, oid: bytes) -> None:
         self.number = number
         self.pool = pool
-        self.key = key
+        self.oid = oid
         self.pages = 0
+        self.doomed = False
         self._low: array[int] | None = None
         self._rest: dict[int, array[int]] | None = None
 
@@ -49,7 +82,7 @@ class TmemObject:
         """The leaf, made or lengthened to hold at least `places` pages."""
         leaf = self.leaf(leaf_number)
         if leaf is None:
-            leaf = array("i", NO_FRAMES[_LEAF_LENGTHS[places]])
+            leaf = array("i", NO_PAGES[_LEAF_LENGTHS[places]])
             if leaf_number == 0:
                 self._low = leaf
             else:
@@ -57,7 +90,7 @@ class TmemObject:
                     self._rest = {}
                 self._rest[leaf_number] = leaf
         elif len(leaf) < places:
-            leaf.extend(NO_FRAMES[_LEAF_LENGTHS[places] - len(leaf)])
+            leaf.extend(NO_PAGES[_LEAF_LENGTHS[places] - len(leaf)])
         return leaf
 
     def drop_leaf(self, leaf_number: int) -> None:
@@ -80,42 +113,226 @@ class TmemObject:
         assert self._rest
         return next(iter(self._rest.items()))
 
+    def find(self, index: int) -> int:
+        """The number of a page, NO_PAGE if it is not there."""
+        leaf = self.leaf(index >> 6)
+        place = index & 63
+        return NO_PAGE if leaf is None or place >= len(leaf) else leaf[place]
+
 
 class Pool:
-    """`objects` maps an oid to its object; `pages` counts all pages below it."""
+    """`objects` maps an oid to its object; `pages` counts the pages below them.
 
-    __slots__ = ("flags", "number", "objects", "pages", "persistent", "pool_id", "uuid")
+    `members` maps a slot to a member; `only` is the one of a private pool, None for a shared one.
+    """
 
-    def __init__(
-        self, number: int, pool_id: PoolId, flags: int, uuid: bytes, *, persistent: bool
-    ) -> None:
+    __slots__ = (
+        "exclusive",
+        "flags",
+        "members",
+        "number",
+        "objects",
+        "only",
+        "pages",
+        "persistent",
+        "priority",
+        "shared",
+        "uuid",
+    )
+
+    def __init__(self, number: int, flags: int, uuid: bytes) -> None:
         self.number = number
-        self.pool_id = pool_id
         self.flags = flags
         self.uuid = uuid
-        self.persistent = persistent
-        self.objects: dict[bytes | int, TmemObject] = {}
+        self.persistent = bool(flags & PoolFlag.PERSIST)
+        self.shared = bool(flags & PoolFlag.SHARED)
+        self.exclusive = not self.persistent and not self.shared
+        """A get takes the page out."""
+        self.priority = Priority(flags >> POOL_PRIORITY_SHIFT & POOL_PRIORITY_MASK)
+        self.objects: dict[bytes, TmemObject] = {}
         self.pages = 0
+        self.members: dict[int, Member] = {}
+        self.only: Member | None = None
 
     @property
     def kind(self) -> str:
-        """Xen's two letters: E or P, then P for private."""
-        return ("P" if self.persistent else "E") + "P"
+        """Xen's two letters: E or P, then P or S."""
+        return ("P" if self.persistent else "E") + ("S" if self.shared else "P")
+
+    def sharers(self) -> list[Member]:
+        """Members that are still here, by slot."""
+        return [self.members[slot] for slot in sorted(self.members) if not self.members[slot].heir]
+
+
+class Purse:
+    """Bytes that one guest is charged for pages of one kind."""
+
+    __slots__ = ("bytes",)
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
+class Member:
+    """A guest's part in a pool.  `pages` and `cost_bytes` are what is charged to it: pages that it
+    put and that still take memory, flushed ones that wait to be reaped included."""
+
+    __slots__ = (
+        "client",
+        "cost_bytes",
+        "heir",
+        "keyed",
+        "may_get",
+        "may_put",
+        "number",
+        "pages",
+        "policy",
+        "pool",
+        "pool_id",
+        "purse",
+        "record",
+        "sampler",
+        "slot",
+        "state_bits",
+        "target_bytes",
+        "weight",
+        "writer",
+    )
+
+    def __init__(
+        self, pool: Pool, client: Client, slot: int, pool_id: PoolId, *, record: int = -1
+    ) -> None:
+        self.pool = pool
+        self.client = client
+        self.slot = slot
+        self.pool_id = pool_id
+        self.number = -1
+        """Its name in `sharing`; the store gives it."""
+        self.record = record
+        """Number of its record in the segment; -1 for a private pool, whose pool record does."""
+        self.state_bits = slot << SLOT_SHIFT
+        self.heir = False
+        self.writer = True
+        self.may_get = True
+        self.may_put = True
+        """A writer, allowed, and the guest is not frozen: what a put looks at first."""
+        self.pages = 0
+        self.cost_bytes = 0
+        self.purse = client.purses[pool.persistent]
+        self.weight = 100
+        """Among the pools of its guest."""
+        self.target_bytes = 0
+        self.policy: EvictionPolicy | None = None
+        """Of an ephemeral pool only."""
+        self.sampler: ReuseSampler | None = None
+        self.keyed = False
+        """The policy or the sampler wants to know which leaf a page is in."""
+
+    def charge(self, pages: int, cost_bytes: int) -> None:
+        """Change what is charged."""
+        self.pages += pages
+        self.cost_bytes += cost_bytes
+        self.purse.bytes += cost_bytes
+
+    def pass_to(self, client: Client) -> None:
+        """The guest has left; another one pays from now on."""
+        self.purse.bytes -= self.cost_bytes
+        self.client = client
+        self.purse = client.purses[self.pool.persistent]
+        self.purse.bytes += self.cost_bytes
+        self.heir = True
+        self.may_get = self.may_put = False
+
+
+@dataclass
+class Settings:
+    """What the administrator has set for a guest; kept by name, also while it is away."""
+
+    weight: int = 100
+    cap_bytes: int = 0
+    """The most that its pages may cost, of both kinds; 0 for no limit."""
+    reserve_bytes: int = 0
+    """What others can't take from it."""
+    priority: Priority = Priority.NORMAL
+    compress: bool = False
+    sharing: Sharing = Sharing.GROUP
+    group: str = ""
+    """Its trust group; without a name it trusts nobody, and shares with nobody under GROUP."""
+    frozen: bool = False
 
 
 class Client:
-    """A guest as the machine knows it: its number, its pools, its account."""
+    """A guest as the machine knows it: its number, its part in pools, its account."""
 
-    __slots__ = ("account", "name", "number", "pid", "pools", "start_ticks", "uid")
+    __slots__ = (
+        "account",
+        "allotment_bytes",
+        "compressor",
+        "domains",
+        "encodes",
+        "inherited",
+        "members",
+        "name",
+        "number",
+        "pid",
+        "purses",
+        "settings",
+        "start_ticks",
+        "uid",
+    )
 
-    def __init__(self, number: GuestId, name: str, pid: int, start_ticks: int, uid: int) -> None:
+    def __init__(
+        self,
+        number: GuestId,
+        name: str,
+        pid: int,
+        start_ticks: int,
+        uid: int,
+        settings: Settings,
+    ) -> None:
         self.number = number
         self.name = name
         self.pid = pid
         self.start_ticks = start_ticks
         self.uid = uid
-        self.pools: dict[int, Pool] = {}
+        self.members: dict[int, Member] = {}
+        self.inherited: list[Member] = []
+        """What it pays for guests that left a shared pool."""
+        self.purses = (Purse(), Purse())
+        """Ephemeral, persistent."""
+        self.allotment_bytes = 0
+        """What its persistent pages may cost; `Entitlements` sets it."""
         self.account = Account()
+        self.compressor = Compressor()
+        self.settings = settings
+        self.domains: tuple[str | None, str | None] = (None, None)
+        """Where equal pages are looked for, ephemeral and persistent; None for nowhere."""
+        self.encodes = False
+        self.apply_settings()
+
+    def apply_settings(self) -> None:
+        """Take over what puts look at, after a change of `settings`."""
+        settings = self.settings
+        alone = settings.sharing is Sharing.GROUP and not settings.group
+        scope = Sharing.OFF if alone else settings.sharing
+        ephemeral, persistent = (
+            domain_of(scope, guest=self.name, group=settings.group, persistent=kind)
+            for kind in (False, True)
+        )
+        self.domains = (ephemeral, persistent)
+        self.encodes = settings.compress or scope is not Sharing.OFF
+        for member in self.members.values():
+            member.may_put = member.writer and member.may_get and not settings.frozen
+
+    @property
+    def cost_bytes(self) -> int:
+        """All that is charged to it."""
+        return self.purses[0].bytes + self.purses[1].bytes
+
+    def charged(self) -> list[Member]:
+        """Its parts in pools, inherited ones too."""
+        return [*self.members.values(), *self.inherited]
 
     def pages(self, *, persistent: bool) -> int:
-        return sum(pool.pages for pool in self.pools.values() if pool.persistent == persistent)
+        """Pages that are charged to it."""
+        return sum(part.pages for part in self.charged() if part.pool.persistent == persistent)

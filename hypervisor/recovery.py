@@ -1,25 +1,37 @@
 """Find everything again in an arena whose hypervisor was killed.
 
-Reads only what arena invariants A1 to A5 promise.  It can itself be killed at any instruction and
-run again: it frees frames that nobody owns before it frees the object and pool records that would
-say so.
+Reads only what arena invariants A1 to A6 promise.  It can itself be killed at any instruction and
+run again: it frees pages that nobody owns before it frees the object, pool and member records that
+would say so.
 
-  guest records -> clients   pool records -> pools   object words -> objects
-  frame states  -> leaves; of two frames with one handle the one of the higher sequence stays (A2)
+  guest records -> clients    pool and member records -> pools, members    object words -> objects
+  tables, slab frames         -> what entries may lie in and point to
+  states of frames, entries   -> leaves; of two pages with one handle the younger one stays (A2)
+  locations of live entries   -> slab occupancy, references; content that nothing names is free
 
-The cost is one pass over the columns, about half a microsecond a live page.
+The cost is one pass over the columns, about half a microsecond a raw page and some more an entry.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from hypervisor.arena import PoolRecord
-from hypervisor.frames import HOT, PERSISTENT
+from hypervisor.arena import (
+    CONTENT_FRAME,
+    ENTRY_TABLE,
+    HINTS_MASK,
+    SEQUENCE_SHIFT,
+    SLAB_PART,
+    SLOT_SHIFT,
+    SPECIAL_OBJECTS,
+    MemberRecord,
+    PoolRecord,
+)
+from hypervisor.frames import CONTENT, EPHEMERAL, PERSISTENT, TABLE
 from hypervisor.machine import Machine
-from hypervisor.pools import LEAF_PAGES, Client, Pool, TmemObject
-from hypervisor.store import Store
-from ipc.abi import GuestId, PoolFlag
+from hypervisor.pools import LEAF_PAGES, RAW_COST_BYTES, Member, Pool, TmemObject
+from hypervisor.store import Store, leaf_key
+from ipc.abi import GuestId, PoolFlag, PoolId
 from ipc.errors import InvariantError
 
 
@@ -31,8 +43,8 @@ class Recovered(NamedTuple):
     objects: int
     persistent_pages: int
     ephemeral_pages: int
-    frames_freed: int
-    """Live frames that nobody owned: of doomed pools and objects, or the older of two."""
+    pages_freed: int
+    """Live pages that nobody owned: of doomed pools and objects, or the older of two."""
 
 
 def recover(machine: Machine) -> Recovered:
@@ -41,52 +53,110 @@ def recover(machine: Machine) -> Recovered:
     arena = store.arena
     if machine.clients or store.objects or store.sequence:
         raise InvariantError("recovery needs a fresh machine")
-    by_number: dict[GuestId, Client] = {}
     for record in arena.read_guests():
-        client = Client(record.number, record.name, record.pid, record.start_ticks, record.uid)
-        machine.clients[record.name] = client
+        machine.adopt(record)
         machine.free_guest_numbers.remove(record.number)
-        by_number[record.number] = client
     records = arena.read_pools()
-    pools = _recover_pools(store, records, by_number)
+    member_records = arena.read_members()
+    pools = _recover_pools(machine, records)
+    stray_members = _recover_members(machine, pools, member_records)
+    _drop_deserted(machine, pools)
     orphans = _recover_objects(store, pools)
-    freed = _recover_pages(store)
+    freed = _Pages(store).recover()
     for number in orphans:
         arena.free_object(number)
+    for number in stray_members:
+        arena.free_member(number)
     for pool_record in records:
         if pool_record.number not in pools:
             arena.free_pool(pool_record.number)
     _drop_empty_objects(store)
-    _order_by_age(store)
+    machine.memberships.sweep_heirs()
+    machine.balance.recovered()
+    members = [member for pool in pools.values() for member in pool.members.values()]
     return Recovered(
         guests=len(machine.clients),
         pools=len(pools),
         objects=sum(len(pool.objects) for pool in pools.values()),
-        persistent_pages=store.frames.persistent,
-        ephemeral_pages=store.frames.ephemeral,
-        frames_freed=freed,
+        persistent_pages=sum(one.pages for one in members if one.pool.persistent),
+        ephemeral_pages=sum(one.pages for one in members if not one.pool.persistent),
+        pages_freed=freed,
     )
 
 
-def _recover_pools(
-    store: Store, records: list[PoolRecord], clients: dict[GuestId, Client]
-) -> dict[int, Pool]:
-    """Pools by record number; a dead record, or one without a guest, gives none."""
-    pools = {}
+def _recover_pools(machine: Machine, records: list[PoolRecord]) -> dict[int, Pool]:
+    """Pools by record number; a dead record, or a private one without a guest, gives none."""
+    clients = {client.number: client for client in machine.clients.values()}
+    store = machine.store
+    pools: dict[int, Pool] = {}
     for record in records:
+        shared = bool(record.flags & PoolFlag.SHARED)
         client = clients.get(record.guest)
-        if record.dead or client is None:
+        if record.dead or (client is None and not shared):
             continue
-        persistent = bool(record.flags & PoolFlag.PERSIST)
-        pool = Pool(record.number, record.pool_id, record.flags, record.uuid, persistent=persistent)
-        client.pools[record.pool_id] = pool
+        pool = Pool(record.number, record.flags, record.uuid)
         pools[record.number] = pool
         store.free_pool_numbers.remove(record.number)
+        if shared:
+            machine.memberships.shared[record.uuid] = pool
+        else:
+            assert client is not None
+            member = Member(pool, client, 0, record.pool_id)
+            store.open_member(member)
+            client.members[record.pool_id] = member
     return pools
 
 
+def _recover_members(
+    machine: Machine, pools: dict[int, Pool], records: list[MemberRecord]
+) -> list[int]:
+    """Fill shared pools; the numbers of records that belong to none."""
+    clients: dict[GuestId, str] = {one.number: one.name for one in machine.clients.values()}
+    memberships = machine.memberships
+    strays = []
+    for record in sorted(records, key=lambda record: (record.heir, record.number)):
+        pool = pools.get(record.pool)
+        sharers = [] if pool is None else pool.sharers()
+        name = clients.get(record.guest)
+        if pool is None or not pool.shared or (name is None and not sharers):
+            strays.append(record.number)
+            continue
+        # A guest that is gone left what it put to a sharer; it died between the two words.
+        heir = record.heir or name is None
+        client = sharers[0].client if name is None else machine.clients[name]
+        member = Member(pool, client, record.slot, record.pool_id, record=record.number)
+        memberships.free_records.remove(record.number)
+        machine.store.open_member(member)
+        if heir:
+            member.pass_to(client)
+            client.inherited.append(member)
+            machine.store.arena.publish_member(
+                record._replace(heir=True, guest=client.number, pool_id=PoolId(0))
+            )
+        else:
+            client.members[record.pool_id] = member
+            memberships.apply_grant(member)
+    for client in machine.clients.values():
+        client.apply_settings()
+    return strays
+
+
+def _drop_deserted(machine: Machine, pools: dict[int, Pool]) -> None:
+    """A shared pool without a sharer was being made or doomed."""
+    for number, pool in list(pools.items()):
+        if pool.shared and not pool.sharers():
+            for member in list(pool.members.values()):
+                member.client.inherited.remove(member)
+                machine.store.close_member(member)
+                machine.memberships.free_records.append(member.record)
+                machine.store.arena.free_member(member.record)
+            del machine.memberships.shared[pool.uuid]
+            del pools[number]
+            machine.store.free_pool_numbers.append(number)
+
+
 def _recover_objects(store: Store, pools: dict[int, Pool]) -> list[int]:
-    """Fill `store.objects`; the numbers whose records are to be freed once no frame names them."""
+    """Fill `store.objects`; the numbers whose records are to be freed once no page names them."""
     orphans = []
     words = store.arena.object_word.tolist()
     used = max((number for number, word in enumerate(words) if word), default=-1) + 1
@@ -105,56 +175,150 @@ def _recover_objects(store: Store, pools: dict[int, Pool]) -> list[int]:
     return orphans
 
 
-def _recover_pages(store: Store) -> int:
-    arena = store.arena
-    owners = arena.object.tolist()
-    indexes = arena.index.tolist()
-    states = arena.state.tolist()
-    known = len(store.objects)
-    freed = 0
-    for frame, state in enumerate(states):
-        if not state:
-            continue
-        number = owners[frame]
-        owner = store.objects[number] if number < known else None
-        if owner is None:
-            arena.state[frame] = 0
-            freed += 1
-            continue
-        index = indexes[frame]
+class _Pages:
+    """The pages of an arena: which live, and what they are charged to."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._arena = store.arena
+        self._freed = 0
+        self._states: dict[int, int] = {}
+        """State of the entries that live; those of raw pages are read where they are."""
+        self._raw_states: list[int] = []
+
+    def recover(self) -> int:
+        store, arena = self._store, self._arena
+        self._raw_states = arena.state.tolist()
+        owners = arena.object.tolist()
+        indexes = arena.index.tolist()
+        contents = []
+        for frame, state in enumerate(self._raw_states):
+            if not state or owners[frame] == SLAB_PART:
+                continue
+            if owners[frame] == ENTRY_TABLE:
+                store.frames.mark(frame, 1, TABLE)
+                store.entries.adopt(frame, persistent=bool(indexes[frame]))
+            elif owners[frame] == CONTENT_FRAME:
+                contents.append(frame)
+            elif owners[frame] >= SPECIAL_OBJECTS:
+                arena.state[frame] = 0
+                self._freed += 1
+            else:
+                self._claim(frame, state, owners[frame], indexes[frame])
+        store.contents.slabs.adopt_spans()
+        for number in store.entries.live():
+            object_number, index = store.entries.handle(number)
+            state = store.entries.state(number)
+            self._states[number] = state
+            self._claim(number, state, object_number, index)
+        self._charge_raw()
+        self._adopt_entries(contents)
+        raw = zip(self._raw_states, owners, strict=True)
+        youngest = max(
+            max((state for state, owner in raw if _is_raw(owner)), default=0),
+            max(self._states.values(), default=0),
+        )
+        store.sequence = youngest >> SEQUENCE_SHIFT
+        self._order_by_age()
+        return self._freed
+
+    def _claim(self, number: int, state: int, object_number: int, index: int) -> None:
+        """This page says that it is that handle's."""
+        store = self._store
+        known = object_number < len(store.objects)
+        owner = store.objects[object_number] if known else None
+        if owner is None or (state >> SLOT_SHIFT & HINTS_MASK) not in owner.pool.members:
+            self._drop(number)
+            return
         place = index & (LEAF_PAGES - 1)
         leaf = owner.leaf_for(index >> 6, place + 1)
         other = leaf[place]
         if other < 0:
             owner.pages += 1
             owner.pool.pages += 1
+        elif self._state(other) < state:
+            self._drop(other)
         else:
-            loser = other if states[other] < state else frame
-            arena.state[loser] = 0
-            freed += 1
-            if loser == frame:
-                continue
-            store.frames.give(other)
-        leaf[place] = frame
-        store.frames.mark(frame, 1, PERSISTENT if owner.pool.persistent else HOT)
-    store.sequence = max(states, default=0)
-    return freed
+            self._drop(number)
+            return
+        leaf[place] = number
+
+    def _state(self, number: int) -> int:
+        return (
+            self._raw_states[number] if number < self._store.entries.base else self._states[number]
+        )
+
+    def _drop(self, number: int) -> None:
+        self._freed += 1
+        if number < self._store.entries.base:
+            self._arena.state[number] = 0
+            self._raw_states[number] = 0
+        else:
+            self._store.entries.clear(number)
+            del self._states[number]
+
+    def _member(self, object_number: int, state: int) -> Member:
+        owner = self._store.objects[object_number]
+        assert owner is not None
+        return owner.pool.members[state >> SLOT_SHIFT & HINTS_MASK]
+
+    def _charge_raw(self) -> None:
+        owners = self._arena.object.tolist()
+        for frame, state in enumerate(self._raw_states):
+            if state and _is_raw(owners[frame]):
+                member = self._member(owners[frame], state)
+                self._store.frames.mark(
+                    frame, 1, PERSISTENT if member.policy is None else EPHEMERAL
+                )
+                member.charge(1, RAW_COST_BYTES)
+
+    def _adopt_entries(self, content_frames: list[int]) -> None:
+        store = self._store
+        named = store.contents.recover(
+            [
+                (number, self._member(store.entries.handle(number)[0], state))
+                for number, state in sorted(self._states.items())
+            ]
+        )
+        for number in self._states:
+            store.entries.occupy(number)
+        store.entries.drop_empty()
+        for frame in content_frames:
+            if frame in named:
+                store.frames.mark(frame, 1, CONTENT)
+            else:
+                self._arena.state[frame] = 0
+                self._freed += 1
+
+    def _order_by_age(self) -> None:
+        """Tell the policies of the ephemeral pages in the order in which they were put."""
+        store = self._store
+        pages: list[tuple[int, int, int, int]] = []
+        owners, indexes = self._arena.object.tolist(), self._arena.index.tolist()
+        for frame, state in enumerate(self._raw_states):
+            if state and _is_raw(owners[frame]):
+                pages.append((state, frame, owners[frame], indexes[frame]))
+        for number, state in self._states.items():
+            pages.append((state, number, *store.entries.handle(number)))
+        pages.sort()
+        for state, number, object_number, index in pages:
+            member = self._member(object_number, state)
+            if member.policy is not None:
+                owner = store.objects[object_number]
+                assert owner is not None
+                key = leaf_key(owner.oid, index >> 6) if member.keyed else 0
+                member.policy.inserted(number, 1, key, index & 63, state & HINTS_MASK)
+
+
+def _is_raw(object_number: int) -> bool:
+    """A frame's object column names an object, and no special use."""
+    return object_number < SPECIAL_OBJECTS
 
 
 def _drop_empty_objects(store: Store) -> None:
     for number, found in enumerate(store.objects):
         if found is not None and not found.pages:
-            del found.pool.objects[found.key]
+            del found.pool.objects[found.oid]
             store.arena.free_object(number)
             store.objects[number] = None
             store.free_object_numbers.append(number)
-
-
-def _order_by_age(store: Store) -> None:
-    """Tell the policy of the ephemeral pages in the order in which they were put."""
-    states = store.arena.state.tolist()
-    kinds = store.frames.kinds
-    ephemeral = [frame for frame, kind in enumerate(kinds) if kind == HOT]
-    ephemeral.sort(key=lambda frame: states[frame])
-    for frame in ephemeral:
-        store.policy.inserted(frame, 1)

@@ -271,6 +271,11 @@ class Slabs:
         """The frames of all spans."""
         return sum(self._spans.held_frames) * PAGE_BYTES
 
+    @property
+    def ephemeral_frames(self) -> int:
+        """Frames of spans that hold ephemeral pages."""
+        return self._spans.held_frames[False]
+
     def stats(self) -> SlabStats:
         """A walk over the classes, not over the spans."""
         spans = self._spans

@@ -1,7 +1,7 @@
-"""The store: pages between the guests' windows and the frames of the arena.
+"""The store: pages between the guests' windows and the arena.
 
-The way of a page is  pool -> object -> leaf -> frame; what a refusal is called and who is charged
-is `Machine`'s business.  Two differences in mechanism from Xen:
+The way of a page is  pool -> object -> leaf -> page number -> frame or entry; what a refusal is
+called is `Machine`'s business.  Two differences in mechanism from Xen:
 
   * *Room first, then look.*  A put makes room before it looks its object up, because eviction may
     take pages, leaves and the very object that was looked up.
@@ -9,32 +9,52 @@ is `Machine`'s business.  Two differences in mechanism from Xen:
     in the segment (arena A4) and free the frames in slices (`reap`), so that a guest's million
     pages never hold up its neighbours; Xen walked them all under a lock.
 
-Extents are done leaf by leaf, and within a leaf run by run: a run of neighbouring frames is found
-by comparing a slice of the leaf with a slice of the identity array, and moved by one copy.  No
-Python object exists for a page.
+Extents are done leaf by leaf, and within a leaf run by run: a run of neighbouring page numbers is
+found by comparing a slice of the leaf with a slice of the identity array, and moved by one copy.
+No Python object exists for a page.  Pages that `Contents` turns into entries go one by one.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
-from hypervisor.arena import POOLS_MAX, Arena
+from hypervisor.arena import HINTS_MASK, POOLS_MAX, SEQUENCE_SHIFT, SLOT_SHIFT, Arena
+from hypervisor.contents import Contents
+from hypervisor.entries import Entries
 from hypervisor.eviction import make_policy
-from hypervisor.frames import HOT, PERSISTENT, Frames
-from hypervisor.pools import LEAF_PAGES, NO_FRAMES, Pool, TmemObject
-from ipc.abi import EXTENT_PAGES_MAX, PAGE_BYTES, PoolId
+from hypervisor.eviction.links import Links
+from hypervisor.fill import candidates
+from hypervisor.frames import EPHEMERAL, PERSISTENT, Frames
+from hypervisor.pools import LEAF_PAGES, NO_PAGES, RAW_COST_BYTES, Client, Member, Pool, TmemObject
+from hypervisor.reuse import SAMPLE_MASK, ReuseSampler
+from hypervisor.room import EVICTION_BATCH_PAGES, Victims
+from ipc.abi import EXTENT_PAGES_MAX, PAGE_BYTES, CallFlag
+from ipc.window import Window
 
 REAP_SLICE_PAGES: Final = 512
 """Doomed pages freed between two turns of the server."""
 
 _MASKS: Final = tuple((1 << n) - 1 for n in range(EXTENT_PAGES_MAX + 1))
 _FREE_STATES: Final = tuple(array("Q", [0]) * n for n in range(EXTENT_PAGES_MAX + 1))
-
+_KEY_MASK: Final = (1 << 63) - 1
+PAGE_WORDS: Final = PAGE_BYTES // 8
+_KEEP: Final = int(CallFlag.KEEP)
 
 Run = tuple[int, int, int]
-"""Pages whose frames are neighbours: place in a slice of a leaf, count, first frame."""
+"""Pages whose numbers are neighbours: place in a slice of a leaf, count, first number."""
+
+TAKEN: Final = 0
+EVICTED: Final = 1
+REMOVED: Final = 2
+"""Why a page goes: what its eviction policy is told."""
+
+
+def leaf_key(oid: bytes, leaf_number: int) -> int:
+    """What policies and samplers know a leaf by; seeded by Python at every start."""
+    return hash((oid, leaf_number)) & _KEY_MASK
 
 
 class NoObjectNumber(Exception):
@@ -42,39 +62,85 @@ class NoObjectNumber(Exception):
 
 
 class Store:
-    """`objects[n]` is the object with number n.  A graveyard is a pool of no guest that holds the
-    flushed objects of its kind until they are reaped."""
+    """`objects[n]` is the object with number n; `doomed_objects` were flushed and wait to be
+    reaped, `doomed_pools` were destroyed."""
 
-    def __init__(self, arena: Arena, policy: str) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        policy: str,
+        *,
+        admission: bool = True,
+        scheduling: str = "static",
+        secret: bytes = b"",
+        now_ns: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.arena = arena
         self._data = arena.data
         self._state_column = arena.state
         self._object_column = arena.object
         self._index_column = arena.index
         self.frames = Frames(arena.frames_count)
-        self.policy = make_policy(policy, self.frames)
+        self.links = Links(arena.frames_count)
+        self.entries = Entries(arena, self.frames, self.links)
+        self.contents = Contents(arena, self.frames, self.entries, secret, now_ns)
+        self.contents.member_at = self._member_at
+        self._entry_base = self.entries.base
+        self.policy_name = policy
+        self.admission = admission
+        make_policy(policy, self.links, admission=admission).close()  # refuses a wrong name now
+        self.victims = Victims(scheduling)
         self.evictions = 0
         self.sequence = 0
         self.objects: list[TmemObject | None] = []
         self.free_object_numbers: list[int] = []
         self.doomed = False
         """Something waits to be reaped: a plain attribute, the server reads it every turn."""
+        self.doomed_objects: dict[int, TmemObject] = {}
         self.doomed_pools: deque[Pool] = deque()
         self.free_pool_numbers = list(range(POOLS_MAX - 1, -1, -1))
-        self.graveyards = tuple(
-            Pool(-1, PoolId(-1), 0, b"", persistent=persistent) for persistent in (False, True)
-        )
+        self.evicted_pages: Callable[[int], None] = lambda _pages: None
+        """Told of every batch; `Balance` counts when to look at the targets again."""
         # The frame numbers themselves: a slice compared with a slice of a leaf tells a run, and
         # copied into a leaf writes one.
         count = max(arena.frames_count, LEAF_PAGES)
         self._ident = array("i", range(count))
-        self._policy_listens = self.policy.listens
         self._indexes = array("I", range(count))
+
+    # --- members
+
+    def open_member(self, member: Member) -> None:
+        """A member may put pages from now on."""
+        if not member.pool.persistent:
+            member.policy = make_policy(self.policy_name, self.links, admission=self.admission)
+            member.keyed = member.policy.wants_keys or member.sampler is not None
+            self.victims.add(member)
+        self.contents.admit(member)
+        member.pool.members[member.slot] = member
+        if not member.pool.shared:
+            member.pool.only = member
+
+    def close_member(self, member: Member) -> None:
+        """A member without pages is no more."""
+        assert not member.pages
+        if member.policy is not None:
+            member.policy.close()
+            self.victims.remove(member)
+        self.contents.dismiss(member)
+        del member.pool.members[member.slot]
 
     # --- one page: what `get` and `put` do, without their loops over leaves and runs
 
-    def get_one(self, pool: Pool, oid: bytes, index: int, slots: memoryview, slot: int) -> bool:
+    def get_one(
+        self, member: Member, oid: bytes, index: int, window: Window, slot: int, flags: int = 0
+    ) -> bool:
         """`get` of one page: whether it was there."""
+        pool = member.pool
+        keep = flags & _KEEP or not pool.exclusive
+        if member.sampler is not None:
+            key = leaf_key(oid, index >> 6)
+            if key & SAMPLE_MASK < member.sampler.threshold:
+                member.sampler.get(key, index & 63, 1, keep=bool(keep))
         found = pool.objects.get(oid)
         if found is None:
             return False
@@ -82,25 +148,34 @@ class Store:
         place = index & 63
         if leaf is None or place >= len(leaf):
             return False
-        frame = leaf[place]
-        if frame < 0:
+        number = leaf[place]
+        if number < 0:
             return False
-        slots[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES] = self._data[
-            frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES
-        ]
-        if not pool.persistent:
-            self._remove(found, index >> 6, leaf, place, [(0, 1, frame)])
+        slots = window.slots
+        if number < self._entry_base:
+            slots[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES] = self._data[
+                number * PAGE_BYTES : (number + 1) * PAGE_BYTES
+            ]
+        else:
+            slots[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES] = self.contents.read(number)
+        if not keep:
+            self._remove(found, index >> 6, leaf, place, [(0, 1, number)], TAKEN)
+        elif not pool.persistent:
+            self._use(pool, number, 1)
         return True
 
     def put_one(
-        self, pool: Pool, oid: bytes, index: int, slots: memoryview, slot: int
+        self, member: Member, oid: bytes, index: int, window: Window, slot: int, flags: int = 0
     ) -> tuple[int, int]:
         """`put` of one page, with its results."""
         frames = self.frames
-        if not frames.free:
-            self._make_room(1)
-            if not frames.free:
-                return self.put(pool, oid, index, 1, slots, slot)
+        if member.client.encodes or not frames.free:
+            return self.put(member, oid, index, 1, window, slot, flags)
+        words = window.words
+        if words[slot * PAGE_WORDS] == words[slot * PAGE_WORDS + PAGE_WORDS - 1]:
+            # It may be filled with one pattern.
+            return self.put(member, oid, index, 1, window, slot, flags)
+        pool = member.pool
         target = pool.objects.get(oid)
         if target is None:
             target = self._new_object(pool, oid)
@@ -108,98 +183,129 @@ class Store:
         leaf = target.leaf(index >> 6)
         if leaf is None or place >= len(leaf):
             leaf = target.leaf_for(index >> 6, place + 1)
-        kind = PERSISTENT if pool.persistent else HOT
-        frame = frames.take(kind)
-        self._data[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES] = slots[
+        frame = frames.take(PERSISTENT if pool.persistent else EPHEMERAL)
+        self._data[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES] = window.slots[
             slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES
         ]
         self.sequence = sequence = self.sequence + 1
         self._object_column[frame] = target.number
         self._index_column[frame] = index
-        self._state_column[frame] = sequence
+        self._state_column[frame] = sequence << SEQUENCE_SHIFT | member.state_bits | flags
         old = leaf[place]
         leaf[place] = frame
-        if self._policy_listens and kind == HOT:
-            self.policy.inserted(frame, 1)
+        member.pages += 1
+        member.cost_bytes += RAW_COST_BYTES
+        member.purse.bytes += RAW_COST_BYTES
+        if member.policy is not None:
+            key = leaf_key(oid, index >> 6) if member.keyed else 0
+            member.policy.inserted(frame, 1, key, place, flags)
+            if member.sampler is not None and key & SAMPLE_MASK < member.sampler.threshold:
+                member.sampler.put(key, place, 1)
         if old < 0:
             target.pages += 1
             pool.pages += 1
         else:
-            self._release_one(pool, old)
+            self._release(target, old, 1, REMOVED, 0, place)
         return 1, 0
-
-    def _release_one(self, pool: Pool, frame: int) -> None:
-        self._state_column[frame] = 0
-        if self._policy_listens and not pool.persistent:
-            self.policy.removed(frame, 1)
-        self.frames.give(frame)
 
     # --- get
 
     def get(
-        self, pool: Pool, oid: bytes, index: int, count: int, slots: memoryview, slot: int
+        self,
+        member: Member,
+        oid: bytes,
+        index: int,
+        count: int,
+        window: Window,
+        slot: int,
+        flags: int = 0,
     ) -> int:
         """Copy pages to window slots; bits of those that were there.  A private ephemeral get
-        removes them."""
+        removes them, unless `flags` says KEEP."""
+        pool = member.pool
         found = pool.objects.get(oid)
-        if found is None:
+        if found is None and member.sampler is None:
             return 0
+        exclusive = pool.exclusive and not flags & _KEEP
         bitmap = 0
         at = 0
         while at < count:
             place = (index + at) & 63
             leaf_number = (index + at) >> 6
             wanted = min(count - at, LEAF_PAGES - place)
-            leaf = found.leaf(leaf_number)
-            if leaf is not None:
-                bits = self._get_from_leaf(
-                    found, leaf_number, leaf, place, wanted, slots, slot + at
-                )
-                bitmap |= bits << at
+            if member.sampler is not None:
+                key = leaf_key(oid, leaf_number)
+                if key & SAMPLE_MASK < member.sampler.threshold:
+                    member.sampler.get(key, place, wanted, keep=not exclusive)
+            leaf = None if found is None else found.leaf(leaf_number)
+            if leaf is not None and found is not None:
+                runs = self._runs(leaf[place : place + wanted])
+                bitmap |= self._copy_out(runs, window.slots, slot + at) << at
+                if exclusive and runs:
+                    self._remove(found, leaf_number, leaf, place, runs, TAKEN)
+                elif not pool.persistent:
+                    for _, length, first in runs:
+                        self._use(pool, first, length)
             at += wanted
         return bitmap
 
-    def _get_from_leaf(
-        self,
-        found: TmemObject,
-        leaf_number: int,
-        leaf: array[int],
-        place: int,
-        wanted: int,
-        slots: memoryview,
-        slot: int,
-    ) -> int:
-        """Bits of the pages that were copied to the window, from bit 0 for `place`."""
-        exclusive = not found.pool.persistent
+    def _copy_out(self, runs: list[Run], slots: memoryview, slot: int) -> int:
+        """Bits of the pages that were copied to the window, from bit 0 for `slot`."""
         bitmap = 0
         data = self._data
-        runs = self._runs(leaf[place : place + wanted])
         for at, count, first in runs:
-            slots[(slot + at) * PAGE_BYTES : (slot + at + count) * PAGE_BYTES] = data[
-                first * PAGE_BYTES : (first + count) * PAGE_BYTES
-            ]
+            start = (slot + at) * PAGE_BYTES
+            if first < self._entry_base:
+                slots[start : start + count * PAGE_BYTES] = data[
+                    first * PAGE_BYTES : (first + count) * PAGE_BYTES
+                ]
+            else:
+                for number in range(first, first + count):
+                    slots[start : start + PAGE_BYTES] = self.contents.read(number)
+                    start += PAGE_BYTES
             bitmap |= _MASKS[count] << at
-        if exclusive and runs:
-            self._remove(found, leaf_number, leaf, place, runs)
         return bitmap
+
+    def _use(self, pool: Pool, first: int, count: int) -> None:
+        """Pages were got and stay: their policies hear of it."""
+        for member, number, length in self._by_member(pool, first, count):
+            assert member.policy is not None
+            member.policy.used(number, length)
 
     # --- put
 
     def put(
-        self, pool: Pool, oid: bytes, index: int, count: int, slots: memoryview, slot: int
+        self,
+        member: Member,
+        oid: bytes,
+        index: int,
+        count: int,
+        window: Window,
+        slot: int,
+        flags: int = 0,
     ) -> tuple[int, int]:
         """Store pages from window slots; (bits of the pages stored, bits of older pages that were
         dropped because the new one did not fit).  Raises NoObjectNumber with nothing changed but
         pages evicted."""
-        if self.frames.free < count:
-            self._make_room(count)
+        encodes = member.client.encodes
+        filled = _MASKS[count] if encodes else candidates(window.words, slot, count)
+        frames = self.frames
+        persistent = member.pool.persistent
+        reserved = 0
+        if filled:
+            reserved = self.entries.frames_needed(count, persistent=persistent)
+        if frames.free < count + reserved:
+            self.make_room(count + reserved, member.client)
+            if filled:
+                reserved = self.entries.frames_needed(count, persistent=persistent)
+        pool = member.pool
         target = pool.objects.get(oid)
         if target is None:
             target = self._new_object(pool, oid)
         self.sequence += 1
         # What does not fit now is refused to the end of the call, though dropping older pages may
         # free frames on the way: the object could be gone by then.
-        fits = min(count, self.frames.free)
+        fits = max(0, min(count, frames.free - reserved))
         bitmap = 0
         dropped = 0
         at = 0
@@ -209,7 +315,18 @@ class Store:
             wanted = min(count - at, LEAF_PAGES - place)
             storing = min(wanted, fits)
             if storing:
-                self._put_in_leaf(pool, target, leaf_number, place, storing, slots, slot + at)
+                self._put_in_leaf(
+                    member,
+                    target,
+                    leaf_number,
+                    place,
+                    storing,
+                    window.slots,
+                    slot + at,
+                    flags,
+                    filled >> at,
+                    fits - storing,
+                )
                 bitmap |= _MASKS[storing] << at
                 fits -= storing
             if storing < wanted:
@@ -222,21 +339,86 @@ class Store:
 
     def _put_in_leaf(
         self,
-        pool: Pool,
+        member: Member,
         target: TmemObject,
         leaf_number: int,
         place: int,
         count: int,
         slots: memoryview,
         slot: int,
+        flags: int,
+        encode: int,
+        remaining: int,
     ) -> None:
-        """Store `count` pages; precondition: as many frames are free."""
+        """Store `count` pages; precondition: as many frames are free, and `remaining` more for the
+        rest of the call, and entries for those whose bit is set in `encode`."""
         leaf = target.leaf_for(leaf_number, place + count)
         old = leaf[place : place + count]
+        key = leaf_key(target.oid, leaf_number) if member.keyed else 0
+        first_place = place
+        if not encode & _MASKS[count]:
+            self._put_raw(member, target, leaf_number, leaf, place, count, slots, slot, flags, key)
+        else:
+            at = 0
+            while at < count:
+                if encode >> at & 1:
+                    self._put_encoded(
+                        member,
+                        target,
+                        leaf_number,
+                        leaf,
+                        place + at,
+                        slots,
+                        slot + at,
+                        flags,
+                        key,
+                        count - at - 1 + remaining,
+                    )
+                    at += 1
+                    continue
+                end = at + 1
+                while end < count and not encode >> end & 1:
+                    end += 1
+                self._put_raw(
+                    member,
+                    target,
+                    leaf_number,
+                    leaf,
+                    place + at,
+                    end - at,
+                    slots,
+                    slot + at,
+                    flags,
+                    key,
+                )
+                at = end
+        if member.sampler is not None and key & SAMPLE_MASK < member.sampler.threshold:
+            member.sampler.put(key, first_place, count)
+        fresh = count
+        if old != NO_PAGES[count]:
+            for at, length, first in self._runs(old):
+                self._release(target, first, length, REMOVED, key, first_place + at)
+                fresh -= length
+        target.pages += fresh
+        member.pool.pages += fresh
+
+    def _put_raw(
+        self,
+        member: Member,
+        target: TmemObject,
+        leaf_number: int,
+        leaf: array[int],
+        place: int,
+        count: int,
+        slots: memoryview,
+        slot: int,
+        flags: int,
+        key: int,
+    ) -> None:
         number = target.number
         index = leaf_number * LEAF_PAGES + place
-        sequence = self.sequence
-        kind = PERSISTENT if pool.persistent else HOT
+        state = self.sequence << SEQUENCE_SHIFT | member.state_bits | flags
+        kind = PERSISTENT if member.policy is None else EPHEMERAL
         data = self._data
         for first, length in self.frames.allocate(count):
             data[first * PAGE_BYTES : (first + length) * PAGE_BYTES] = slots[
@@ -245,29 +427,42 @@ class Store:
             if length == 1:
                 self._object_column[first] = number
                 self._index_column[first] = index
-                self._state_column[first] = sequence
+                self._state_column[first] = state
                 leaf[place] = first
             else:
                 self._object_column[first : first + length] = array("I", [number]) * length
                 self._index_column[first : first + length] = self._index_run(index, length)
-                self._state_column[first : first + length] = array("Q", [sequence]) * length
+                self._state_column[first : first + length] = array("Q", [state]) * length
                 leaf[place : place + length] = self._ident[first : first + length]
             self.frames.mark(first, length, kind)
-            if self._policy_listens and kind == HOT:
-                self.policy.inserted(first, length)
+            if member.policy is not None:
+                member.policy.inserted(first, length, key, place, flags)
             place += length
             index += length
             slot += length
-        if old == NO_FRAMES[count]:
-            target.pages += count
-            pool.pages += count
-            return
-        fresh = count
-        for _, length, first in self._runs(old):
-            self._release(pool, first, length)
-            fresh -= length
-        target.pages += fresh
-        pool.pages += fresh
+        member.charge(count, count * RAW_COST_BYTES)
+
+    def _put_encoded(
+        self,
+        member: Member,
+        target: TmemObject,
+        leaf_number: int,
+        leaf: array[int],
+        place: int,
+        slots: memoryview,
+        slot: int,
+        flags: int,
+        key: int,
+        remaining: int,
+    ) -> None:
+        # Copied out once: what is looked at below must be what is stored.
+        page = bytes(slots[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES])
+        state = self.sequence << SEQUENCE_SHIFT | member.state_bits | flags
+        index = leaf_number * LEAF_PAGES + place
+        number = self.contents.put(member, page, target.number, index, state, remaining)
+        leaf[place] = number
+        if member.policy is not None:
+            member.policy.inserted(number, 1, key, place, flags)
 
     def _index_run(self, index: int, length: int) -> array[int]:
         if index + length <= len(self._indexes):
@@ -276,9 +471,11 @@ class Store:
 
     # --- flush
 
-    def flush(self, pool: Pool, oid: bytes, index: int, count: int) -> int:
+    def flush(self, member: Member, oid: bytes, index: int, count: int) -> int:
         """Drop pages; bits of those that were there."""
-        found = pool.objects.get(oid)
+        if member.sampler is not None:
+            self._sample_flush(member.sampler, oid, index, count)
+        found = member.pool.objects.get(oid)
         bitmap = 0
         at = 0
         while found is not None and at < count:
@@ -288,6 +485,16 @@ class Store:
             at += wanted
         return bitmap
 
+    def _sample_flush(self, sampler: ReuseSampler, oid: bytes, index: int, count: int) -> None:
+        at = 0
+        while at < count:
+            place = (index + at) & 63
+            wanted = min(count - at, LEAF_PAGES - place)
+            key = leaf_key(oid, (index + at) >> 6)
+            if key & SAMPLE_MASK < sampler.threshold:
+                sampler.flush(key, place, wanted)
+            at += wanted
+
     def _flush_in_leaf(self, found: TmemObject, leaf_number: int, place: int, wanted: int) -> int:
         leaf = found.leaf(leaf_number)
         bitmap = 0
@@ -296,7 +503,7 @@ class Store:
             for at, length, _ in runs:
                 bitmap |= _MASKS[length] << at
             if runs:
-                self._remove(found, leaf_number, leaf, place, runs)
+                self._remove(found, leaf_number, leaf, place, runs, REMOVED)
         return bitmap
 
     def flush_object(self, pool: Pool, oid: bytes) -> int:
@@ -305,12 +512,9 @@ class Store:
         if found is None:
             return 0
         self.arena.kill_object(found.number)
-        graveyard = self.graveyards[pool.persistent]
-        found.pool = graveyard
-        found.key = found.number
-        graveyard.objects[found.number] = found
+        found.doomed = True
+        self.doomed_objects[found.number] = found
         self.doomed = True
-        graveyard.pages += found.pages
         pool.pages -= found.pages
         return found.pages
 
@@ -323,7 +527,7 @@ class Store:
     # --- making room
 
     def reap(self, limit_pages: int = REAP_SLICE_PAGES) -> int:
-        """Free up to about `limit_pages` doomed frames; how many."""
+        """Free up to about `limit_pages` doomed pages; how many."""
         freed = 0
         while freed < limit_pages:
             found = self._next_doomed()
@@ -333,7 +537,7 @@ class Store:
             while found.pages and freed < limit_pages:
                 leaf_number, leaf = found.first_leaf()
                 pages = found.pages
-                self._remove(found, leaf_number, leaf, 0, self._runs(leaf))
+                self._remove(found, leaf_number, leaf, 0, self._runs(leaf), REMOVED)
                 freed += pages - found.pages
         return freed
 
@@ -342,33 +546,51 @@ class Store:
         return self.free_pool_numbers.pop() if self.free_pool_numbers else None
 
     def _next_doomed(self) -> TmemObject | None:
-        for yard in self.graveyards:
-            if yard.objects:
-                return next(iter(yard.objects.values()))
+        for found in self.doomed_objects.values():
+            return found
         while self.doomed_pools:
             pool = self.doomed_pools[0]
-            if pool.objects:
-                return next(iter(pool.objects.values()))
+            for found in pool.objects.values():
+                return found
             self.doomed_pools.popleft()
+            for member in list(pool.members.values()):
+                self.close_member(member)
             self.arena.free_pool(pool.number)
             self.free_pool_numbers.append(pool.number)
         return None
 
-    def _make_room(self, count: int) -> None:
-        """Free frames until `count` are free or nothing evictable is left: doomed pages first."""
-        while self.frames.free < count and self.reap(count - self.frames.free):
+    def make_room(self, count: int, asking: Client | None) -> None:
+        """Free frames until `count` are free or nothing may be evicted: doomed pages first."""
+        frames = self.frames
+        while frames.free < count and self.reap(max(count - frames.free, EXTENT_PAGES_MAX)):
             pass
-        while self.frames.free < count:
-            victims = self.policy.victims(count - self.frames.free)
-            if not victims:
+        while frames.free < count:
+            member = self.victims.choose(asking, self.state)
+            if member is None or not self.evict(
+                member, max(count - frames.free, EVICTION_BATCH_PAGES)
+            ):
                 break
-            for first, length in victims:
-                self._evict(first, length)
 
-    def _evict(self, first: int, count: int) -> None:
-        """Drop the ephemeral pages in `count` neighbouring frames, whosesoever they are."""
-        numbers = self.arena.object[first : first + count].tolist()
-        indexes = self.arena.index[first : first + count].tolist()
+    def evict(self, member: Member, pages: int) -> int:
+        """Drop up to about so many of a member's ephemeral pages; how many went."""
+        assert member.policy is not None
+        gone = 0
+        for first, length in member.policy.victims(pages):
+            self._evict_run(first, length)
+            gone += length
+        self.evictions += gone
+        self.evicted_pages(gone)
+        return gone
+
+    def _evict_run(self, first: int, count: int) -> None:
+        """Drop the ephemeral pages of `count` neighbouring numbers, a leaf at a time."""
+        if first < self._entry_base:
+            numbers = self._object_column[first : first + count].tolist()
+            indexes = self._index_column[first : first + count].tolist()
+        else:
+            handles = [self.entries.handle(number) for number in range(first, first + count)]
+            numbers = [handle[0] for handle in handles]
+            indexes = [handle[1] for handle in handles]
         at = 0
         while at < count:
             number, index = numbers[at], indexes[at]
@@ -380,11 +602,44 @@ class Store:
             assert owner is not None
             leaf = owner.leaf(index >> 6)
             assert leaf is not None
-            self._remove(owner, index >> 6, leaf, index & 63, [(0, end - at, first + at)])
+            self._remove(owner, index >> 6, leaf, index & 63, [(0, end - at, first + at)], EVICTED)
             at = end
-        self.evictions += count
 
     # --- the bookkeeping that all of them share
+
+    def state(self, number: int) -> int:
+        """State word of a page."""
+        if number < self._entry_base:
+            return self._state_column[number]
+        return self.entries.state(number)
+
+    def member_of(self, pool: Pool, number: int) -> Member:
+        """Who put a page."""
+        if pool.only is not None:
+            return pool.only
+        return pool.members[self.state(number) >> SLOT_SHIFT & HINTS_MASK]
+
+    def _member_at(self, number: int) -> Member:
+        """Who put the page behind an entry."""
+        owner = self.objects[self.entries.handle(number)[0]]
+        assert owner is not None
+        return self.member_of(owner.pool, number)
+
+    def _by_member(self, pool: Pool, first: int, count: int) -> list[tuple[Member, int, int]]:
+        """(member, first number, count) of neighbouring pages of one pool, by who put them."""
+        if pool.only is not None:
+            return [(pool.only, first, count)]
+        parts: list[tuple[Member, int, int]] = []
+        slot = -1
+        for number in range(first, first + count):
+            its_slot = self.state(number) >> SLOT_SHIFT & HINTS_MASK
+            if its_slot == slot:
+                member, start, length = parts[-1]
+                parts[-1] = (member, start, length + 1)
+            else:
+                parts.append((pool.members[its_slot], number, 1))
+                slot = its_slot
+        return parts
 
     def _remove(
         self,
@@ -393,32 +648,49 @@ class Store:
         leaf: array[int],
         place: int,
         runs: list[Run],
+        why: int,
     ) -> None:
         """Pages of a leaf are no more: `runs` are all that there are between `place`, from which
         they count, and the end of the last run."""
-        pool = owner.pool
         gone = 0
-        for _, length, first in runs:
-            self._release(pool, first, length)
+        key = leaf_key(owner.oid, leaf_number) if why != REMOVED else 0
+        for at, length, first in runs:
+            self._release(owner, first, length, why, key, place + at)
             gone += length
         end = place + runs[-1][0] + runs[-1][1]
-        leaf[place:end] = NO_FRAMES[end - place]
+        leaf[place:end] = NO_PAGES[end - place]
         owner.pages -= gone
-        pool.pages -= gone
+        if not owner.doomed:
+            owner.pool.pages -= gone
         if not owner.pages:
             self._drop_object(owner)
-        elif leaf == NO_FRAMES[len(leaf)]:
+        elif leaf == NO_PAGES[len(leaf)]:
             owner.drop_leaf(leaf_number)
 
-    def _release(self, pool: Pool, first: int, count: int) -> None:
-        """Frames become free, in the segment first (arena A1)."""
-        if count == 1:
-            self._release_one(pool, first)
-            return
-        self._state_column[first : first + count] = _FREE_STATES[count]
-        if self._policy_listens and not pool.persistent:
-            self.policy.removed(first, count)
-        self.frames.release(first, count)
+    def _release(
+        self, owner: TmemObject, first: int, count: int, why: int, key: int, place: int
+    ) -> None:
+        """Pages of one leaf stop being live, in the segment first (arena A1), and are no longer
+        charged."""
+        for member, number, length in self._by_member(owner.pool, first, count):
+            if member.policy is not None:
+                if why == TAKEN:
+                    member.policy.taken(number, length, key, place + number - first)
+                elif why == EVICTED and not owner.doomed:
+                    member.policy.evicted(number, length, key, place + number - first)
+                else:
+                    member.policy.removed(number, length)
+            if number >= self._entry_base:
+                for entry in range(number, number + length):
+                    self.contents.release(member, entry)
+                continue
+            member.charge(-length, -length * RAW_COST_BYTES)
+            if length == 1:
+                self._state_column[number] = 0
+                self.frames.give(number)
+            else:
+                self._state_column[number : number + length] = _FREE_STATES[length]
+                self.frames.release(number, length)
 
     def _new_object(self, pool: Pool, oid: bytes) -> TmemObject:
         if self.free_object_numbers:
@@ -436,27 +708,30 @@ class Store:
 
     def _drop_object(self, owner: TmemObject) -> None:
         self.arena.free_object(owner.number)
-        del owner.pool.objects[owner.key]
+        if owner.doomed:
+            del self.doomed_objects[owner.number]
+        else:
+            del owner.pool.objects[owner.oid]
         self.objects[owner.number] = None
         self.free_object_numbers.append(owner.number)
 
-    def _runs(self, frames: array[int]) -> list[Run]:
+    def _runs(self, numbers: array[int]) -> list[Run]:
         """The runs in a slice of a leaf."""
-        total = len(frames)
+        total = len(numbers)
         if not total:
             return []
-        first = frames[0]
-        if first >= 0 and frames == self._ident[first : first + total]:
+        first = numbers[0]
+        if first >= 0 and numbers == self._ident[first : first + total]:
             return [(0, total, first)]
         runs = []
         at = 0
         while at < total:
-            first = frames[at]
+            first = numbers[at]
             start = at
             at += 1
             if first < 0:
                 continue
-            while at < total and frames[at] == first + at - start:
+            while at < total and numbers[at] == first + at - start:
                 at += 1
             runs.append((start, at - start, first))
         return runs

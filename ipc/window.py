@@ -46,7 +46,8 @@ _SHARED_INFO_MAGIC: Final = b"TMWI"
 
 
 class Window:
-    """A mapped window; `slots` is a writable view of all page slots, slot 0 first."""
+    """A mapped window; `slots` is a writable view of all page slots, slot 0 first, and `words` the
+    same as 64-bit words."""
 
     def __init__(self, mapping: mmap.mmap, fd: int = -1) -> None:
         self._mapping = mapping
@@ -56,6 +57,7 @@ class Window:
         self.slots = self._view[
             WINDOW_SLOTS_OFFSET : WINDOW_SLOTS_OFFSET + WINDOW_SLOTS * PAGE_BYTES
         ]
+        self.words = self.slots.cast("Q")
 
     def slot(self, number: int, count: int = 1) -> memoryview:
         """The bytes of `count` slots from slot `number` on, writable."""
@@ -81,6 +83,7 @@ class Window:
     def close(self) -> None:
         """Unmap and close the descriptor; views handed out must be gone."""
         self.table.release()
+        self.words.release()
         self.slots.release()
         self._view.release()
         self._mapping.close()

@@ -1,0 +1,228 @@
+"""Who may hold how much, kept up to date: allotments, targets, and what watches the guests.
+
+`entitlement` and `scheduler` say how memory is to be divided, as pure functions; this module feeds
+them and puts their answers where the hot path reads them:
+
+  client.allotment_bytes     what its persistent pages may cost
+  member.target_bytes        beyond which its ephemeral pages are the first to go
+  policy.capacity_pages      the target in pages, for policies that divide what they have
+  member.sampler             watches a member's puts and gets while the mode is `scheduled`
+
+Targets are looked at again when guests, pools or settings change, and after every period.  A
+period is a number of evicted pages: while nothing is evicted nobody needs a target, and there is no
+clock in here.
+
+Samplers are bounded: so many in all, so many a guest, each as large as the arena deserves.  A
+member without one keeps its share by weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from hypervisor.curve import Curve
+from hypervisor.entitlement import Priority as Rank
+from hypervisor.entitlement import Terms, allotment_bytes
+from hypervisor.pools import Client, Member, Settings
+from hypervisor.reuse import ReuseSampler
+from hypervisor.room import RANKS
+from hypervisor.scheduler import GuestState, MemberState, Scheduling, Snapshot, targets
+from hypervisor.store import Store
+from ipc.abi import PAGE_BYTES
+
+MODES: Final = tuple(mode.value for mode in Scheduling)
+
+SAMPLERS_MAX: Final = 64
+SAMPLERS_PER_GUEST: Final = 4
+_EXTENTS_LEAST: Final = 64
+_EXTENTS_MOST: Final = 1024
+_FRAMES_PER_EXTENT: Final = 16
+
+_PERIOD_SHARE: Final = 2
+_PERIOD_PAGES_LEAST: Final = 1024
+"""A period ends when half of the arena was evicted, and not before so many pages."""
+
+_PUNCH_FRAMES: Final = 65536
+_PUNCH_RUNS: Final = 4096
+"""Frames looked at, and holes made, in one slice of giving memory back."""
+
+
+class Balance:
+    """Feeds the scheduler from one store and its clients."""
+
+    def __init__(self, store: Store, clients: dict[str, Client]) -> None:
+        self._store = store
+        self._clients = clients
+        self._evicted = 0
+        self._period_pages = max(store.frames.count // _PERIOD_SHARE, _PERIOD_PAGES_LEAST)
+        self._extents = min(
+            max(store.frames.count // _FRAMES_PER_EXTENT, _EXTENTS_LEAST), _EXTENTS_MOST
+        )
+        self._punch_at: int | None = None
+        self.periods = 0
+        store.evicted_pages = self._count_evicted
+
+    @property
+    def mode(self) -> str:
+        """One of MODES."""
+        return self._store.victims.mode
+
+    def set_mode(self, mode: str) -> None:
+        """Choose how targets are set; what was learned for another mode is forgotten."""
+        self._store.victims.mode = mode
+        for member in self._store.victims.members.values():
+            self._equip(member)
+        self.retarget()
+
+    def welcome(self, member: Member) -> None:
+        """A guest has made or joined a pool."""
+        self._equip(member)
+        self.retarget()
+
+    def recovered(self) -> None:
+        """All clients and members were found in the arena."""
+        for member in self._store.victims.members.values():
+            self._equip(member)
+        self.retarget()
+
+    def _equip(self, member: Member) -> None:
+        """Give a member its sampler, or take it away."""
+        if member.policy is None:
+            return
+        member.sampler = None
+        if self.mode == Scheduling.SCHEDULED and not member.heir:
+            member.sampler = self._sampler_for(member)
+        member.keyed = member.policy.wants_keys or member.sampler is not None
+
+    def _sampler_for(self, member: Member) -> ReuseSampler | None:
+        """A new one, or that of the shared pool: what one sharer put the other one gets."""
+        for other in member.pool.members.values():
+            if other is not member and other.sampler is not None:
+                return other.sampler
+        watched = [one for one in self._store.victims.members.values() if one.sampler is not None]
+        own = sum(one.client is member.client for one in watched)
+        if len(watched) >= SAMPLERS_MAX or own >= SAMPLERS_PER_GUEST:
+            return None
+        return ReuseSampler(self._store.frames.count, self._extents)
+
+    def _curve(self, member: Member) -> Curve:
+        """A member's part of what its pool's sampler says: sharers bring in equal parts."""
+        if member.sampler is None:
+            return Curve()
+        curve = member.sampler.curve()
+        parts = sum(one.sampler is member.sampler for one in member.pool.members.values())
+        if parts == 1:
+            return curve
+        return replace(
+            curve,
+            sizes=tuple(-(-size // parts) for size in curve.sizes),
+            found=tuple(found / parts for found in curve.found),
+            gets=curve.gets / parts,
+            puts=curve.puts / parts,
+        )
+
+    # --- targets
+
+    def _count_evicted(self, pages: int) -> None:
+        self._evicted += pages
+        if self._evicted >= self._period_pages:
+            self._evicted = 0
+            self.periods += 1
+            members = self._store.victims.members.values()
+            for sampler in {id(one.sampler): one.sampler for one in members}.values():
+                if sampler is not None:
+                    sampler.advance()
+            self.retarget()
+
+    def retarget(self) -> None:
+        """Set every allotment and target."""
+        store = self._store
+        total_bytes = (store.frames.count - store.entries.tables) * PAGE_BYTES
+        terms = {name: _terms(client.settings) for name, client in self._clients.items()}
+        for name, client in self._clients.items():
+            client.allotment_bytes = allotment_bytes(terms[name], terms.values(), total_bytes)
+        members = list(store.victims.members.values())
+        here = {client.number for client in self._clients.values()}
+        snapshot = Snapshot(
+            Scheduling(self.mode),
+            total_bytes,
+            tuple(
+                GuestState(
+                    client.number,
+                    terms[name],
+                    client.purses[True].bytes,
+                    Rank(RANKS[client.settings.priority]),
+                )
+                for name, client in self._clients.items()
+            ),
+            tuple(
+                MemberState(
+                    number,
+                    member.client.number,
+                    self._curve(member),
+                    weight=member.weight,
+                    priority=Rank(RANKS[member.pool.priority]),
+                    held_pages=member.pages,
+                    held_bytes=member.cost_bytes,
+                    target_bytes=member.target_bytes if self.periods else None,
+                )
+                for number, member in enumerate(members)
+                # What a guest that has left held goes first.
+                if member.client.number in here and self._is_open(member)
+            ),
+        )
+        answers = targets(snapshot)
+        for number, member in enumerate(members):
+            member.target_bytes = answers.get(number) or 0
+            assert member.policy is not None
+            if self.mode == Scheduling.GREEDY:
+                member.policy.capacity_pages = store.frames.count
+            else:
+                member.policy.capacity_pages = max(1, _pages(member))
+
+    def _is_open(self, member: Member) -> bool:
+        """The pool is not doomed, or the guest pays for it otherwise."""
+        return member.heir or member.client.members.get(member.pool_id) is member
+
+    # --- memory for the host
+
+    def give_back(self, freed: int) -> int:
+        """Return the memory of free frames to the host, a slice at a time; bytes returned now.
+
+        `freed` frames came free lately: then the whole arena is gone through once, by this call and
+        those that follow while `is_giving_back`.
+        """
+        if freed:
+            self._punch_at = 0
+        if self._punch_at is None:
+            return 0
+        frames = self._store.frames
+        start = self._punch_at
+        returned = 0
+        runs = frames.free_runs(start, _PUNCH_FRAMES)
+        for first, count in runs[:_PUNCH_RUNS]:
+            returned += self._store.arena.punch(first, count)
+        if len(runs) > _PUNCH_RUNS:
+            self._punch_at = runs[_PUNCH_RUNS][0]
+        else:
+            self._punch_at = start + _PUNCH_FRAMES
+        if self._punch_at >= frames.count:
+            self._punch_at = None
+        return returned
+
+    @property
+    def is_giving_back(self) -> bool:
+        """Some of the arena has still to be gone through."""
+        return self._punch_at is not None
+
+
+def _terms(settings: Settings) -> Terms:
+    return Terms(settings.weight, settings.reserve_bytes, settings.cap_bytes)
+
+
+def _pages(member: Member) -> int:
+    """The target in pages, as large as the member's are on the average."""
+    if not member.pages or not member.cost_bytes:
+        return member.target_bytes // PAGE_BYTES
+    return member.target_bytes * member.pages // member.cost_bytes

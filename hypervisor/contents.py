@@ -1,0 +1,640 @@
+"""What a page costs: same-filled, shared, compressed, or raw.
+
+  put   one pattern of 8 bytes over and over?    an entry that holds the pattern; costs nothing
+        the guest shares, and the bytes are      an entry more that names them; each of n owners
+        stored already?                          pays 1/n
+        the guest compresses, and it shrinks     an entry and a slot of a slab; costs the slot
+        by a size class at least?
+        else                                     a frame; of a guest that shares an entry, too
+
+`put` can't fail: whoever calls has a frame for each page and the entries free before, and a slab
+that needs more than what is spare is done without.  The bytes are looked at in a private copy only.
+
+In a slab four bytes stand in front of the compressed page: the number of its entry, or of its
+shared content with SHARED_MARK.  They are what compaction needs to find who names a place, they are
+not part of the page, and recovery writes them anew.  The entries of one shared content are chained
+through their pattern words, which they do not need otherwise.
+
+Ephemeral and persistent pages share nothing with each other: what may vanish can't hold what must
+stay, and the other way round memory would be pinned.
+
+Idle work, in bounded slices: `compact` empties a slab span when too much of the slabs lies idle,
+`recompress` compresses harder what has lain long enough.  Both write a second copy, turn the
+entries to it one by one (arena A6), and then free the first.
+
+Xen stored shared pages with a reference count for ephemeral pools only, because it could not say
+whom a shared persistent page should be billed to; shares of 1/n answer that.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+from hypervisor.arena import CONTENT_FRAME, HELD, Arena
+from hypervisor.compression import LZ4, LZ4HC, decompress, recompress
+from hypervisor.entries import (
+    FILLED,
+    FRAME,
+    KIND_MASK,
+    SLAB,
+    Entries,
+    frame_location,
+    location_codec,
+    location_length,
+    location_place,
+    slab_location,
+)
+from hypervisor.fill import page_of, pattern_of
+from hypervisor.frames import CONTENT, EPHEMERAL, PERSISTENT, Frames
+from hypervisor.pools import RAW_COST_BYTES, Client, Member
+from hypervisor.sharing import SharedContents, charge
+from hypervisor.slab import Slabs, class_bytes
+from ipc.abi import PAGE_BYTES
+from ipc.errors import InvariantError
+
+BACK_BYTES: Final = 4
+"""In front of each compressed page."""
+SHARED_MARK: Final = 1 << 31
+LZ4_BEST: Final = 3
+"""Codec of an LZ4 page that LZ4HC would not make smaller: it is not tried again."""
+
+_LOW: Final = 0xFFFFFFFF
+
+
+class Saving:
+    """Pages of one kind that are stored now, what they save, and what it took since the start."""
+
+    __slots__ = ("bytes_saved", "cpu_ns", "pages")
+
+    def __init__(self) -> None:
+        self.pages = 0
+        self.bytes_saved = 0
+        self.cpu_ns = 0
+
+    def record(self) -> dict[str, int]:
+        return {"pages": self.pages, "bytes_saved": self.bytes_saved, "cpu_ns": self.cpu_ns}
+
+
+class Contents:
+    """Pages behind entries.  `member_at` tells whose page a number is; the store sets it."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        frames: Frames,
+        entries: Entries,
+        secret: bytes,
+        now_ns: Callable[[], int],
+    ) -> None:
+        self._arena = arena
+        self._data = arena.data
+        self._frames = frames
+        self._entries = entries
+        self._now_ns = now_ns
+        self.slabs = Slabs(arena, frames)
+        self.shared = SharedContents(int.from_bytes(secret[:8], "little"))
+        self._members: dict[int, Member] = {}
+        self._next_member = 0
+        self._chains = array("I")
+        """By content: its youngest entry."""
+        self._content_of_frame: dict[int, int] = {}
+        self.member_at: Callable[[int], Member] = _nobody
+        self.filled = Saving()
+        self.compressed = Saving()
+        self.sharing = Saving()
+        self.recompressed = Saving()
+        self.poor = 0
+        self.moved = 0
+        """Objects that compaction moved."""
+        self._cursor = 0
+
+    # --- members and guests
+
+    def admit(self, member: Member) -> None:
+        """A member may put pages from now on."""
+        member.number = self._next_member
+        self._members[member.number] = member
+        self._next_member += 1
+
+    def dismiss(self, member: Member) -> None:
+        """It is no more."""
+        del self._members[member.number]
+
+    def retire(self, client: Client) -> None:
+        """A guest leaves: nobody who comes under its name later matches what it stored."""
+        for domain in client.domains:
+            if domain is not None and domain.endswith(f" guest {client.name}"):
+                self.shared.retire(domain)
+
+    # --- put
+
+    def put(
+        self,
+        member: Member,
+        page: bytes,
+        object_number: int,
+        index: int,
+        state: int,
+        remaining: int,
+    ) -> int:
+        """Store a page and publish it under its handle; its page number, in `frames` or an entry.
+
+        `remaining` further pages of this call have their frames and entries reserved.
+        """
+        started_ns = self._now_ns()
+        pattern = pattern_of(page)
+        if pattern is not None:
+            number = self._entries.allocate(persistent=member.policy is None)
+            self._entries.publish(number, object_number, index, FILLED, pattern, state)
+            member.charge(1, 0)
+            self.filled.pages += 1
+            self.filled.bytes_saved += PAGE_BYTES
+            self.filled.cpu_ns += self._now_ns() - started_ns
+            return number
+        client = member.client
+        persistent = member.policy is None
+        domain = client.domains[persistent]
+        digest = -1
+        if domain is not None:
+            digest = self.shared.digest(page, domain)
+            content = self.shared.find(digest)
+            if content >= 0:
+                location = self.shared.location[content]
+                if self._bytes_at(location) == page:
+                    number = self._share(member, content, object_number, index, state)
+                    self.sharing.cpu_ns += self._now_ns() - started_ns
+                    return number
+                # A chance match of digests: this page stays alone.
+                digest = -1
+            now_ns = self._now_ns()
+            self.sharing.cpu_ns += now_ns - started_ns
+            started_ns = now_ns
+        data = None
+        if client.settings.compress:
+            data = client.compressor.compress(page)
+            self.compressed.cpu_ns += self._now_ns() - started_ns
+            if data is not None and not self._fits(len(data), remaining, persistent=persistent):
+                data = None
+            if data is None:
+                self.poor += 1
+        if data is None and digest < 0:
+            return self._put_raw(member, page, object_number, index, state)
+        if data is None:
+            frame = self._frames.take(CONTENT)
+            self._data[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES] = page
+            self._arena.object[frame] = CONTENT_FRAME
+            self._arena.index[frame] = 0
+            self._arena.state[frame] = HELD
+            location = frame_location(frame)
+        else:
+            location = self._write_slab(data, LZ4.number, persistent=persistent)
+        if digest < 0:
+            return self._put_alone(member, location, object_number, index, state)
+        content = self.shared.insert(digest, location)
+        self._name(content, location)
+        return self._share(member, content, object_number, index, state)
+
+    def _fits(self, length: int, remaining: int, *, persistent: bool) -> bool:
+        """Whether a slab has a place that takes nothing from what is reserved."""
+        size = length + BACK_BYTES
+        if not class_bytes(size):
+            return False
+        needed = self.slabs.frames_needed(size, persistent=persistent)
+        if not needed:
+            return True
+        tables = self._entries.frames_needed(remaining + 1, persistent=persistent)
+        return self._frames.free - remaining - tables >= needed
+
+    def _put_raw(
+        self, member: Member, page: bytes, object_number: int, index: int, state: int
+    ) -> int:
+        frame = self._frames.take(PERSISTENT if member.policy is None else EPHEMERAL)
+        self._data[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES] = page
+        self._arena.object[frame] = object_number
+        self._arena.index[frame] = index
+        self._arena.state[frame] = state
+        member.charge(1, RAW_COST_BYTES)
+        return frame
+
+    def _write_slab(self, data: bytes, codec: int, *, persistent: bool) -> int:
+        """Put compressed bytes into a slab, whoever is to name them; the location."""
+        place = self.slabs.allocate(len(data) + BACK_BYTES, persistent=persistent)
+        self.slabs.write(place, data, BACK_BYTES)
+        return slab_location(place, len(data), codec)
+
+    def _put_alone(
+        self, member: Member, location: int, object_number: int, index: int, state: int
+    ) -> int:
+        number = self._entries.allocate(persistent=member.policy is None)
+        self.slabs.write(location_place(location), number.to_bytes(BACK_BYTES, "little"))
+        self._entries.publish(number, object_number, index, location, 0, state)
+        held_bytes = _held_bytes(location)
+        member.charge(1, held_bytes)
+        self._count_stored(location, 1)
+        return number
+
+    def _share(
+        self, member: Member, content: int, object_number: int, index: int, state: int
+    ) -> int:
+        """One reference more to a shared content."""
+        location = self.shared.location[content]
+        number = self._entries.allocate(persistent=member.policy is None)
+        first = not self.shared.refs[content]
+        self._entries.publish(number, object_number, index, location, 0, state)
+        self._chain(content, number)
+        self._apply(self.shared.add(content, member.number, _held_bytes(location)))
+        member.charge(1, 0)
+        if first:
+            self._count_stored(location, 1)
+        else:
+            self.sharing.pages += 1
+            self.sharing.bytes_saved += _held_bytes(location)
+        return number
+
+    def _apply(self, changes: Iterable[tuple[int, int]]) -> None:
+        for number, bytes_ in changes:
+            self._members[number].charge(0, bytes_)
+
+    def _count_stored(self, location: int, sign: int) -> None:
+        if location & KIND_MASK == SLAB:
+            self.compressed.pages += sign
+            self.compressed.bytes_saved += sign * (PAGE_BYTES - _held_bytes(location))
+
+    # --- get
+
+    def read(self, number: int) -> bytes:
+        """The page behind an entry."""
+        location = self._entries.location(number)
+        if location & KIND_MASK == FILLED:
+            return page_of(self._entries.pattern(number))
+        return self._bytes_at(location)
+
+    def _bytes_at(self, location: int) -> bytes:
+        place = location_place(location)
+        if location & KIND_MASK == FRAME:
+            frame = place >> 8
+            return bytes(self._data[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES])
+        codec = location_codec(location)
+        data = self.slabs.read(place, location_length(location), BACK_BYTES)
+        page = decompress(LZ4.number if codec == LZ4_BEST else codec, data)
+        if page is None:
+            raise InvariantError(f"the compressed page at {location:#x} is damaged")
+        return page
+
+    # --- release
+
+    def release(self, member: Member, number: int) -> None:
+        """A page behind an entry is no more, in the segment first, and no longer charged."""
+        location = self._entries.location(number)
+        kind = location & KIND_MASK
+        content = -1 if kind == FILLED else self._content_at(location)
+        if content >= 0:
+            self._unchain(content, number)
+        self._entries.clear(number)
+        if kind == FILLED:
+            member.charge(-1, 0)
+            self.filled.pages -= 1
+            self.filled.bytes_saved -= PAGE_BYTES
+        elif content < 0:
+            member.charge(-1, -_held_bytes(location))
+            self._count_stored(location, -1)
+            self._free(location)
+        else:
+            held_bytes = _held_bytes(location)
+            self._apply(self.shared.drop(content, member.number, held_bytes))
+            member.charge(-1, 0)
+            if self.shared.refs[content]:
+                self.sharing.pages -= 1
+                self.sharing.bytes_saved -= held_bytes
+            else:
+                self._count_stored(location, -1)
+                self._free(location)
+        self._entries.release(number)
+
+    def _free(self, location: int) -> None:
+        place = location_place(location)
+        if location & KIND_MASK == SLAB:
+            self.slabs.free(place)
+            return
+        frame = place >> 8
+        del self._content_of_frame[frame]
+        self._arena.state[frame] = 0
+        self._frames.give(frame)
+
+    # --- shared contents: their number at their place, their entries in a chain
+
+    def _name(self, content: int, location: int) -> None:
+        """Write the number of a content where it lies."""
+        place = location_place(location)
+        if location & KIND_MASK == SLAB:
+            mark = SHARED_MARK | content
+            self.slabs.write(place, mark.to_bytes(BACK_BYTES, "little"))
+        else:
+            self._content_of_frame[place >> 8] = content
+        while len(self._chains) <= content:
+            self._chains.append(0)
+
+    def _content_at(self, location: int) -> int:
+        """The shared content that lies there, -1 if it is one entry's alone."""
+        place = location_place(location)
+        if location & KIND_MASK == FRAME:
+            return self._content_of_frame[place >> 8]
+        mark = int.from_bytes(self.slabs.read(place, BACK_BYTES), "little")
+        return mark & ~SHARED_MARK if mark & SHARED_MARK else -1
+
+    def _chain(self, content: int, number: int) -> None:
+        words, entries = self._arena.words, self._entries
+        oldest = self._chains[content]
+        if oldest:
+            at = entries.at(oldest) + 3
+            words[at] = words[at] & _LOW | number << 32
+        words[entries.at(number) + 3] = oldest
+        self._chains[content] = number
+
+    def _unchain(self, content: int, number: int) -> None:
+        words, entries = self._arena.words, self._entries
+        link = words[entries.at(number) + 3]
+        following, before = link & _LOW, link >> 32
+        if before:
+            at = entries.at(before) + 3
+            words[at] = words[at] & ~_LOW | following
+        else:
+            self._chains[content] = following
+        if following:
+            at = entries.at(following) + 3
+            words[at] = words[at] & _LOW | before << 32
+
+    def _entries_of(self, content: int) -> Iterator[int]:
+        number = self._chains[content]
+        while number:
+            yield number
+            number = self._arena.words[self._entries.at(number) + 3] & _LOW
+
+    # --- idle work
+
+    def compact(self, moves_max: int) -> int:
+        """Empty a slab span if too much lies idle; objects moved."""
+        moved = 0
+        for persistent in (False, True):
+            while moved < moves_max:
+                span = self.slabs.compaction_candidate(persistent=persistent)
+                places = [] if span is None else self.slabs.live_places(span)
+                before = moved
+                for place in places:
+                    if moved >= moves_max:
+                        break
+                    moved += self._move(place)
+                if moved == before:
+                    break
+        self.moved += moved
+        return moved
+
+    def _move(self, place: int) -> bool:
+        """Move one object of the span that is to be emptied."""
+        mark = int.from_bytes(self.slabs.read(place, BACK_BYTES), "little")
+        if mark & SHARED_MARK:
+            content = mark & ~SHARED_MARK
+            location = self.shared.location[content]
+        else:
+            content = -1
+            location = self._entries.location(mark)
+        new_place = self.slabs.move(place, location_length(location) + BACK_BYTES)
+        if new_place is None:
+            return False
+        self._turn(content, mark, location & 0xFFFF | new_place << 16)
+        self.slabs.free(place)
+        return True
+
+    def _turn(self, content: int, number: int, location: int) -> None:
+        """Let all that name a place name another one with the same bytes."""
+        if content < 0:
+            self._entries.move(number, location)
+            return
+        for one in self._entries_of(content):
+            self._entries.move(one, location)
+        self.shared.move(content, location)
+
+    def recompress(self, sequence: int, age_puts: int, tries_max: int) -> int:
+        """Try to make compressed pages smaller whose put is `age_puts` calls ago; tries made.
+
+        A cursor goes round all entries, so that every page has its turn.
+        """
+        tries = 0
+        tables = self._entries.blocks()
+        for step in range(len(tables)):
+            block = tables[(self._cursor + step) % len(tables)]
+            for number, state, location in self._entries.of_block(block):
+                if (
+                    location & KIND_MASK == SLAB
+                    and location_codec(location) == LZ4.number
+                    and sequence - (state >> 16) >= age_puts
+                ):
+                    self._shrink(number, location)
+                    tries += 1
+                    if tries >= tries_max:
+                        self._cursor = (self._cursor + step) % len(tables)
+                        return tries
+        return tries
+
+    def _shrink(self, number: int, location: int) -> None:
+        started_ns = self._now_ns()
+        content = self._content_at(location)
+        length = location_length(location)
+        data = recompress(self._bytes_at(location), length + BACK_BYTES)
+        member = self.member_at(number)
+        persistent = member.policy is None
+        new_bytes = 0 if data is None else class_bytes(len(data) + BACK_BYTES)
+        old_bytes = _held_bytes(location)
+        if (
+            data is None
+            or not 0 < new_bytes < old_bytes
+            or not self._fits(len(data), 0, persistent=persistent)
+        ):
+            self._turn(content, number, location & ~0xC | LZ4_BEST << 2)
+            self.recompressed.cpu_ns += self._now_ns() - started_ns
+            return
+        fresh = self._write_slab(data, LZ4HC.number, persistent=persistent)
+        place = location_place(fresh)
+        back = number if content < 0 else SHARED_MARK | content
+        self.slabs.write(place, back.to_bytes(BACK_BYTES, "little"))
+        self._turn(content, number, fresh)
+        self.slabs.free(location_place(location))
+        if content < 0:
+            member.charge(0, new_bytes - old_bytes)
+        else:
+            self._apply(self.shared.resize(content, old_bytes, new_bytes))
+            extra = self.shared.refs[content] - 1
+            self.sharing.bytes_saved += extra * (new_bytes - old_bytes)
+        self.compressed.bytes_saved += old_bytes - new_bytes
+        self.recompressed.pages += 1
+        self.recompressed.bytes_saved += old_bytes - new_bytes
+        self.recompressed.cpu_ns += self._now_ns() - started_ns
+
+    # --- recovery
+
+    def recover(self, live: list[tuple[int, Member]]) -> set[int]:
+        """Take over the live entries of a killed process, whose slabs are adopted; the content
+        frames that they name."""
+        by_location: dict[int, list[tuple[int, Member]]] = {}
+        for number, member in live:
+            location = self._entries.location(number)
+            if location & KIND_MASK == FILLED:
+                member.charge(1, 0)
+                self.filled.pages += 1
+                self.filled.bytes_saved += PAGE_BYTES
+            else:
+                # Whether LZ4HC was tried is the entry's to know: its siblings may have died untold.
+                key = location & ~0xC
+                by_location.setdefault(key, []).append((number, member))
+        frames = set()
+        for found in by_location.values():
+            location = self._entries.location(found[0][0])
+            if location & KIND_MASK == SLAB:
+                size = location_length(location) + BACK_BYTES
+                self.slabs.adopt(location_place(location), size)
+            else:
+                frames.add(location_place(location) >> 8)
+            self._readopt(location, found)
+        self.slabs.release_empty()
+        return frames
+
+    def _readopt(self, location: int, found: list[tuple[int, Member]]) -> None:
+        member = found[0][1]
+        domain = member.client.domains[member.policy is None]
+        alone = location & KIND_MASK == SLAB and len(found) == 1
+        if alone and domain is None:
+            number = found[0][0]
+            self.slabs.write(location_place(location), number.to_bytes(BACK_BYTES, "little"))
+            member.charge(1, _held_bytes(location))
+            self._count_stored(location, 1)
+            return
+        page = self._bytes_at(location)
+        digest = self.shared.digest(page, domain or f"recovered {location}")
+        if self.shared.find(digest) >= 0:
+            # A second copy of the same bytes: the process died while it was moving them.
+            digest = self.shared.digest(page, f"recovered {location}")
+        content = self.shared.insert(digest, location)
+        self._name(content, location)
+        self._count_stored(location, 1)
+        for at, (number, holder) in enumerate(found):
+            self._entries.move(number, location)
+            self._chain(content, number)
+            self._apply(self.shared.add(content, holder.number, _held_bytes(location)))
+            holder.charge(1, 0)
+            if at:
+                self.sharing.pages += 1
+                self.sharing.bytes_saved += _held_bytes(location)
+
+    # --- what is known about them
+
+    def savings(self) -> dict[str, dict[str, int]]:
+        """Pages, bytes saved and CPU time of each way to save."""
+        return {
+            "filled": self.filled.record(),
+            "compressed": self.compressed.record(),
+            "shared": self.sharing.record(),
+            "recompressed": self.recompressed.record(),
+        }
+
+    def slab_record(self) -> dict[str, Any]:
+        """How full the slabs are."""
+        stats = self.slabs.stats()
+        return {
+            "objects": stats.objects,
+            "used_bytes": stats.used_bytes,
+            "held_bytes": stats.held_bytes,
+            "fragmentation": stats.fragmentation,
+            "moved": self.moved,
+            "poor_pages": self.poor,
+            "index_bytes": self.shared.metadata_bytes,
+        }
+
+    def ephemeral_frame_bytes(self) -> int:
+        """Frames that would come free if every ephemeral page went, raw ones not counted."""
+        frames = self._entries.ephemeral_tables + self.slabs.ephemeral_frames
+        return (frames + self._shared_frames(persistent=False)) * PAGE_BYTES
+
+    def _shared_frames(self, *, persistent: bool) -> int:
+        count = 0
+        for content in self._content_of_frame.values():
+            holder = next(iter(self.shared.holders(content)))
+            count += self._members[holder].pool.persistent == persistent
+        return count
+
+    def charges(self) -> dict[int, int]:
+        """By id() of members: what their entries cost, computed from the entries alone."""
+        references: dict[int, dict[int, int]] = {}
+        totals: dict[int, int] = {}
+        for number in self._entries.live():
+            location = self._entries.location(number)
+            if location & KIND_MASK == FILLED:
+                continue
+            member = self.member_at(number)
+            holders = references.setdefault(location, {})
+            holders[id(member)] = holders.get(id(member), 0) + 1
+        for location, holders in references.items():
+            refs = sum(holders.values())
+            for member_id, own in holders.items():
+                cost = charge(_held_bytes(location), refs, own)
+                totals[member_id] = totals.get(member_id, 0) + cost
+        return totals
+
+    def check(self, live: dict[int, Member]) -> None:
+        """Raises InvariantError unless slabs, shared contents, chains and savings are what these
+        entries say."""
+        places: dict[int, int] = {}
+        shared: dict[int, tuple[int, dict[int, int]]] = {}
+        frames = set()
+        filled = 0
+        extra = 0
+        for number, member in live.items():
+            location = self._entries.location(number)
+            kind = location & KIND_MASK
+            if kind == FILLED:
+                filled += 1
+                continue
+            place = location_place(location)
+            if kind == SLAB:
+                places[place] = location_length(location) + BACK_BYTES
+            else:
+                frames.add(place >> 8)
+            content = self._content_at(location)
+            if content < 0:
+                if int.from_bytes(self.slabs.read(place, BACK_BYTES), "little") != number:
+                    raise InvariantError(f"place {place:#x} does not know its entry {number}")
+                continue
+            known, holders = shared.setdefault(content, (location, {}))
+            if known != location:
+                raise InvariantError(f"content {content} lies at {known:#x} and {location:#x}")
+            extra += bool(holders)
+            holders[member.number] = holders.get(member.number, 0) + 1
+        self.slabs.check(places)
+        self.shared.check(shared)
+        for content in shared:
+            named = set(self._entries_of(content))
+            if named != {n for n in live if self._names(n, content)}:
+                raise InvariantError(f"the chain of content {content} is wrong")
+        if frames != set(self._content_of_frame):
+            raise InvariantError("content frames and their entries differ")
+        if frames != {n for n, kind in enumerate(self._frames.kinds) if kind == CONTENT}:
+            raise InvariantError("content frames and their marks differ")
+        counted = (self.filled.pages, self.compressed.pages, self.sharing.pages)
+        if counted != (filled, len(places), extra):
+            raise InvariantError(f"savings count {counted}, not {(filled, len(places), extra)}")
+
+    def _names(self, number: int, content: int) -> bool:
+        location = self._entries.location(number)
+        return location & KIND_MASK != FILLED and self._content_at(location) == content
+
+
+def _held_bytes(location: int) -> int:
+    """What lies there takes so much of the arena."""
+    if location & KIND_MASK == FRAME:
+        return PAGE_BYTES
+    return class_bytes(location_length(location) + BACK_BYTES)
+
+
+def _nobody(number: int) -> Member:
+    raise InvariantError(f"nobody has told whose page {number} is")

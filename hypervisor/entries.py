@@ -1,0 +1,251 @@
+"""Entries: descriptors of pages that do not have a frame of their own.
+
+A raw page is described by the columns of its frame.  A page that is same-filled, compressed, or
+stored once for several handles has an *entry* of 32 bytes instead, in a page frame that serves as a
+table of 128.
+
+  state u64   as a frame's (arena A1)
+  object u32, index u32
+  location u64
+  pattern u64 of a same-filled page
+
+  location   bits 0-1   FILLED, FRAME or SLAB
+             bits 2-3   codec (`compression`), of SLAB
+             bits 4-15  length - 1 in bytes, of SLAB
+             bits 16-   frame << 8 of FRAME, place of SLAB (`slab`): first frame << 8 | slot
+
+Entries have page numbers from `base` on (one number past the frames is left out, so that no run of
+neighbours crosses from frames to entries), 128 to a block; which block lies in which frame is known
+here only.  Ephemeral and persistent entries are in different tables, so that evicting everything
+frees every ephemeral table.
+
+A table costs its frame: metadata of this kind comes out of the arena, and only while it is needed.
+Xen had a page descriptor of some 80 bytes a page in its heap, whatever the page held.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hypervisor.arena import ENTRY_TABLE, HELD, Arena
+from hypervisor.eviction.links import Links
+from hypervisor.frames import TABLE, Frames
+from ipc.abi import PAGE_BYTES
+
+ENTRIES_PER_TABLE: Final = 128
+ENTRY_WORDS: Final = 4
+_TABLE_WORDS: Final = PAGE_BYTES // 8
+_EMPTY_TABLE: Final = bytes(PAGE_BYTES)
+
+FILLED: Final = 1
+FRAME: Final = 2
+SLAB: Final = 3
+KIND_MASK: Final = 3
+
+assert ENTRIES_PER_TABLE * ENTRY_WORDS == _TABLE_WORDS
+
+
+def frame_location(frame: int) -> int:
+    """Location of a page that has a whole frame."""
+    return frame << 24 | FRAME
+
+
+def slab_location(place: int, length: int, codec: int) -> int:
+    """Location of a compressed page of `length` bytes."""
+    return place << 16 | length - 1 << 4 | codec << 2 | SLAB
+
+
+def location_place(location: int) -> int:
+    """Slab place, or frame << 8."""
+    return location >> 16
+
+
+def location_length(location: int) -> int:
+    """Bytes in the slab."""
+    return (location >> 4 & 0xFFF) + 1
+
+
+def location_codec(location: int) -> int:
+    """How they are compressed."""
+    return location >> 2 & 3
+
+
+class Entries:
+    """All tables.  `frames_needed` first; `allocate` relies on it."""
+
+    def __init__(self, arena: Arena, frames: Frames, links: Links) -> None:
+        self._arena = arena
+        self._words = arena.words
+        self._frames = frames
+        self._links = links
+        self.base = arena.frames_count + 1
+        self._frame_of: dict[int, int] = {}
+        """Block -> frame."""
+        self._kinds: dict[int, bool] = {}
+        """Block -> persistent."""
+        self._open: tuple[dict[int, list[int]], dict[int, list[int]]] = ({}, {})
+        """Ephemeral, persistent: block -> its free numbers; blocks with none are not here."""
+        self._free = [0, 0]
+        self._spare_blocks: list[int] = []
+
+    @property
+    def tables(self) -> int:
+        """Frames that serve as tables."""
+        return len(self._frame_of)
+
+    def frames_needed(self, count: int, *, persistent: bool) -> int:
+        """Frames that must be free before `count` (at most 128) entries can be had: 0 or 1."""
+        return 0 if self._free[persistent] >= count else 1
+
+    def allocate(self, *, persistent: bool) -> int:
+        """A page number whose entry is free.  Precondition: `frames_needed` are there."""
+        tables = self._open[persistent]
+        if not tables:
+            self._add_table(persistent=persistent)
+        block, numbers = next(reversed(tables.items()))
+        number = numbers.pop()
+        if not numbers:
+            del tables[block]
+        self._free[persistent] -= 1
+        return number
+
+    def _add_table(self, *, persistent: bool) -> None:
+        frame = self._frames.take(TABLE)
+        self._arena.data[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES] = _EMPTY_TABLE
+        self._arena.object[frame] = ENTRY_TABLE
+        self._arena.index[frame] = persistent
+        self._arena.state[frame] = HELD
+        self.adopt(frame, persistent=persistent)
+
+    def adopt(self, frame: int, *, persistent: bool) -> int:
+        """Know a table that is in the segment, all of it free; its first page number."""
+        if self._spare_blocks:
+            block = self._spare_blocks.pop()
+        else:
+            block = (self._links.new_block() - self.base) // ENTRIES_PER_TABLE
+        first = self.base + block * ENTRIES_PER_TABLE
+        self._frame_of[block] = frame
+        self._kinds[block] = persistent
+        self._open[persistent][block] = list(range(first + ENTRIES_PER_TABLE - 1, first - 1, -1))
+        self._free[persistent] += ENTRIES_PER_TABLE
+        return first
+
+    def occupy(self, number: int) -> None:
+        """Recovery: this entry of an adopted table is live."""
+        block = (number - self.base) // ENTRIES_PER_TABLE
+        persistent = self._kinds[block]
+        numbers = self._open[persistent][block]
+        numbers.remove(number)
+        if not numbers:
+            del self._open[persistent][block]
+        self._free[persistent] -= 1
+
+    def release(self, number: int) -> None:
+        """The entry is free; its state is 0 already.  An empty table gives its frame back."""
+        block = (number - self.base) // ENTRIES_PER_TABLE
+        persistent = self._kinds[block]
+        tables = self._open[persistent]
+        numbers = tables.get(block)
+        if numbers is None:
+            tables[block] = [number]
+        else:
+            numbers.append(number)
+            if len(numbers) == ENTRIES_PER_TABLE:
+                self._drop_table(block)
+                return
+        self._free[persistent] += 1
+
+    def drop_empty(self) -> None:
+        """Recovery: give back the tables in which nothing is live."""
+        for tables in self._open:
+            for block, numbers in list(tables.items()):
+                if len(numbers) == ENTRIES_PER_TABLE:
+                    self._free[self._kinds[block]] -= 1
+                    self._drop_table(block)
+
+    def _drop_table(self, block: int) -> None:
+        frame = self._frame_of.pop(block)
+        persistent = self._kinds.pop(block)
+        del self._open[persistent][block]
+        self._free[persistent] -= ENTRIES_PER_TABLE - 1
+        self._spare_blocks.append(block)
+        self._arena.state[frame] = 0
+        self._frames.give(frame)
+
+    # --- one entry
+
+    def at(self, number: int) -> int:
+        """Where its first word is in `arena.words`."""
+        block, slot = divmod(number - self.base, ENTRIES_PER_TABLE)
+        return self._frame_of[block] * _TABLE_WORDS + slot * ENTRY_WORDS
+
+    def publish(
+        self, number: int, object_number: int, index: int, location: int, pattern: int, state: int
+    ) -> None:
+        """Write an entry, its state last (arena A1)."""
+        words, at = self._words, self.at(number)
+        words[at + 1] = object_number | index << 32
+        words[at + 2] = location
+        words[at + 3] = pattern
+        words[at] = state
+
+    def state(self, number: int) -> int:
+        return self._words[self.at(number)]
+
+    def location(self, number: int) -> int:
+        return self._words[self.at(number) + 2]
+
+    def pattern(self, number: int) -> int:
+        return self._words[self.at(number) + 3]
+
+    def handle(self, number: int) -> tuple[int, int]:
+        """(object number, index)."""
+        word = self._words[self.at(number) + 1]
+        return word & 0xFFFFFFFF, word >> 32
+
+    def move(self, number: int, location: int) -> None:
+        """The same bytes are elsewhere now: one aligned store (arena A6)."""
+        self._words[self.at(number) + 2] = location
+
+    def clear(self, number: int) -> None:
+        """The page is no more (arena A1)."""
+        self._words[self.at(number)] = 0
+
+    def live(self) -> list[int]:
+        """All numbers whose state is not 0; reads every table."""
+        found = []
+        for block, frame in self._frame_of.items():
+            first = self.base + block * ENTRIES_PER_TABLE
+            states = self._words[frame * _TABLE_WORDS : (frame + 1) * _TABLE_WORDS : ENTRY_WORDS]
+            found += [first + at for at, state in enumerate(states.tolist()) if state]
+        return found
+
+    def blocks(self) -> list[int]:
+        """All tables, by block."""
+        return list(self._frame_of)
+
+    def of_block(self, block: int) -> list[tuple[int, int, int]]:
+        """(number, state, location) of the live entries of a table."""
+        frame = self._frame_of[block]
+        first = self.base + block * ENTRIES_PER_TABLE
+        words = self._words[frame * _TABLE_WORDS : (frame + 1) * _TABLE_WORDS].tolist()
+        return [
+            (first + at, words[at * ENTRY_WORDS], words[at * ENTRY_WORDS + 2])
+            for at in range(ENTRIES_PER_TABLE)
+            if words[at * ENTRY_WORDS]
+        ]
+
+    @property
+    def ephemeral_tables(self) -> int:
+        """Tables of ephemeral entries."""
+        return sum(not persistent for persistent in self._kinds.values())
+
+    def free_numbers(self) -> list[int]:
+        """All numbers that `allocate` may give, tables as they are."""
+        return [
+            number for tables in self._open for numbers in tables.values() for number in numbers
+        ]
+
+    def table_frames(self) -> list[int]:
+        """The frames that are tables."""
+        return list(self._frame_of.values())
