@@ -226,9 +226,10 @@ class ReuseSampler:
             buckets[position >> _BUCKET_BITS] -= filled
             if not holes[position]:
                 hollow.pop()
+        self._total += left - pages
         top = self._top
         latest = self._latest.get(key, -1)
-        if latest == top - 1 and latest >= 0:
+        if latest == top - 1 >= 0 and bits & -bits > self._live[latest]:
             # One file's pages one after the other, in calls of a page each: one extent.
             self._live[latest] |= bits
             self._union[latest] |= bits
@@ -249,7 +250,7 @@ class ReuseSampler:
             self._latest[key] = top
             self._top = top + 1
             self._extents += 1
-        self._total += left
+        self._total += pages
         if self._total * self._scale > self._depths.limit_pages:
             self._forget_deepest()
         if self._extents > self._capacity:
