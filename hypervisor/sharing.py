@@ -116,18 +116,25 @@ class SharedContents:
 
     def digest(self, page: bytes, domain: str) -> int:
         """What `find` and `insert` know a page's bytes by; worthless after the domain's end."""
-        number, seed = self._domains.get(domain) or self._new_domain(domain)
+        known = self._domains.get(domain)
+        if known is None:
+            known = self._domains[domain] = self._number_domain(domain)
+        number, seed = known
         return number << _HASH_BITS | xxh3_64_intdigest(page, seed) & _HASH_MASK
+
+    def unmatched_digest(self) -> int:
+        """A digest that no page will ever have: of a content that is never to be found."""
+        number, seed = self._number_domain("")
+        return number << _HASH_BITS | seed & _HASH_MASK
 
     def retire(self, domain: str) -> None:
         """No page will match what was stored in this domain until now."""
         self._domains.pop(domain, None)
 
-    def _new_domain(self, domain: str) -> tuple[int, int]:
+    def _number_domain(self, domain: str) -> tuple[int, int]:
         seed = xxh3_64_intdigest(b"%d %s" % (self._domains_made, domain.encode()), self._seed)
         number = self._domains_made & _DOMAIN_MASK
         self._domains_made += 1
-        self._domains[domain] = (number, seed)
         return number, seed
 
     # --- the index

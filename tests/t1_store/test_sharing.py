@@ -90,6 +90,19 @@ def test_digests_depend_on_the_seed() -> None:
     assert one.digest(page(3), "d") == SharedContents(seed=1).digest(page(3), "d")
 
 
+def test_an_unmatched_digest_is_nobody_elses() -> None:
+    """Recovery finds contents whose domain nobody knows any more."""
+    contents = SharedContents(seed=1)
+    digests = {contents.unmatched_digest() for _ in range(100)}
+
+    for digest in digests:
+        assert contents.find(digest) == -1
+        contents.add(contents.insert(digest, 1), 1, PAGE_BYTES)
+
+    assert len(digests) == contents.count == 100
+    assert contents.find(contents.digest(page(1), "d")) == -1
+
+
 # --- charges
 
 
