@@ -8,9 +8,10 @@ them and puts their answers where the hot path reads them:
   policy.capacity_pages      the target in pages, for policies that divide what they have
   member.sampler             watches a member's puts and gets while the mode is `scheduled`
 
-Targets are looked at again when guests, pools or settings change, and after every period.  A
+Targets are looked at again when the administrator changes something, and after every period.  A
 period is a number of evicted pages: while nothing is evicted nobody needs a target, and there is no
-clock in here.
+clock in here.  What a guest can do as often as it likes, making and leaving pools, costs no such
+look: a new member begins with its part of the guest's allotment.
 
 Samplers are bounded: so many in all, so many a guest, each as large as the arena deserves.  A
 member without one keeps its share by weight.
@@ -39,9 +40,8 @@ _EXTENTS_LEAST: Final = 64
 _EXTENTS_MOST: Final = 1024
 _FRAMES_PER_EXTENT: Final = 16
 
-_PERIOD_SHARE: Final = 2
-_PERIOD_PAGES_LEAST: Final = 1024
-"""A period ends when half of the arena was evicted, and not before so many pages."""
+_PERIOD_PAGES_LEAST: Final = 2048
+"""A period ends when as many pages were evicted as the arena has frames, and at least so many."""
 
 _PUNCH_FRAMES: Final = 65536
 _PUNCH_RUNS: Final = 4096
@@ -55,7 +55,7 @@ class Balance:
         self._store = store
         self._clients = clients
         self._evicted = 0
-        self._period_pages = max(store.frames.count // _PERIOD_SHARE, _PERIOD_PAGES_LEAST)
+        self._period_pages = max(store.frames.count, _PERIOD_PAGES_LEAST)
         self._extents = min(
             max(store.frames.count // _FRAMES_PER_EXTENT, _EXTENTS_LEAST), _EXTENTS_MOST
         )
@@ -78,7 +78,11 @@ class Balance:
     def welcome(self, member: Member) -> None:
         """A guest has made or joined a pool."""
         self._equip(member)
-        self.retarget()
+        if member.policy is not None:
+            client = member.client
+            parts = sum(one.policy is not None for one in client.members.values())
+            member.target_bytes = client.allotment_bytes // parts
+            self._set_capacity(member)
 
     def recovered(self) -> None:
         """All clients and members were found in the arena."""
@@ -135,13 +139,24 @@ class Balance:
                     sampler.advance()
             self.retarget()
 
+    @property
+    def _total_bytes(self) -> int:
+        """What can be charged: tables of entries are nobody's."""
+        return (self._store.frames.count - self._store.entries.tables) * PAGE_BYTES
+
+    def allot(self) -> dict[str, Terms]:
+        """Set every allotment, as it is to be when guests come and go; their terms."""
+        terms = {name: _terms(client.settings) for name, client in self._clients.items()}
+        total_bytes = self._total_bytes
+        for name, client in self._clients.items():
+            client.allotment_bytes = allotment_bytes(terms[name], terms.values(), total_bytes)
+        return terms
+
     def retarget(self) -> None:
         """Set every allotment and target."""
         store = self._store
-        total_bytes = (store.frames.count - store.entries.tables) * PAGE_BYTES
-        terms = {name: _terms(client.settings) for name, client in self._clients.items()}
-        for name, client in self._clients.items():
-            client.allotment_bytes = allotment_bytes(terms[name], terms.values(), total_bytes)
+        terms = self.allot()
+        total_bytes = self._total_bytes
         members = list(store.victims.members.values())
         here = {client.number for client in self._clients.values()}
         snapshot = Snapshot(
@@ -175,11 +190,14 @@ class Balance:
         answers = targets(snapshot)
         for number, member in enumerate(members):
             member.target_bytes = answers.get(number) or 0
-            assert member.policy is not None
-            if self.mode == Scheduling.GREEDY:
-                member.policy.capacity_pages = store.frames.count
-            else:
-                member.policy.capacity_pages = max(1, _pages(member))
+            self._set_capacity(member)
+
+    def _set_capacity(self, member: Member) -> None:
+        assert member.policy is not None
+        if self.mode == Scheduling.GREEDY:
+            member.policy.capacity_pages = self._store.frames.count
+        else:
+            member.policy.capacity_pages = max(1, _pages(member))
 
     def _is_open(self, member: Member) -> bool:
         """The pool is not doomed, or the guest pays for it otherwise."""

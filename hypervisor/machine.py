@@ -123,7 +123,7 @@ class Machine:
             number = GuestId(self.free_guest_numbers.pop())
             self.store.arena.publish_guest(GuestRecord(number, name, pid, start_ticks, uid))
             client = self.adopt(GuestRecord(number, name, pid, start_ticks, uid))
-            self.balance.retarget()
+            self.balance.allot()
         return client
 
     def adopt(self, record: GuestRecord) -> Client:
@@ -145,7 +145,7 @@ class Machine:
         self.free_guest_numbers.append(client.number)
         del self.clients[client.name]
         self.departed.add(client.account)
-        self.balance.retarget()
+        self.balance.allot()
 
     # --- calls
 
@@ -433,7 +433,6 @@ class Machine:
         if member is None:
             return _MISS, 0, 0, 0, 0
         self.memberships.leave(member)
-        self.balance.retarget()
         return _DONE, 0, 0, 0, 0
 
     def _flush_object(self, client: Client, account: OpCount, pool_id: int, oid: bytes) -> Answer:
