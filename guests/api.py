@@ -47,19 +47,38 @@ class NoSuchPool(Exception):
 class Tmem:
     """One attachment.  Not safe for use by several threads at once."""
 
-    def __init__(self, channel: QueueChannel, run_directory: Path, name: str, token: bytes) -> None:
+    def __init__(
+        self,
+        channel: QueueChannel,
+        run_directory: Path,
+        name: str,
+        token: bytes,
+        ring: bool | None = None,
+    ) -> None:
         self._run_directory = run_directory
         self._name = name
         self._token = token
+        self._ring = ring
         self._channel = channel
         self.calls = Hypercalls(channel)
         """The hypercalls themselves, for what this class does not offer."""
 
     @classmethod
-    def connect(cls, run_directory: str | os.PathLike[str], name: str, token: bytes) -> Self:
-        """Attach; raises OperatorError when refused, Disconnected when no hypervisor answers."""
+    def connect(
+        cls,
+        run_directory: str | os.PathLike[str],
+        name: str,
+        token: bytes,
+        *,
+        ring: bool | None = None,
+    ) -> Self:
+        """Attach; raises OperatorError when refused, Disconnected when no hypervisor answers.
+
+        `ring` says whether to ask for calls through shared memory instead of message queues; None
+        asks where this machine's memory order allows it.
+        """
         path = Path(run_directory)
-        return cls(attach.connect(path, name, token), path, name, token)
+        return cls(attach.connect(path, name, token, ring=ring), path, name, token, ring)
 
     def reconnect(self) -> bool:
         """Attach again after Disconnected; True if the pools are as they were.
@@ -67,7 +86,9 @@ class Tmem:
         When False they are gone, and every `Pool` raises NoSuchPool from now on.
         """
         self._channel.close()
-        self._channel = attach.connect(self._run_directory, self._name, self._token)
+        self._channel = attach.connect(
+            self._run_directory, self._name, self._token, ring=self._ring
+        )
         self.calls = Hypercalls(self._channel)
         return self._channel.resumed
 

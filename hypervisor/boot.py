@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypervisor.server import Server
 from ipc.errors import ExitCode, OperatorError
 from ipc.logfile import log_to
 from ipc.names import Registry, object_name
+from ipc.ring import memory_order_suffices
 from ipc.segment import create_segment, open_segment, remove_segment
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ class HypervisorSpec:
     arena_bytes: int
     eviction: str = "clock"
     supervisor_pid: int | None = None
+    transport: str = "auto"
+    """`ring` for guests that ask for one, `mqueue` for everybody, `auto` as the machine allows."""
 
 
 def run(spec: HypervisorSpec) -> None:
@@ -53,6 +57,7 @@ def run(spec: HypervisorSpec) -> None:
 
 
 def _serve(spec: HypervisorSpec) -> None:
+    ring = _choose_transport(spec.transport)
     registry = Registry(spec.run_directory)
     registry.add_process(os.getpid())
     name, arena = _open_arena(spec, registry)
@@ -70,6 +75,7 @@ def _serve(spec: HypervisorSpec) -> None:
         spec.run_directory,
         spec.cluster,
         registry,
+        ring=ring,
         supervisor_pid=spec.supervisor_pid,
     )
     try:
@@ -80,6 +86,20 @@ def _serve(spec: HypervisorSpec) -> None:
     remove_segment(name, registry)
     registry.remove_process(os.getpid())
     log.info("event=stop")
+
+
+def _choose_transport(transport: str) -> bool:
+    """Whether guests may have rings; said once in the log."""
+    suffices = memory_order_suffices()
+    if transport == "ring" and not suffices:
+        raise OperatorError(
+            f"the ring needs x86-64 and this is {platform.machine()}; use transport mqueue or auto",
+            ExitCode.UNAVAILABLE,
+        )
+    ring = suffices and transport != "mqueue"
+    why = "asked" if transport != "auto" else f"memory-order-of-{platform.machine()}"
+    log.info("event=transport transport=%s why=%s", "ring" if ring else "mqueue", why)
+    return ring
 
 
 def _open_arena(spec: HypervisorSpec, registry: Registry) -> tuple[str, Arena]:

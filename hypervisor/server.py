@@ -15,6 +15,7 @@ import gc
 import os
 import select
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +29,14 @@ from hypervisor.machine import Machine
 from hypervisor.sessions import Session, Sessions
 from hypervisor.snapshot import snapshot
 from ipc.codec import Record
-from ipc.mqueue import KICK
 from ipc.names import Registry
+from ipc.ring import BackOff, Rings
 
 _IDLE_SECONDS: Final = 1.0
 _EVENTS_MAX: Final = 64
 _CALLS_PER_CPU_READING: Final = 256
+_ROUNDS_MAX: Final = 16
+"""Rounds over the rings between two looks at everything else when nothing came from there."""
 _ROUNDS_ALONE: Final = 8
 """Rounds in a row with the same single caller before the server waits in its queue."""
 
@@ -48,13 +51,17 @@ class Server:
         cluster: str,
         registry: Registry,
         *,
+        ring: bool = False,
         supervisor_pid: int | None = None,
     ) -> None:
         self._machine = machine
         self._poll = Doorman()
+        self._rings = Rings(self._serve)
+        self._back_off = BackOff()
+        self._calls = 0
         self._handlers: dict[int, Callable[[], None]] = {}
         self._stopping = False
-        self._calls_since_reading = 0
+        self._tidy_at = _CALLS_PER_CPU_READING
         self._cpu_read_ns = time.process_time_ns()
         self._cpu_overhead_ns = self._cpu_read_ns
         self._started = time.monotonic()
@@ -65,6 +72,7 @@ class Server:
             registry,
             self._poll,
             self._handlers,
+            self._rings if ring else None,
             now_seconds=time.monotonic,
             random_bytes=os.urandom,
         )
@@ -101,20 +109,22 @@ class Server:
     def _serve_everybody(self) -> Session | None:
         """Rounds over all that is ready, until one guest alone has called in the last rounds."""
         poll = self._poll.poll
+        rings = self._rings
         serving = self.sessions.serving
         store = self._machine.store
         last: Session | None = None
         rounds_alone = 0
+        rounds = 1
         while not self._stopping:
-            events = poll(0 if store.doomed else _IDLE_SECONDS, _EVENTS_MAX)
+            if rings.watched and rings.spin(rounds):
+                self._back_off.slow(self._calls)
+            busy = bool(rings.watched or store.doomed)
+            events = poll(0 if busy else _IDLE_SECONDS, _EVENTS_MAX)
             session = None
             for fd, _ in events:
                 session = serving.get(fd)
                 if session is not None:
-                    started_ns = now_ns()
-                    message = session.port.receive()
-                    if message is not None:
-                        self._serve(session, message, started_ns)
+                    self._attend(session)
                 else:
                     handler = self._handlers.get(fd)
                     # None: an earlier event of this round closed it.
@@ -122,9 +132,11 @@ class Server:
                         handler()
             if store.doomed:
                 store.reap()
-            if self._calls_since_reading >= _CALLS_PER_CPU_READING or not events:
+            if self._calls >= self._tidy_at or not (events or busy):
                 self._tidy()
-            if session is None or session is not last or len(events) > 1:
+            # Whoever is not a ring's guest waits for the rest of the stretch.
+            rounds = 1 if events or store.doomed else min(2 * rounds, _ROUNDS_MAX)
+            if session is None or session is not last or len(events) > 1 or rings.watched:
                 rounds_alone = 0
                 last = session
                 continue
@@ -133,42 +145,56 @@ class Server:
                 return session
         return None
 
+    def _attend(self, session: Session) -> None:
+        """One call from a guest whose queue is ready."""
+        started_ns = now_ns()
+        message = session.port.receive()
+        if message is not None:
+            self._serve(session, message, started_ns)
+            if session.ring is not None and self._calls >= self._back_off.until:
+                self._rings.watch(session.ring, session)
+
     def _serve_favourite(self, session: Session) -> None:
         """Wait in one guest's queue until anybody else wants something."""
         doorman = self._poll
         store = self._machine.store
         wait = session.port.wait
         serve = self._serve
+        last_call = self._back_off.until if session.ring is not None else sys.maxsize
         doorman.favour(session.port)
         while not (doorman.somebody_waits or store.doomed or self._stopping):
             message = wait(_IDLE_SECONDS)
             if message is None:
                 break
             serve(session, message, now_ns())
-            if self._calls_since_reading >= _CALLS_PER_CPU_READING:
+            if self._calls >= self._tidy_at:
                 self._tidy()
+            if self._calls >= last_call:
+                break
         doorman.unfavour()
 
-    def _serve(self, session: Session, message: bytes, started_ns: int) -> None:
-        if message == KICK:
-            return
+    def _serve(self, session: Session, message: bytes, started_ns: int) -> int:
+        """Execute and answer; the time when that was done."""
         client = session.guest
         reply = self._machine.execute(client, message, session.port.window)
         if not session.port.send(reply):
             client.account.unread_replies += 1
+        self._calls += 1
         # A faulted call (flags, byte 10 of a reply) is booked under 0 as `Machine` does.
-        count = client.account.operations[0 if reply[10] else message[4]]
-        count.served(now_ns() - started_ns)
-        self._calls_since_reading += 1
+        count = client.account.operations[0 if reply[10] & 1 else message[4]]
+        ended_ns = now_ns()
+        count.served(ended_ns - started_ns)
+        return ended_ns
 
     def _tidy(self) -> None:
         """What need not be done in every round."""
         self._divide_cpu()
         self.sessions.expire()
+        self._rings.part_with_idlers()
 
     def _divide_cpu(self) -> None:
         """Book the CPU time since the last reading to the guests served meanwhile."""
-        self._calls_since_reading = 0
+        self._tidy_at = self._calls + _CALLS_PER_CPU_READING
         cpu_ns = time.process_time_ns()
         spent_ns = cpu_ns - self._cpu_read_ns
         self._cpu_read_ns = cpu_ns

@@ -31,6 +31,7 @@ from ipc.errors import OperatorError
 from ipc.limits import HANDSHAKE_SECONDS, HANDSHAKES_MAX
 from ipc.mqueue import QueuePair
 from ipc.names import Registry, process_start
+from ipc.ring import RingPair, Rings
 from ipc.window import create_window
 
 log = logging.getLogger(__name__)
@@ -41,11 +42,13 @@ Handler = Callable[[], None]
 class Session:
     """An attachment; `client` and `pair` are None until the guest has said who it is."""
 
-    __slots__ = ("client", "connection", "deadline", "guest", "pair", "peer", "port")
+    __slots__ = ("client", "connection", "deadline", "guest", "pair", "peer", "port", "ring")
 
     guest: Client
     port: Port
     """`client` and `pair` once more, set when both are there: what serving reads each call."""
+    ring: RingPair | None
+    """The pair once more if it is one of a ring."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self.connection = connection
@@ -53,11 +56,13 @@ class Session:
         self.peer: attach.Peer | None = None
         self.client: Client | None = None
         self.pair: QueuePair | None = None
+        self.ring = None
 
 
 class Sessions:
     """Owns the attach socket.  `handlers` maps each descriptor it watches in `poll` to what to do
-    when it is readable; `serving` maps request queues' descriptors to sessions."""
+    when it is readable; `serving` maps request queues' descriptors to sessions.  A guest that asks
+    for a ring gets one unless `rings` is None."""
 
     def __init__(
         self,
@@ -67,6 +72,7 @@ class Sessions:
         registry: Registry,
         poll: Doorman,
         handlers: dict[int, Handler],
+        rings: Rings[Session] | None,
         *,
         now_seconds: Callable[[], float],
         random_bytes: Callable[[int], bytes],
@@ -77,6 +83,7 @@ class Sessions:
         self._registry = registry
         self._poll = poll
         self._handlers = handlers
+        self._rings = rings
         self._now_seconds = now_seconds
         self._random_bytes = random_bytes
         self.serving: dict[int, Session] = {}
@@ -167,7 +174,8 @@ class Sessions:
         session.client = client
         window = create_window()
         try:
-            session.pair = QueuePair(self._cluster, self._registry, window, self._random_bytes)
+            kind = RingPair if hello.ring and self._rings is not None else QueuePair
+            session.pair = kind(self._cluster, self._registry, window, self._random_bytes)
         except OperatorError:
             window.close()
             raise
@@ -214,12 +222,19 @@ class Sessions:
         del self._pending[fd]
         self._handlers[fd] = lambda: self._hear(session)
         session.guest, session.port = client, pair
+        session.ring = pair if isinstance(pair, RingPair) else None
         self._by_client[client.name] = session
         self.serving[pair.fileno()] = session
         self._poll.register(pair.fileno(), select.EPOLLIN)
         self._watch_life(client, peer.pidfd)
         session.peer = peer._replace(pidfd=-1)
-        log.info("guest=%s event=attached pid=%d id=%d", client.name, client.pid, client.number)
+        log.info(
+            "guest=%s event=attached pid=%d id=%d transport=%s",
+            client.name,
+            client.pid,
+            client.number,
+            "mqueue" if session.ring is None else "ring",
+        )
 
     def _abandon(self, session: Session, why: str) -> None:
         """Give a handshake up and tell the peer."""
@@ -277,6 +292,8 @@ class Sessions:
         if pair is not None:
             if self.serving.pop(pair.fileno(), None) is not None:
                 self._poll.unregister(pair.fileno())
+            if session.ring is not None and self._rings is not None:
+                self._rings.forget(session.ring)
             pair.close()
         if client is not None and self._by_client.get(client.name) is session:
             del self._by_client[client.name]

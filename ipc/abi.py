@@ -315,7 +315,7 @@ HELLO: Final = struct.Struct("<4sHH32s32s56s")
 
 magic: "TMEM".
 revision: ABI_REVISION.
-flags: 0.
+flags: a HelloFlag.
 name: the guest's name, padded with zero bytes.
 token: the 32 bytes that the guest was started with.
 reserved: zeros.
@@ -345,6 +345,25 @@ magic: "TMOK"; "TMBY" makes it a BYE.
 guest: number of this guest, from WELCOME; 0 in a BYE.
 """
 
+CALL_BLOCK: Final = struct.Struct("<QQ48s64s")
+"""posted, sleeping, reserved, request.
+
+posted: the call's number in the lower 56 bits; the upper 8 are 64 less the length of `request`: 0.
+sleeping: 1 while the guest sleeps in its reply queue, else 0.
+reserved: zeros; not looked at.
+request: REQUEST.
+"""
+COMPLETION_BLOCK: Final = struct.Struct("<QQ16s32s")
+"""completed, sleeping, reserved, reply.
+
+completed: the value of `posted` of the last call that was answered.
+sleeping: 1 while the hypervisor does not look at `posted` unless it is rung for.
+reserved: zeros.
+reply: REPLY.
+"""
+CALL_NUMBER_MASK: Final = (1 << 56) - 1
+"""The bits of `posted` that count calls."""
+
 HELLO_MAGIC: Final = b"TMEM"
 WELCOME_MAGIC: Final = b"TMWE"
 CONFIRM_MAGIC: Final = b"TMOK"
@@ -360,11 +379,19 @@ NAME_BYTES: Final = 32
 TOKEN_BYTES: Final = 32
 
 
+class HelloFlag(IntFlag):
+    """Flags of HELLO; the others must be 0."""
+
+    NONE = 0  # calls go through the queues
+    RING = 1  # the guest would call through the ring; it must be ready to do without
+
+
 class WelcomeFlag(IntFlag):
     """Flags of WELCOME."""
 
     NONE = 0  # the guest has no pools
     RESUMED = 1  # the guest's pools were kept (it came back after a hypervisor restart)
+    RING = 2  # calls go through the ring, and only there; granted to nobody who did not ask
 
 
 class Reply(NamedTuple):
@@ -388,6 +415,9 @@ def check_sizes() -> None:
     assert HELLO.size == HELLO_BYTES
     assert WELCOME.size == WELCOME_BYTES
     assert CONFIRM.size == CONFIRM_BYTES
+    # Halves of one writer each; nothing that is written often shares a cache line with the other's.
+    assert CALL_BLOCK.size == 128
+    assert COMPLETION_BLOCK.size == 64
 
 
 check_sizes()

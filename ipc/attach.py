@@ -57,6 +57,7 @@ from ipc.abi import (
     WELCOME,
     WELCOME_BYTES,
     WELCOME_MAGIC,
+    HelloFlag,
     Status,
     WelcomeFlag,
 )
@@ -70,6 +71,7 @@ from ipc.limits import (
     WINDOW_TABLE_OFFSET,
 )
 from ipc.mqueue import QueueChannel, QueuePair
+from ipc.ring import RingChannel, RingPair, memory_order_suffices
 from ipc.window import map_window
 
 ATTACH_SOCKET: Final = "attach.sock"
@@ -78,6 +80,9 @@ CONTROL_SOCKET: Final = "control.sock"
 _SO_PEERPIDFD: Final = 77  # Linux 6.5; include/uapi/asm-generic/socket.h
 _UCRED: Final = struct.Struct("iII")
 _GUEST_NAME = re.compile(rf"[a-z0-9][a-z0-9_.-]{{0,{GUEST_NAME_CHARACTERS_MAX - 1}}}\Z")
+
+
+_HELLO_FLAGS: Final = int(HelloFlag.RING)
 
 
 class HandshakeError(Exception):
@@ -93,10 +98,11 @@ class Peer(NamedTuple):
 
 
 class Hello(NamedTuple):
-    """Who the guest says it is, and its proof."""
+    """Who the guest says it is, its proof, and whether it would have a ring."""
 
     name: str
     token: bytes
+    ring: bool = False
 
 
 def is_guest_name(name: str) -> bool:
@@ -189,7 +195,7 @@ def decode_hello(untrusted_message: bytes) -> Hello:
         raise HandshakeError("this is no HELLO")
     if revision != ABI_REVISION:
         raise HandshakeError(f"ABI revision {revision} is not served; this is {ABI_REVISION}")
-    if flags or any(reserved):
+    if flags & ~_HELLO_FLAGS or any(reserved):
         raise HandshakeError("reserved bits of HELLO are set")
     try:
         text = name.rstrip(b"\0").decode("ascii")
@@ -197,14 +203,17 @@ def decode_hello(untrusted_message: bytes) -> Hello:
         text = ""
     if not is_guest_name(text):
         raise HandshakeError("this is no guest name")
-    return Hello(text, token)
+    return Hello(text, token, bool(flags & HelloFlag.RING))
 
 
 def send_welcome(
     connection: socket.socket, guest_id: int, generation: int, pair: QueuePair, *, resumed: bool
 ) -> None:
-    """Send WELCOME with the window's descriptor; raises OSError if the peer is gone or deaf."""
+    """Send WELCOME with the window's descriptor; raises OSError if the peer is gone or deaf.  A
+    `RingPair` is a granted ring."""
     flags = WelcomeFlag.RESUMED if resumed else WelcomeFlag.NONE
+    if isinstance(pair, RingPair):
+        flags |= WelcomeFlag.RING
     message = WELCOME.pack(
         WELCOME_MAGIC,
         ABI_REVISION,
@@ -237,21 +246,30 @@ def send_refusal(connection: socket.socket, text: str) -> None:
 
 
 def connect(
-    run_directory: Path, name: str, token: bytes, *, patience_seconds: float = HANDSHAKE_SECONDS
+    run_directory: Path,
+    name: str,
+    token: bytes,
+    *,
+    patience_seconds: float = HANDSHAKE_SECONDS,
+    ring: bool | None = None,
 ) -> QueueChannel:
-    """Attach to the hypervisor of a run directory.
+    """Attach to the hypervisor of a run directory; `ring` says whether to ask for one, None that it
+    depends on the machine.
 
     Raises OperatorError when refused and Disconnected when no hypervisor answers in time.
     """
     if len(name) > NAME_BYTES or len(token) != TOKEN_BYTES:
         raise OperatorError(f"a token has {TOKEN_BYTES} bytes and a name at most {NAME_BYTES}")
+    flags = HelloFlag.NONE
+    if memory_order_suffices() if ring is None else ring:
+        flags = HelloFlag.RING
     deadline = time.monotonic() + patience_seconds
     while True:
         door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
             door.settimeout(max(0.05, deadline - time.monotonic()))
             door.connect(os.fspath(run_directory / ATTACH_SOCKET))
-            return _shake_hands(door, name, token)
+            return _shake_hands(door, name, token, flags)
         except OperatorError:
             door.close()
             raise
@@ -263,8 +281,10 @@ def connect(
             time.sleep(0.01)
 
 
-def _shake_hands(door: socket.socket, name: str, token: bytes) -> QueueChannel:
-    hello = HELLO.pack(HELLO_MAGIC, ABI_REVISION, 0, name.encode(), token, b"")
+def _shake_hands(
+    door: socket.socket, name: str, token: bytes, hello_flags: HelloFlag
+) -> QueueChannel:
+    hello = HELLO.pack(HELLO_MAGIC, ABI_REVISION, hello_flags, name.encode(), token, b"")
     door.send(hello)
     message, descriptors, _, _ = socket.recv_fds(door, WELCOME_BYTES, 1)
     if len(message) != WELCOME_BYTES:
@@ -293,7 +313,8 @@ def _shake_hands(door: socket.socket, name: str, token: bytes) -> QueueChannel:
         raise
     door.settimeout(None)
     resumed = bool(flags & WelcomeFlag.RESUMED)
-    return QueueChannel(queues[0], queues[1], window, door, generation, resumed)
+    make = RingChannel if flags & WelcomeFlag.RING else QueueChannel
+    return make(queues[0], queues[1], window, door, generation, resumed)
 
 
 def detach(channel: QueueChannel) -> None:

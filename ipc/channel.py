@@ -1,6 +1,6 @@
 """What a transport is: the guest's end and the hypervisor's end of one guest's calls.
 
-Every transport (`mqueue`, `local`, later a ring) passes one conformance suite.
+Every transport (`mqueue`, `ring`, `local`) passes one conformance suite.
 
   guest                                  hypervisor
   Channel.call(request) --- 64 bytes --> Port.receive()
@@ -49,7 +49,7 @@ class Port(Protocol):
         ...
 
     def wait(self, patience_seconds: float) -> bytes | None:
-        """Sleep until a request comes; None after `patience_seconds`, or after a signal."""
+        """Sleep until a request comes; None after `patience_seconds`, a signal or a kick."""
         ...
 
     def kick(self) -> None:

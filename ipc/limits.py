@@ -28,7 +28,11 @@ REPLY_QUEUE_MESSAGES: Final = 8
 
 WINDOW_SLOTS: Final = EXTENT_PAGES_MAX
 WINDOW_TABLE_OFFSET: Final = PAGE_BYTES
-"""Page 0 of a window is the shared info page, page 1 the batch table, 2 and 3 wait for the ring."""
+"""Page 0 of a window is the shared info page, page 1 the batch table."""
+WINDOW_CALL_OFFSET: Final = 2 * PAGE_BYTES
+"""Of the CALL_BLOCK, which only the guest writes."""
+WINDOW_COMPLETION_OFFSET: Final = 3 * PAGE_BYTES
+"""Of the COMPLETION_BLOCK, which only the hypervisor writes."""
 WINDOW_SLOTS_OFFSET: Final = 4 * PAGE_BYTES
 WINDOW_BYTES: Final = WINDOW_SLOTS_OFFSET + WINDOW_SLOTS * PAGE_BYTES
 BATCH_TABLE_BYTES: Final = EXTENT_PAGES_MAX * BATCH_ENTRY_BYTES
@@ -36,6 +40,16 @@ BATCH_TABLE_BYTES: Final = EXTENT_PAGES_MAX * BATCH_ENTRY_BYTES
 PATIENCE_SECONDS: Final = 0.1
 """How long a guest waits for a reply before it looks whether the hypervisor still lives.  It is
 not a time-out of the call: with a living hypervisor the guest goes on waiting."""
+YIELDS_MAX: Final = 50
+"""How often each side of a ring gives the processor away before it sleeps: some 30 us if nobody
+else wants it."""
+SLOW_YIELD_NS: Final = 1_000_000
+"""A yield that takes this long gave a whole time slice to somebody who computes."""
+BACK_OFF_CALLS_MIN: Final = 32
+"""After a slow yield a side sleeps at once for this many calls."""
+BACK_OFF_CALLS_MAX: Final = 4096
+"""Each further slow yield doubles their number up to this; as many calls without one forget it."""
+
 HANDSHAKE_SECONDS: Final = 5.0
 """A peer that does not finish the attach handshake in this time is dropped."""
 HANDSHAKES_MAX: Final = 16

@@ -105,15 +105,15 @@ class QueuePair:
             message: bytes = self._receive(0)[0]
         except posix_ipc.BusyError:
             return None
-        return message
+        return message if message != KICK else None
 
     def wait(self, patience_seconds: float) -> bytes | None:
-        """Sleep until a request comes; None after `patience_seconds`, or after a signal."""
+        """Sleep until a request comes; None after `patience_seconds`, a signal or a KICK."""
         try:
             message: bytes = self._receive(patience_seconds)[0]
         except (posix_ipc.BusyError, posix_ipc.SignalError):
             return None
-        return message
+        return message if message != KICK else None
 
     def kick(self) -> None:
         """Wake whoever sleeps in `wait`; of no effect on a queue that is full."""

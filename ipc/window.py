@@ -1,6 +1,7 @@
 """The window: one shared mapping between one guest and the hypervisor, for page bytes.
 
-Layout, in pages of 4 KiB: 0 shared info, 1 batch table, 2-3 reserved for the ring, then the slots.
+Layout, in pages of 4 KiB: 0 shared info, 1 batch table, 2 call block and 3 completion block of the
+ring, then the slots.
 The offsets are also told in WELCOME, so a client need not know them.  Entry n of the batch table is
 at table offset + 48 n, slot n at slots offset + 4096 n.  Map it shared, readable and writable, from
 offset 0.  Slots and table belong to the guest between calls and to the hypervisor during one;
@@ -24,10 +25,20 @@ import os
 import struct
 from typing import Final
 
-from ipc.abi import BATCH_ENTRY, EXTENT_PAGES_MAX, PAGE_BYTES
+from ipc.abi import (
+    BATCH_ENTRY,
+    CALL_BLOCK,
+    COMPLETION_BLOCK,
+    EXTENT_PAGES_MAX,
+    PAGE_BYTES,
+    REPLY_BYTES,
+    REQUEST_BYTES,
+)
 from ipc.limits import (
     BATCH_TABLE_BYTES,
     WINDOW_BYTES,
+    WINDOW_CALL_OFFSET,
+    WINDOW_COMPLETION_OFFSET,
     WINDOW_SLOTS,
     WINDOW_SLOTS_OFFSET,
     WINDOW_TABLE_OFFSET,
@@ -47,7 +58,11 @@ _SHARED_INFO_MAGIC: Final = b"TMWI"
 
 class Window:
     """A mapped window; `slots` is a writable view of all page slots, slot 0 first, and `words` the
-    same as 64-bit words."""
+    same as 64-bit words.
+
+    `call_words` are `posted` and `sleeping` of the CALL_BLOCK and `request` its request;
+    `completion_words` are `completed` and `sleeping` of the COMPLETION_BLOCK and `reply` its reply.
+    """
 
     def __init__(self, mapping: mmap.mmap, fd: int = -1) -> None:
         self._mapping = mapping
@@ -58,6 +73,15 @@ class Window:
             WINDOW_SLOTS_OFFSET : WINDOW_SLOTS_OFFSET + WINDOW_SLOTS * PAGE_BYTES
         ]
         self.words = self.slots.cast("Q")
+        # An aligned word through a view of format Q is read and written by one instruction.
+        self.call_words = self._view[WINDOW_CALL_OFFSET : WINDOW_CALL_OFFSET + 16].cast("Q")
+        end = WINDOW_CALL_OFFSET + CALL_BLOCK.size
+        self.request = self._view[end - REQUEST_BYTES : end]
+        self.completion_words = self._view[
+            WINDOW_COMPLETION_OFFSET : WINDOW_COMPLETION_OFFSET + 16
+        ].cast("Q")
+        end = WINDOW_COMPLETION_OFFSET + COMPLETION_BLOCK.size
+        self.reply = self._view[end - REPLY_BYTES : end]
 
     def slot(self, number: int, count: int = 1) -> memoryview:
         """The bytes of `count` slots from slot `number` on, writable."""
@@ -82,10 +106,17 @@ class Window:
 
     def close(self) -> None:
         """Unmap and close the descriptor; views handed out must be gone."""
-        self.table.release()
-        self.words.release()
-        self.slots.release()
-        self._view.release()
+        for view in (
+            self.table,
+            self.words,
+            self.slots,
+            self.call_words,
+            self.request,
+            self.completion_words,
+            self.reply,
+            self._view,
+        ):
+            view.release()
         self._mapping.close()
         if self.fd >= 0:
             os.close(self.fd)

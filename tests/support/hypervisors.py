@@ -24,8 +24,18 @@ _PROGRAM = """
 import sys
 from pathlib import Path
 from hypervisor.boot import HypervisorSpec, run
-cluster, directory, arena_bytes, eviction, supervisor = sys.argv[1:]
-run(HypervisorSpec(cluster, Path(directory), int(arena_bytes), eviction, int(supervisor) or None))
+cluster, directory, arena_bytes, eviction, supervisor, transport = sys.argv[1:]
+supervisor_pid = int(supervisor) or None
+run(
+    HypervisorSpec(
+        cluster,
+        Path(directory),
+        int(arena_bytes),
+        eviction,
+        supervisor_pid=supervisor_pid,
+        transport=transport,
+    )
+)
 """
 ROOT = Path(__file__).parents[2]
 
@@ -34,12 +44,18 @@ class RunningHypervisor:
     """A hypervisor process on `run_directory`; it can be killed and started again."""
 
     def __init__(
-        self, cluster: str, run_directory: Path, arena_bytes: int, eviction: str = "clock"
+        self,
+        cluster: str,
+        run_directory: Path,
+        arena_bytes: int,
+        eviction: str = "clock",
+        transport: str = "auto",
     ) -> None:
         self.cluster = cluster
         self.run_directory = run_directory
         self.arena_bytes = arena_bytes
         self.eviction = eviction
+        self.transport = transport
         self.supervisor_pid = 0
         self.process: subprocess.Popen[str]
         self._tokens: dict[str, bytes] = {}
@@ -51,6 +67,7 @@ class RunningHypervisor:
             str(self.arena_bytes),
             self.eviction,
             str(self.supervisor_pid),
+            self.transport,
         ]
         self.process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, *arguments],
@@ -75,8 +92,10 @@ class RunningHypervisor:
         attach.enrol(self.run_directory, name, token, os.getuid())
         return token
 
-    def attach(self, name: str) -> RawGuest:
-        return RawGuest(attach.connect(self.run_directory, name, self.enrol(name)))
+    def attach(self, name: str, *, ring: bool | None = None) -> RawGuest:
+        """A guest in this process; without `ring` it asks for what the machine allows."""
+        token = self.enrol(name)
+        return RawGuest(attach.connect(self.run_directory, name, token, ring=ring))
 
     def ask(self, verb: str) -> dict[str, Any]:
         """A verb on the control socket."""
@@ -114,10 +133,14 @@ class RawGuest:
 
 @contextmanager
 def running_hypervisor(
-    cluster: str, run_directory: Path, arena_bytes: int = 4 << 20, eviction: str = "clock"
+    cluster: str,
+    run_directory: Path,
+    arena_bytes: int = 4 << 20,
+    eviction: str = "clock",
+    transport: str = "auto",
 ) -> Iterator[RunningHypervisor]:
     """Start one, and leave nothing behind whatever happened."""
-    hypervisor = RunningHypervisor(cluster, run_directory, arena_bytes, eviction)
+    hypervisor = RunningHypervisor(cluster, run_directory, arena_bytes, eviction, transport)
     hypervisor.start()
     try:
         yield hypervisor

@@ -1,6 +1,8 @@
 """The hypervisor's end of real queues, running the conformance suite's `serve`.
 
-    python -m tests.t0_ipc.echo_server RUN_DIRECTORY CLUSTER
+    python -m tests.t0_ipc.echo_server RUN_DIRECTORY CLUSTER [watch]
+
+With `watch` it looks for the calls of ring guests for a while before it sleeps.
 
 Much less than `hypervisor.server`, so that transport tests fail for the transport's reasons only.
 It ends when its standard input does.
@@ -13,11 +15,13 @@ import select
 import socket
 import sys
 from pathlib import Path
+from time import perf_counter_ns
 
 from ipc import attach
 from ipc.abi import CONFIRM, CONFIRM_BYTES, CONFIRM_MAGIC, HELLO_BYTES
 from ipc.mqueue import QueuePair
 from ipc.names import Registry
+from ipc.ring import RingPair, Rings
 from ipc.window import create_window
 from tests.t0_ipc.conformance import GENERATION, serve
 
@@ -25,7 +29,9 @@ from tests.t0_ipc.conformance import GENERATION, serve
 class Echo:
     """Guests by the descriptors they are heard on."""
 
-    def __init__(self, run_directory: Path, cluster: str) -> None:
+    def __init__(self, run_directory: Path, cluster: str, *, watches: bool) -> None:
+        self.watches = watches
+        self.rings: Rings[RingPair] = Rings(self.serve)
         self.registry = Registry(run_directory)
         self.cluster = cluster
         self.listener = attach.listen(run_directory)
@@ -38,7 +44,9 @@ class Echo:
     def run(self) -> None:
         print("ready", flush=True)
         while True:
-            for fd, _ in self.poll.poll():
+            if self.rings.watched:
+                self.rings.spin(16)
+            for fd, _ in self.poll.poll(0 if self.rings.watched else None):
                 if fd == 0:
                     return
                 if fd == self.listener.fileno():
@@ -51,8 +59,9 @@ class Echo:
     def welcome(self) -> None:
         door, _ = self.listener.accept()
         os.close(attach.identify(door).pidfd)
-        attach.decode_hello(door.recv(HELLO_BYTES))
-        pair = QueuePair(self.cluster, self.registry, create_window(), os.urandom)
+        hello = attach.decode_hello(door.recv(HELLO_BYTES))
+        kind = RingPair if hello.ring else QueuePair
+        pair = kind(self.cluster, self.registry, create_window(), os.urandom)
         attach.send_welcome(door, 0, GENERATION, pair, resumed=False)
         confirmation = door.recv(CONFIRM_BYTES)
         pair.forget_names()
@@ -66,7 +75,13 @@ class Echo:
     def answer(self, pair: QueuePair) -> None:
         message = pair.receive()
         if message is not None:
-            pair.send(serve(message, pair.window))
+            self.serve(pair, message, 0)
+            if self.watches and isinstance(pair, RingPair):
+                self.rings.watch(pair, pair)
+
+    def serve(self, pair: QueuePair, message: bytes, _moment_ns: int) -> int:
+        pair.send(serve(message, pair.window))
+        return perf_counter_ns()
 
     def goodbye(self, fd: int) -> None:
         door, pair = self.doors.pop(fd)
@@ -74,8 +89,10 @@ class Echo:
         self.poll.unregister(pair)
         del self.pairs[pair.fileno()]
         door.close()
+        if isinstance(pair, RingPair):
+            self.rings.forget(pair)
         pair.close()
 
 
 if __name__ == "__main__":
-    Echo(Path(sys.argv[1]), sys.argv[2]).run()
+    Echo(Path(sys.argv[1]), sys.argv[2], watches="watch" in sys.argv[3:]).run()

@@ -25,6 +25,7 @@ from ipc.abi import (
     WELCOME,
     WELCOME_BYTES,
     WELCOME_MAGIC,
+    HelloFlag,
     Op,
     Status,
 )
@@ -120,7 +121,7 @@ def still_serves(hypervisor: RunningHypervisor) -> bool:
 BROKEN_HELLOS = {
     "empty revision": (hello(b"web", bytes(32), revision=0), "revision 0 is not served"),
     "next revision": (hello(b"web", bytes(32), revision=ABI_REVISION + 1), "is not served"),
-    "flags": (hello(b"web", bytes(32), flags=1), "reserved bits"),
+    "flags": (hello(b"web", bytes(32), flags=2), "reserved bits"),
     "reserved": (hello(b"web", bytes(32))[:-1] + b"\1", "reserved bits"),
     "magic": (b"HTTP" + hello(b"web", bytes(32))[4:], "no HELLO"),
     "one byte": (b"T", f"{HELLO_BYTES} bytes, not 1"),
@@ -314,6 +315,8 @@ def test_good_guest_names(name: str) -> None:
     """They are file names in the roster and words in logs."""
     assert is_guest_name(name)
     assert Hello(name, bytes(32)) == decode_hello(hello(name.encode(), bytes(32)))
+    asked = decode_hello(hello(name.encode(), bytes(32), flags=HelloFlag.RING))
+    assert Hello(name, bytes(32), ring=True) == asked
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "-a", "_a", "A", "a/b", "a b", "a\n", "w" * 32])

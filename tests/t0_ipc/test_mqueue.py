@@ -6,12 +6,8 @@ import array
 import os
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import posix_ipc
@@ -30,53 +26,17 @@ from ipc.abi import (
     WELCOME_BYTES,
     Op,
 )
-from ipc.channel import Channel
 from ipc.errors import Disconnected
 from ipc.limits import REPLY_QUEUE_MESSAGES, REQUEST_QUEUE_MESSAGES
-from ipc.mqueue import QueueChannel, QueuePair
+from ipc.mqueue import QueuePair
 from ipc.names import Registry
 from ipc.window import create_window
-from tests.support.hypervisors import ROOT
-from tests.t0_ipc.conformance import (
-    SLEEP_SECONDS,
-    Opener,
-    TransportConformance,
-    ask,
-    request,
-)
-
-GUESTS = 12
-"""Guests at once: 24 of the machine's 256 queues, which other test workers need too."""
+from tests.t0_ipc.conformance import ask, request
+from tests.t0_ipc.processes import EchoProcess, ProcessTransport
 
 
-class EchoProcess:
-    """A running echo server."""
-
-    def __init__(self, run_directory: Path, cluster: str) -> None:
-        self.run_directory = run_directory
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.t0_ipc.echo_server", os.fspath(run_directory), cluster],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == b"ready\n"
-
-    def connect(self) -> QueueChannel:
-        return attach.connect(self.run_directory, "guest", bytes(32))
-
-    @contextmanager
-    def opened(self) -> Iterator[QueueChannel]:
-        channel = self.connect()
-        try:
-            yield channel
-        finally:
-            channel.close()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+class TestQueues(ProcessTransport):
+    """Two processes and real queues."""
 
 
 @pytest.fixture
@@ -84,32 +44,7 @@ def echo(tmp_path: Path, cluster_name: str) -> Iterator[EchoProcess]:
     """The other end, in its own process."""
     server = EchoProcess(tmp_path, cluster_name)
     yield server
-    server.kill()
-    server.process.communicate()
-    Registry(tmp_path).clean()
-
-
-class TestQueues(TransportConformance):
-    """Two processes and real queues."""
-
-    @pytest.fixture
-    def open_channel(self, echo: EchoProcess) -> Opener:
-        """A channel to the echo server."""
-
-        @contextmanager
-        def opened() -> Iterator[Channel]:
-            with echo.opened() as channel:
-                yield channel
-
-        return opened
-
-
-def test_a_longer_message_can_not_be_sent(echo: EchoProcess) -> None:
-    """The kernel refuses it: the queue was made for 64 bytes."""
-    with echo.opened() as channel:
-        with pytest.raises(ValueError, match="too long"):
-            channel.call(bytes(REQUEST_BYTES + 1))
-        assert ask(channel, request(2, Op.FLUSH_PAGE)).sequence == 2
+    server.close()
 
 
 @pytest.mark.parametrize("length", [0, 1, 3])
@@ -123,27 +58,6 @@ def test_a_message_without_a_whole_sequence_is_answered(echo: EchoProcess, lengt
         assert ask(channel, request(2, Op.FLUSH_PAGE)).sequence == 2
 
 
-def test_a_call_to_a_killed_peer_is_disconnected(echo: EchoProcess) -> None:
-    """Queues outlive their maker; the door tells."""
-    with echo.opened() as channel:
-        ask(channel, request(1, Op.FLUSH_PAGE))
-        echo.kill()
-
-        with pytest.raises(Disconnected):
-            channel.call(request(2, Op.FLUSH_PAGE))
-
-
-def test_a_peer_that_is_killed_during_a_call_is_noticed(echo: EchoProcess) -> None:
-    """The call was received and never answered."""
-    with echo.opened() as channel:
-        killer = threading.Timer(SLEEP_SECONDS / 3, echo.process.kill)
-        killer.start()
-
-        with pytest.raises(Disconnected):
-            channel.call(request(1, Op.VERSION))
-        killer.join()
-
-
 def test_a_peer_that_dies_with_the_request_queue_full_is_noticed(echo: EchoProcess) -> None:
     """A guest whose calls were cut short does not wait for ever to send the next one."""
     with echo.opened() as channel:
@@ -154,80 +68,6 @@ def test_a_peer_that_dies_with_the_request_queue_full_is_noticed(echo: EchoProce
 
         with pytest.raises(Disconnected):
             channel.call(request(99, Op.FLUSH_PAGE))
-
-
-def test_a_slow_peer_is_waited_for(echo: EchoProcess) -> None:
-    """Patience is no time-out: a stopped hypervisor that goes on still answers."""
-    with echo.opened() as channel:
-        echo.process.send_signal(signal.SIGSTOP)
-        waker = threading.Timer(SLEEP_SECONDS, echo.process.send_signal, (signal.SIGCONT,))
-        waker.start()
-
-        assert ask(channel, request(1, Op.FLUSH_PAGE, token=5)).value == 5
-        waker.join()
-
-
-@contextmanager
-def alarms(handler: object, first_seconds: float, interval_seconds: float) -> Iterator[None]:
-    """SIGALRM to this process; the test runner's own alarm is put back."""
-    theirs = signal.getsignal(signal.SIGALRM)
-    timer = signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, handler)  # type: ignore[arg-type]
-    signal.setitimer(signal.ITIMER_REAL, first_seconds, interval_seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, theirs)
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-
-
-def test_a_signal_during_a_call_is_survived(echo: EchoProcess) -> None:
-    """The handler runs, many times, and the call still gets its reply."""
-    ticks = []
-    with echo.opened() as channel:
-        with alarms(lambda *_: ticks.append(1), 0.01, 0.01):
-            reply = ask(channel, request(1, Op.VERSION, token=11))
-
-    assert reply.value == 11
-    assert len(ticks) > 3
-
-
-def test_the_reply_to_a_call_that_was_cut_short_is_not_mistaken(echo: EchoProcess) -> None:
-    """Ctrl-C leaves a call; the next call drops its late reply."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with echo.opened() as channel:
-        with pytest.raises(KeyboardInterrupt), alarms(interrupt, SLEEP_SECONDS / 3, 0):
-            channel.call(request(1, Op.VERSION, token=1))
-
-        assert ask(channel, request(2, Op.FLUSH_PAGE, token=2)).value == 2
-
-
-def test_many_guests_at_once_get_their_own_replies(echo: EchoProcess) -> None:
-    """From threads, so that their calls really overlap."""
-    wrong: list[tuple[int, int]] = []
-
-    def work(guest: int, channel: QueueChannel) -> None:
-        for sequence in range(100):
-            token = guest << 32 | sequence
-            if ask(channel, request(sequence, Op.FLUSH_PAGE, token=token)).value != token:
-                wrong.append((guest, sequence))
-
-    with ExitStack() as stack:
-        channels = [stack.enter_context(echo.opened()) for _ in range(GUESTS)]
-        threads = [
-            threading.Thread(target=work, args=(guest, channel))
-            for guest, channel in enumerate(channels)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    assert wrong == []
 
 
 def test_names_are_gone_after_the_handshake(echo: EchoProcess) -> None:

@@ -1,4 +1,4 @@
-"""The hypervisor as a process, over real queues: life, death, floods, figures."""
+"""The hypervisor as a process, over either transport: life, death, floods, figures."""
 
 from __future__ import annotations
 
@@ -17,12 +17,25 @@ from ipc import attach
 from ipc.abi import PAGE_BYTES, REQUEST, Op, Reason, Status, oid_from_int
 from ipc.errors import Disconnected, ExitCode, OperatorError
 from ipc.limits import REPLY_QUEUE_MESSAGES
+from ipc.mqueue import KICK
+from ipc.ring import memory_order_suffices
 from tests.support.hypervisors import ROOT, RunningHypervisor, running_hypervisor
+
+TRANSPORTS = ["mqueue", "ring"] if memory_order_suffices() else ["mqueue"]
+
+
+@pytest.fixture(params=TRANSPORTS)
+def hypervisor(
+    cluster_name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[RunningHypervisor]:
+    """A hypervisor process of this test's own, whose guests all have the same transport."""
+    with running_hypervisor(cluster_name, tmp_path, transport=request.param) as running:
+        yield running
 
 
 @pytest.fixture
-def hypervisor(cluster_name: str, tmp_path: Path) -> Iterator[RunningHypervisor]:
-    """A hypervisor process of this test's own."""
+def mixed(cluster_name: str, tmp_path: Path) -> Iterator[RunningHypervisor]:
+    """One that gives guests what they ask for."""
     with running_hypervisor(cluster_name, tmp_path) as running:
         yield running
 
@@ -152,9 +165,10 @@ def test_a_name_is_one_living_process_at_a_time(hypervisor: RunningHypervisor) -
     hypervisor.attach("guest").detach()
 
 
-def test_a_deaf_guest_is_counted_and_holds_nobody_up(hypervisor: RunningHypervisor) -> None:
+def test_a_deaf_guest_is_counted_and_holds_nobody_up(mixed: RunningHypervisor) -> None:
     """It sends without ever reading; its replies are dropped, another guest is served."""
-    deaf = hypervisor.attach("deaf")
+    hypervisor = mixed
+    deaf = hypervisor.attach("deaf", ring=False)
     other = hypervisor.attach("other")
     request = REQUEST.pack(0, Op.VERSION, 0, 0, 0, 0, oid_from_int(0), 0, 0, 0)
     sent = 0
@@ -177,9 +191,148 @@ def test_a_deaf_guest_is_counted_and_holds_nobody_up(hypervisor: RunningHypervis
     deaf.detach()
 
 
-def test_a_flood_costs_only_the_flooding_guest(hypervisor: RunningHypervisor) -> None:
+RING_FLOOD = (
+    "import threading\n"
+    "from ipc.abi import REQUEST, oid_from_int\n"
+    "window = guest.channel.window\n"
+    "window.request[:] = REQUEST.pack(0, Op.VERSION, 0, 0, 0, 0, oid_from_int(0), 0, 0, 0)\n"
+    "def flood():\n"
+    "    number = 1\n"
+    "    while True:\n"
+    "        number += 1\n"
+    "        window.call_words[0] = number\n"
+    "        if number % 100 == 0:\n"
+    "            guest.channel._ring()\n"
+    "threading.Thread(target=flood, daemon=True).start()"
+)
+"""A guest of a ring that never waits for an answer."""
+
+
+@pytest.mark.parametrize("flooders", [1, 3])
+@pytest.mark.parametrize("ring", [False, True])
+def test_a_flood_through_rings_costs_only_the_flooding_guests(
+    mixed: RunningHypervisor, flooders: int, ring: bool
+) -> None:
+    """Guests that post all the time, without reading; others are served, whatever they use."""
+    processes = [start_guest(mixed, f"flooder{number}", RING_FLOOD) for number in range(flooders)]
+    other = mixed.attach("other", ring=ring)
+
+    for _ in range(300):
+        assert other.call(Op.VERSION).status == Status.DONE
+
+    until(
+        lambda: all(
+            mixed.ask("stats")["guests"][f"flooder{number}"]["operations"]["version"]["calls"] > 100
+            for number in range(flooders)
+        ),
+        "the floods are served too",
+    )
+    for process in processes:
+        end(process)
+    other.detach()
+
+
+HOSTILE_RING = (
+    "import random, threading\n"
+    "from ipc.abi import CALL_BLOCK, COMPLETION_BLOCK\n"
+    "from ipc.limits import WINDOW_CALL_OFFSET, WINDOW_COMPLETION_OFFSET\n"
+    "view = guest.channel.window._view\n"
+    "choose = random.Random(int(sys.argv[2][-1]))\n"
+    "def scribble():\n"
+    "    while True:\n"
+    "        start, size = choose.choice((\n"
+    "            (WINDOW_CALL_OFFSET, CALL_BLOCK.size),\n"
+    "            (WINDOW_COMPLETION_OFFSET, COMPLETION_BLOCK.size),\n"
+    "            (WINDOW_CALL_OFFSET, 16),\n"
+    "            (0, 4 * 4096),\n"
+    "        ))\n"
+    "        at = start + choose.randrange(size)\n"
+    "        size = min(size + start - at, choose.choice((1, 2, 7, 8, 64)))\n"
+    "        view[at : at + size] = choose.choice((bytes(size), choose.randbytes(size)))\n"
+    "        if choose.random() < 0.02:\n"
+    "            guest.channel._ring()\n"
+    "for _ in range(2): threading.Thread(target=scribble, daemon=True).start()"
+)
+"""A guest that writes anything anywhere in the blocks of its window, from two threads."""
+
+
+@pytest.mark.parametrize("ring", [False, True])
+def test_a_guest_that_scribbles_over_its_ring_harms_nobody(
+    mixed: RunningHypervisor, ring: bool
+) -> None:
+    """Wild numbers, torn requests, false flags: another guest's pages are as they were."""
+    vandals = [start_guest(mixed, f"vandal{number}", HOSTILE_RING) for number in range(2)]
+    other = mixed.attach("other", ring=ring)
+    pool = other.new_pool(persist=True)
+    for number in range(300):
+        other.channel.window.slot(0)[:] = number.to_bytes(2, "little") * (PAGE_BYTES // 2)
+        assert other.call(Op.PUT_PAGE, pool, 1, number % 40, 1).status == Status.DONE
+        other.channel.window.slot(0)[:] = bytes(PAGE_BYTES)
+        assert other.call(Op.GET_PAGE, pool, 1, number % 40, 1).status == Status.DONE
+        assert other.channel.window.slot(0)[:2] == number.to_bytes(2, "little")
+    for vandal in vandals:
+        end(vandal)
+    until(lambda: list(mixed.ask("stats")["guests"]) == ["other"], "the vandals depart")
+    other.detach()
+
+
+def test_a_guest_that_left_its_ring_in_disorder_keeps_nobody_awake(
+    mixed: RunningHypervisor,
+) -> None:
+    """A call posted, flags set, the request garbled, and then silence: the hypervisor sleeps."""
+    guest = mixed.attach("guest")
+    guest.channel.window.call_words[1] = 1
+    for number in range(5):
+        guest.channel.window.request[:] = os.urandom(64)
+        guest.channel.window.call_words[0] = number * 2**60 + 1
+        guest.channel._requests.send(KICK, 0)
+    tasks = Path(f"/proc/{mixed.process.pid}/task/{mixed.process.pid}")
+
+    def sleeps() -> bool:
+        return (tasks / "stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+    for _ in range(3):
+        until(lambda: all(sleeps() for _ in range(20)), "the hypervisor sleeps")
+    guest.detach()
+
+
+def test_guests_of_both_transports_are_served_together(mixed: RunningHypervisor) -> None:
+    """Each asks for what it wants, their calls alternate, and each finds its own pages."""
+    guests = [mixed.attach(f"guest{number}", ring=number % 2 == 0) for number in range(6)]
+    pools = [guest.new_pool(persist=True) for guest in guests]
+    for index in range(50):
+        for number, (guest, pool) in enumerate(zip(guests, pools, strict=True)):
+            guest.channel.window.slot(0)[:] = bytes([number, index]) * (PAGE_BYTES // 2)
+            assert guest.call(Op.PUT_PAGE, pool, 1, index, 1).status == Status.DONE
+    for index in range(50):
+        for number, (guest, pool) in enumerate(zip(guests, pools, strict=True)):
+            assert guest.call(Op.GET_PAGE, pool, 1, index, 1).status == Status.DONE
+            assert guest.channel.window.slot(0)[:2] == bytes([number, index])
+    for guest in guests:
+        guest.detach()
+    log = (mixed.run_directory / "log" / "hypervisor.log").read_text()
+    assert log.count("event=transport ") == 1
+    if memory_order_suffices():
+        assert log.count("transport=ring") == 1 + 3
+    assert log.count("event=attached") == 6
+
+
+def test_a_ring_that_is_not_granted_is_done_without(cluster_name: str, tmp_path: Path) -> None:
+    """The cluster's operator may want queues."""
+    with running_hypervisor(cluster_name, tmp_path, transport="mqueue") as running:
+        guest = running.attach("guest", ring=True)
+        assert guest.call(Op.VERSION).status == Status.DONE
+        guest.detach()
+
+
+def test_a_flood_costs_only_the_flooding_guest(mixed: RunningHypervisor) -> None:
     """With one guest's queue kept full, every round of the server still serves the other."""
+    hypervisor = mixed
     code = (
+        "guest.channel.close()\n"
+        "channel = attach.connect(\n"
+        "    Path(sys.argv[1]), sys.argv[2], bytes.fromhex(sys.argv[3]), ring=False)\n"
+        "guest = RawGuest(channel)\n"
         "import threading\n"
         "from ipc.abi import REQUEST, oid_from_int\n"
         "request = REQUEST.pack(0, Op.VERSION, 0, 0, 0, 0, oid_from_int(0), 0, 0, 0)\n"

@@ -1,0 +1,328 @@
+"""The ring: calls through two blocks in the window; the queues only wake who sleeps.
+
+A guest asks for it in HELLO and has it if WELCOME says so.  Then its requests and replies stand in
+the CALL_BLOCK and the COMPLETION_BLOCK of its window, and a message on either queue, whatever it
+holds, says no more than "look".  Everything else is as with queues.
+
+  guest                                        hypervisor
+  (the last call is completed)
+  request; posted := number + 1                reads posted: not the one it saw last, so a call
+  fence                                        copies request once, executes it
+  sleeping of the hypervisor? KICK  ---------> reply; completed := the posted that it read
+  until completed = posted:                    fence
+    yields the processor, 50 times   <-------- sleeping of the guest? KICK
+    sleeping := 1; fence; completed?
+    sleeps in the reply queue; sleeping := 0
+
+Rules, for both sides and any language
+
+* R1  Each word has one writer.  It is aligned and written by one store of 8 bytes, after all that
+  it announces: request and window before `posted`, window and reply before `completed` (a release
+  store in C11).  It is read before what it announces (an acquire load).
+* R2  Between its store of `posted` (of `completed`) and its load of the other's `sleeping`, and
+  between its store of 1 to its own `sleeping` and its last look at the other's word, a side has a
+  full fence, which orders a store before a load: atomic_thread_fence(memory_order_seq_cst) in C11.
+  Without it both can look too early, and both sleep.
+* R3  A guest that left a call waits for it to complete before it writes the next request: the block
+  may be being copied.
+* R4  A sleeper can be woken without need, so it looks again.  A KICK that finds the queue full is
+  dropped: what fills the queue wakes as well.
+* R5  The hypervisor believes nothing that stands in the window: it reads no word of its own back,
+  copies `request` once, and takes any change of `posted` for one call.  So a call block is a
+  request queue of one message: whatever a guest writes there costs it what a call costs, and
+  nothing fills up if it does not read.
+
+In Python a fence is the acquiring and releasing of a lock, each an atomic operation, and R1 holds
+where stores and loads keep their order by themselves: on x86-64.  Elsewhere a hypervisor in Python
+grants nobody a ring, and a guest in Python asks for none.  Each end has a lock of its own and never
+waits for it: an exception of a signal handler may leave it locked, and the release is fence enough.
+
+To yield is quick on an idle core and on one that the other side shares; beside somebody who
+computes it costs a time slice, a thousand times a call.  So each side times its yields, and after a
+slow one sleeps at once for the next 32 calls, after the next slow one for 64, and so on
+(`BackOff`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+import threading
+from collections.abc import Callable
+from time import perf_counter_ns as now_ns
+from typing import Any, Final, Generic, TypeVar
+
+import posix_ipc
+
+from ipc.abi import CALL_NUMBER_MASK, REQUEST_BYTES
+from ipc.errors import Disconnected
+from ipc.limits import (
+    BACK_OFF_CALLS_MAX,
+    BACK_OFF_CALLS_MIN,
+    PATIENCE_SECONDS,
+    SLOW_YIELD_NS,
+    YIELDS_MAX,
+)
+from ipc.mqueue import KICK, QueueChannel, QueuePair
+from ipc.names import Registry
+from ipc.window import Window
+
+_LENGTH_SHIFT: Final = 56
+_YIELDS: Final = range(YIELDS_MAX)
+_yield: Final = os.sched_yield
+
+
+def memory_order_suffices(machine: str | None = None) -> bool:
+    """Whether plain stores and loads of this process keep the order that a ring needs."""
+    return (machine or platform.machine()) == "x86_64" and sys.maxsize > 1 << 32
+
+
+class BackOff:
+    """For how many calls a side does without yielding.  `until` is the first call, by number, for
+    which it may yield again."""
+
+    __slots__ = ("_calls", "until")
+
+    def __init__(self) -> None:
+        self._calls = BACK_OFF_CALLS_MIN
+        self.until = 0
+
+    def slow(self, number: int) -> None:
+        """A yield during this call was slow."""
+        if number - self.until >= BACK_OFF_CALLS_MAX:
+            self._calls = BACK_OFF_CALLS_MIN
+        self.until = number + self._calls
+        self._calls = min(2 * self._calls, BACK_OFF_CALLS_MAX)
+
+
+class RingPair(QueuePair):
+    """The hypervisor's end (a `Port`).  `seen` is the last `posted` that it took for a call."""
+
+    def __init__(
+        self,
+        cluster: str,
+        registry: Registry,
+        window: Window,
+        random_bytes: Callable[[int], bytes],
+    ) -> None:
+        super().__init__(cluster, registry, window, random_bytes)
+        self.seen = 0
+        self.mark = 0
+        """`seen` at an earlier time; for whoever wants to know whether the guest called since."""
+        self._untrusted_words = window.call_words
+        self._copy_untrusted_request = window.request.tobytes
+        self._words = window.completion_words
+        self._reply = window.reply
+        lock = threading.Lock()
+        self._acquire, self._release = lock.acquire, lock.release
+        self.asleep = False
+        self.sleep()
+
+    def sleep(self) -> None:
+        """The guest must ring from now on; whoever says so looks once more."""
+        self.asleep = True
+        self._words[1] = 1
+        self._acquire(False)
+        self._release()
+
+    def wake(self) -> None:
+        """The guest need not ring: its calls will be looked for."""
+        self.asleep = False
+        self._words[1] = 0
+
+    def look(self) -> bytes | None:
+        """The request of a call that was posted since the last look, or None."""
+        posted = self._untrusted_words[0]
+        if posted == self.seen:
+            return None
+        self.seen = posted
+        message = self._copy_untrusted_request()
+        if posted > CALL_NUMBER_MASK:
+            return message[: max(0, REQUEST_BYTES - (posted >> _LENGTH_SHIFT))]
+        return message
+
+    def receive(self) -> bytes | None:
+        super().receive()
+        return self.look()
+
+    def wait(self, patience_seconds: float) -> bytes | None:
+        super().wait(patience_seconds)
+        return self.look()
+
+    def send(self, reply: bytes) -> bool:
+        self._reply[:] = reply
+        self._words[0] = self.seen
+        self._acquire(False)
+        self._release()
+        if self._untrusted_words[1]:
+            super().send(KICK)
+        return True
+
+
+class RingChannel(QueueChannel):
+    """The guest's end (a `Channel`)."""
+
+    def __init__(self, *ends: Any) -> None:
+        super().__init__(*ends)
+        self._words = self.window.call_words
+        self._request = self.window.request
+        self._their_words = self.window.completion_words
+        self._copy_reply = self.window.reply.tobytes
+        lock = threading.Lock()
+        self._acquire, self._release = lock.acquire, lock.release
+        self._back_off = BackOff()
+
+    def call(self, request: bytes) -> bytes:
+        words = self._words
+        their_words = self._their_words
+        try:
+            last = words[0]
+            if their_words[0] != last:
+                self._wait(last)
+            self._request[:] = request
+        except ValueError:
+            return self._call_oddly(request)
+        number = (last + 1) & CALL_NUMBER_MASK
+        words[0] = number
+        self._acquire(False)
+        self._release()
+        if their_words[1]:
+            self._ring()
+        if number >= self._back_off.until:
+            before = now_ns()
+            for _ in _YIELDS:
+                _yield()
+                moment = now_ns()
+                if moment - before > SLOW_YIELD_NS:
+                    self._back_off.slow(number)
+                    break
+                if their_words[0] == number:
+                    return self._copy_reply()
+                before = moment
+        self._sleep(number)
+        return self._copy_reply()
+
+    def _call_oddly(self, request: bytes) -> bytes:
+        """A channel that was closed, or a message that is no whole request."""
+        if self._closed:
+            raise Disconnected("the channel is closed")
+        if len(request) > REQUEST_BYTES:
+            raise ValueError(f"the message is too long: {len(request)} bytes")
+        words = self._words
+        number = (words[0] + 1) & CALL_NUMBER_MASK
+        self._request[: len(request)] = request
+        words[0] = number | REQUEST_BYTES - len(request) << _LENGTH_SHIFT
+        self._wait(words[0])
+        return self._copy_reply()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(posix_ipc.BusyError):
+            self._requests.send(KICK, 0)
+
+    def _wait(self, posted: int) -> None:
+        """Wait for a call that was posted, off the hot path; it may have been left in any state."""
+        self._acquire(False)
+        self._release()
+        if self._their_words[1]:
+            self._ring()
+        self._sleep(posted)
+
+    def _sleep(self, posted: int) -> None:
+        """Block until a call is completed; raises Disconnected."""
+        words, their_words = self._words, self._their_words
+        try:
+            while their_words[0] != posted:
+                words[1] = 1
+                self._acquire(False)
+                self._release()
+                if their_words[0] == posted:
+                    break
+                try:
+                    self._receive(PATIENCE_SECONDS)
+                except posix_ipc.BusyError:
+                    if self._hypervisor_is_gone():
+                        raise Disconnected("the hypervisor is gone") from None
+                except posix_ipc.SignalError:
+                    continue
+        finally:
+            words[1] = 0
+
+
+Caller = TypeVar("Caller")
+
+
+class Rings(Generic[Caller]):
+    """The hypervisor's side of many rings: which guests called lately and need not ring.
+
+    `serve(caller, message, moment)` executes a call that was found at `moment` (ns) and returns the
+    time when it was answered.
+    """
+
+    def __init__(self, serve: Callable[[Caller, bytes, int], int]) -> None:
+        self.watched: list[tuple[RingPair, Caller]] = []
+        self._serve = serve
+        self._fruitless = 0
+
+    def watch(self, pair: RingPair, caller: Caller) -> None:
+        """From now on this guest's calls are looked for; it need not ring."""
+        if pair.asleep:
+            pair.wake()
+            pair.mark = -1
+            self.watched.append((pair, caller))
+
+    def forget(self, pair: RingPair) -> None:
+        """The pair is being closed."""
+        self.watched = [entry for entry in self.watched if entry[0] is not pair]
+
+    def spin(self, rounds: int) -> bool:
+        """Rounds of one look at each guest and one yield; ends early, and rests, when nobody has
+        called for long or a yield was slow.  True if one was."""
+        serve = self._serve
+        watched = self.watched
+        moment = now_ns()
+        for _ in range(rounds):
+            called = False
+            for pair, caller in watched:
+                message = pair.look()
+                if message is not None:
+                    moment = serve(caller, message, moment)
+                    called = True
+            if called:
+                self._fruitless = 0
+            elif self._fruitless < YIELDS_MAX:
+                self._fruitless += 1
+            else:
+                self.rest()
+                return False
+            before = moment
+            _yield()
+            moment = now_ns()
+            if moment - before > SLOW_YIELD_NS:
+                self.rest()
+                return True
+        return False
+
+    def rest(self) -> None:
+        """Let all guests ring from now on; serve who called just before."""
+        watched, self.watched = self.watched, []
+        self._fruitless = 0
+        for pair, _ in watched:
+            pair.sleep()
+        for pair, caller in watched:
+            message = pair.look()
+            if message is not None:
+                self._serve(caller, message, now_ns())
+
+    def part_with_idlers(self) -> None:
+        """Let those ring that have not called since this was called last."""
+        for pair, caller in self.watched.copy():
+            if pair.seen != pair.mark:
+                pair.mark = pair.seen
+                continue
+            self.forget(pair)
+            pair.sleep()
+            message = pair.look()
+            if message is not None:
+                self._serve(caller, message, now_ns())

@@ -1,0 +1,416 @@
+"""The ring: conformance with either side awake or asleep, and what a hostile guest writes there."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import posix_ipc
+import pytest
+
+from ipc import ring
+from ipc.abi import CALL_NUMBER_MASK, REPLY_BYTES, REQUEST_BYTES, Op
+from ipc.errors import Disconnected
+from ipc.limits import (
+    BACK_OFF_CALLS_MAX,
+    BACK_OFF_CALLS_MIN,
+    REPLY_QUEUE_MESSAGES,
+    REQUEST_QUEUE_MESSAGES,
+    SLOW_YIELD_NS,
+    YIELDS_MAX,
+)
+from ipc.mqueue import QueueChannel
+from ipc.names import Registry
+from ipc.ring import BackOff, RingChannel, RingPair, Rings, memory_order_suffices
+from ipc.window import create_window
+from tests.t0_ipc.conformance import ask, request
+from tests.t0_ipc.processes import EchoProcess, ProcessTransport
+
+pytestmark = pytest.mark.skipif(
+    not memory_order_suffices(), reason="the ring in Python needs x86-64"
+)
+
+
+class TestRing(ProcessTransport):
+    """Both sides look for a while before they sleep."""
+
+    ring = True
+
+    def test_it_is_one(self, echo: EchoProcess) -> None:
+        """Granted to who asks, and to nobody else."""
+        with echo.opened(ring=True) as ours, echo.opened(ring=False) as other:
+            assert type(ours) is RingChannel
+            assert type(other) is QueueChannel
+            for sequence in range(50):
+                for channel in (ours, other):
+                    message = request(sequence, Op.FLUSH_PAGE, token=sequence)
+                    assert ask(channel, message).value == sequence
+
+
+class TestRingWhoseServerSleeps(ProcessTransport):
+    """Each call is rung for."""
+
+    ring = True
+    watches = False
+
+
+class TestRingWhoseGuestSleeps(ProcessTransport):
+    """Each reply is rung for."""
+
+    ring = True
+
+    @contextmanager
+    def opened(self, echo: EchoProcess) -> Iterator[QueueChannel]:
+        """A channel that backs off for ever."""
+        with super().opened(echo) as channel:
+            assert isinstance(channel, RingChannel)
+            channel._back_off.until = CALL_NUMBER_MASK
+            yield channel
+
+
+class TestRingWhereBothSleep(TestRingWhoseGuestSleeps):
+    """Words and bells only."""
+
+    watches = False
+
+
+def test_nobody_sleeps_through_a_bell(
+    tmp_path: Path, cluster_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either side goes to sleep at random moments; a lost wake-up would hang for ever."""
+    monkeypatch.setattr(ring, "PATIENCE_SECONDS", 600.0)
+    server = EchoProcess(tmp_path, cluster_name)
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    choose = random.Random(seed)
+    try:
+        with server.opened(ring=True) as channel:
+            assert isinstance(channel, RingChannel)
+            for sequence in range(20_000):
+                asleep = choose.random() < 0.5
+                channel._back_off.until = CALL_NUMBER_MASK if asleep else 0
+                for _ in range(choose.choice((0, 0, 0, 10, 100, 1000))):
+                    pass
+                assert ask(channel, request(sequence, Op.FLUSH_PAGE)).sequence == sequence
+    finally:
+        server.close()
+
+
+def test_an_odd_message_travels_as_it_is(tmp_path: Path, cluster_name: str) -> None:
+    """Of any length, the bell's own bytes too, and proper ones after it."""
+    server = EchoProcess(tmp_path, cluster_name)
+    try:
+        with server.opened(ring=True) as channel:
+            for length in (0, 1, 3, 4, 63, 64, 0, 64):
+                message = b"K\x08\x09\x0a".ljust(64, b"\0")[:length]
+                assert ask(channel, message).sequence == int.from_bytes(message[:4], "little")
+    finally:
+        server.close()
+
+
+def test_a_bell_that_finds_the_queue_full_is_not_needed(tmp_path: Path, cluster_name: str) -> None:
+    """What fills the queue wakes the hypervisor as well."""
+    server = EchoProcess(tmp_path, cluster_name, watches=False)
+    try:
+        with server.opened(ring=True) as channel:
+            for _ in range(20):
+                with contextlib.suppress(posix_ipc.BusyError):
+                    for _ in range(10_000):
+                        channel._requests.send(b"x" * 64, 0)
+                assert ask(channel, request(1, Op.FLUSH_PAGE)).sequence == 1
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("machine", "suffices"),
+    [("x86_64", True), ("aarch64", False), ("riscv64", False), ("ppc64le", False), ("i686", False)],
+)
+def test_the_machines_that_keep_the_order(machine: str, suffices: bool) -> None:
+    """Only one of them does without fences that Python does not have."""
+    assert memory_order_suffices(machine) == suffices
+
+
+# --- backing off
+
+
+def test_each_slow_yield_doubles_the_calls_without_one() -> None:
+    """From 32 to 4096, and no further."""
+    back_off = BackOff()
+    lengths = []
+    number = 0
+    for _ in range(10):
+        back_off.slow(number)
+        lengths.append(back_off.until - number)
+        number = back_off.until
+    assert lengths == [32, 64, 128, 256, 512, 1024, 2048, 4096, 4096, 4096]
+
+
+def test_many_good_calls_forget_the_slow_ones() -> None:
+    """As many as the longest back-off; one fewer does not."""
+    for good, expected in (
+        (BACK_OFF_CALLS_MAX - 1, 4 * BACK_OFF_CALLS_MIN),
+        (BACK_OFF_CALLS_MAX, BACK_OFF_CALLS_MIN),
+    ):
+        back_off = BackOff()
+        back_off.slow(0)
+        back_off.slow(back_off.until)
+        number = back_off.until + good
+        back_off.slow(number)
+        assert back_off.until - number == expected
+
+
+def test_a_guest_with_a_slow_yield_sleeps_at_once(
+    tmp_path: Path, cluster_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the calls that the back-off says; their replies come all the same."""
+    yields: list[int] = []
+    clock = iter(range(0, 1 << 60, SLOW_YIELD_NS + 1))
+    server = EchoProcess(tmp_path, cluster_name)
+    try:
+        with server.opened(ring=True) as channel:
+            monkeypatch.setattr(ring, "_yield", lambda: yields.append(1))
+            monkeypatch.setattr(ring, "now_ns", lambda: next(clock))
+            for sequence in range(1 + BACK_OFF_CALLS_MIN + 2 * BACK_OFF_CALLS_MIN):
+                assert ask(channel, request(sequence, Op.FLUSH_PAGE)).sequence == sequence
+    finally:
+        server.close()
+    assert len(yields) == 3
+
+
+# --- the hypervisor's end, and a guest that writes what it likes
+
+
+@pytest.fixture
+def pair(tmp_path: Path, cluster_name: str) -> Iterator[RingPair]:
+    """The hypervisor's end alone; the test writes the guest's words."""
+    made = RingPair(cluster_name, Registry(tmp_path), create_window(), os.urandom)
+    yield made
+    made.close()
+
+
+Served = list[bytes]
+
+
+@pytest.fixture
+def served() -> Served:
+    """Messages in the order in which they were served."""
+    return []
+
+
+@pytest.fixture
+def rings(served: Served, monkeypatch: pytest.MonkeyPatch) -> Rings[RingPair]:
+    """Answers everything with zeros; no yield of this machine's is slow."""
+    monkeypatch.setattr(ring, "now_ns", itertools.count().__next__)
+
+    def serve(pair: RingPair, message: bytes, moment_ns: int) -> int:
+        served.append(message)
+        assert pair.send(bytes(REPLY_BYTES))
+        return moment_ns
+
+    return Rings(serve)
+
+
+def bells(name: str) -> int:
+    """Messages that wait in a queue."""
+    queue = posix_ipc.MessageQueue(name)
+    count: int = queue.current_messages
+    queue.close()
+    return count
+
+
+def test_a_new_ring_has_no_call_and_must_be_rung(pair: RingPair) -> None:
+    """Zeros everywhere but in the hypervisor's `sleeping`."""
+    assert pair.look() is None
+    assert list(pair.window.call_words) == [0, 0]
+    assert list(pair.window.completion_words) == [0, 1]
+
+
+def test_any_change_of_the_number_is_one_call(pair: RingPair) -> None:
+    """Forward, backward, by anything; `completed` repeats what was read."""
+    for posted in (1, 2, 99, 2**56 - 1, 1, 0, 2**64 - 1, 2**63, 7):
+        pair.window.call_words[0] = posted
+        assert pair.look() is not None
+        assert pair.look() is None
+        assert pair.send(bytes(REPLY_BYTES))
+        assert pair.window.completion_words[0] == posted
+
+
+@pytest.mark.parametrize("missing", [0, 1, 63, 64, 65, 255])
+def test_a_length_is_never_more_than_the_block(pair: RingPair, missing: int) -> None:
+    """The upper byte can say what it likes."""
+    pair.window.request[:] = bytes(range(REQUEST_BYTES))
+    pair.window.call_words[0] = missing << 56 | 5
+    assert pair.look() == bytes(range(max(0, 64 - missing)))
+
+
+def test_a_request_is_copied_once(pair: RingPair) -> None:
+    """What the guest writes after the look changes nothing that was seen."""
+    pair.window.request[:] = b"a" * REQUEST_BYTES
+    pair.window.call_words[0] = 1
+    message = pair.look()
+    pair.window.request[:] = b"b" * REQUEST_BYTES
+    assert message == b"a" * REQUEST_BYTES
+
+
+def test_the_hypervisor_reads_none_of_its_own_words(pair: RingPair) -> None:
+    """The guest may overwrite them at any time: the next store puts the truth back."""
+    pair.window.call_words[0] = 1
+    assert pair.look() is not None
+    pair.window.completion_words[0] = pair.window.completion_words[1] = 2**64 - 1
+    pair.window.reply[:] = b"x" * REPLY_BYTES
+    assert pair.look() is None
+    assert pair.asleep
+    assert pair.send(b"r" * REPLY_BYTES)
+    assert (pair.window.completion_words[0], bytes(pair.window.reply)) == (1, b"r" * REPLY_BYTES)
+
+
+def test_a_guest_that_pretends_to_sleep_fills_only_its_own_queue(pair: RingPair) -> None:
+    """And its calls are answered."""
+    pair.window.call_words[1] = 2**64 - 1
+    for posted in range(1, 100):
+        pair.window.call_words[0] = posted
+        assert pair.look() is not None
+        assert pair.send(bytes(REPLY_BYTES))
+        assert pair.window.completion_words[0] == posted
+    assert bells(pair.reply_name) == REPLY_QUEUE_MESSAGES
+
+
+def test_a_bell_without_a_call_is_none(pair: RingPair) -> None:
+    """Whatever the message says; it costs its sender the queue's place."""
+    queue = posix_ipc.MessageQueue(pair.request_name, read=False)
+    for message in (b"", b"K", bytes(REQUEST_BYTES)):
+        queue.send(message)
+        assert pair.receive() is None
+        queue.send(message)
+        assert pair.wait(10) is None
+    queue.close()
+    assert pair.receive() is None
+
+
+def test_a_guest_is_watched_only_while_it_calls(
+    pair: RingPair, rings: Rings[RingPair], served: Served
+) -> None:
+    """After as many fruitless rounds as a side may yield, it must ring again."""
+    rings.watch(pair, pair)
+    rings.watch(pair, pair)
+    assert len(rings.watched) == 1
+    assert pair.window.completion_words[1] == 0
+    for posted in (1, 2, 3):
+        pair.window.call_words[0] = posted
+        rings.spin(YIELDS_MAX)
+        assert len(served) == posted
+        assert rings.watched
+    rings.spin(1 << 60)
+    assert not rings.watched
+    assert pair.window.completion_words[1] == 1
+
+
+def test_a_guest_that_only_plays_with_its_words_is_not_watched_for_long(
+    pair: RingPair, rings: Rings[RingPair], served: Served
+) -> None:
+    """`sleeping` on both sides, the request, the reply: none of it is a call."""
+    rings.watch(pair, pair)
+    choose = random.Random(1)
+    for _ in range(YIELDS_MAX + 1):
+        pair.window.call_words[1] = choose.randrange(2**64)
+        pair.window.completion_words[0] = choose.randrange(2**64)
+        pair.window.completion_words[1] = choose.randrange(2**64)
+        pair.window.request[:] = choose.randbytes(REQUEST_BYTES)
+        rings.spin(1)
+    assert not rings.watched
+    assert served == []
+
+
+def test_a_round_takes_one_call_of_each(
+    tmp_path: Path, cluster_name: str, rings: Rings[RingPair], served: Served
+) -> None:
+    """A guest that posts all the time is served as often as one that posts once a round."""
+    pairs = [
+        RingPair(cluster_name, Registry(tmp_path), create_window(), os.urandom) for _ in range(3)
+    ]
+    for number, pair in enumerate(pairs):
+        pair.window.request[:] = bytes([number]) * REQUEST_BYTES
+        rings.watch(pair, pair)
+    for posted in range(1, 11):
+        for pair in pairs:
+            pair.window.call_words[0] = posted
+        rings.spin(1)
+    assert [message[0] for message in served] == [0, 1, 2] * 10
+    for pair in pairs:
+        rings.forget(pair)
+        pair.close()
+    assert not rings.watched
+
+
+def test_a_call_that_comes_while_the_hypervisor_lies_down_is_served(
+    pair: RingPair, rings: Rings[RingPair], served: Served
+) -> None:
+    """It was posted before the guest could see that it must ring."""
+    rings.watch(pair, pair)
+    pair.window.call_words[0] = 1
+    rings.rest()
+    assert len(served) == 1
+    assert not rings.watched
+
+
+def test_idlers_must_ring_again(pair: RingPair, rings: Rings[RingPair], served: Served) -> None:
+    """Between two calls of `part_with_idlers` a guest calls, or it is watched no longer."""
+    rings.watch(pair, pair)
+    rings.part_with_idlers()
+    assert rings.watched
+    pair.window.call_words[0] = 1
+    rings.spin(1)
+    rings.part_with_idlers()
+    assert rings.watched
+    rings.part_with_idlers()
+    assert not rings.watched
+    assert pair.asleep
+    rings.watch(pair, pair)
+    rings.part_with_idlers()
+    pair.window.call_words[0] = 2
+    pair.mark = pair.seen
+    rings.part_with_idlers()
+    assert len(served) == 2
+
+
+def test_a_slow_yield_ends_the_watch(
+    pair: RingPair,
+    rings: Rings[RingPair],
+    served: Served,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And is told; the call that came during it is served first."""
+    clock = iter(range(0, 1 << 60, SLOW_YIELD_NS + 1))
+    monkeypatch.setattr(ring, "now_ns", lambda: next(clock))
+    rings.watch(pair, pair)
+    assert not served
+    pair.window.call_words[0] = 1
+    assert rings.spin(5)
+    assert len(served) == 1
+    assert not rings.watched
+
+
+def test_a_closed_ring_is_disconnected_at_once(tmp_path: Path, cluster_name: str) -> None:
+    """A view of a closed window must not be mistaken for a message of a wrong length."""
+    server = EchoProcess(tmp_path, cluster_name)
+    try:
+        with server.opened(ring=True) as channel:
+            channel.close()
+            for message in (request(1, Op.FLUSH_PAGE), b"short", bytes(100)):
+                with pytest.raises(Disconnected):
+                    channel.call(message)
+    finally:
+        server.close()
+
+
+def test_a_queue_of_a_ring_is_as_large_as_any(pair: RingPair) -> None:
+    """So the same limits hold for either transport."""
+    queue = posix_ipc.MessageQueue(pair.request_name)
+    assert (queue.max_messages, queue.max_message_size) == (REQUEST_QUEUE_MESSAGES, REQUEST_BYTES)
+    queue.close()
