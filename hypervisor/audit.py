@@ -1,0 +1,109 @@
+"""The audit log: one line an event that somebody may have to answer for.
+
+    2026-11-25T10:03:07.120Z guest=alpha event=fault reason=bad_slot detail="63+2"
+    2026-11-25T10:03:07.121Z guest=alpha event=suppressed lines=3120
+
+Faults, denials, detachments and every change that the administrator makes, in `log/audit.log` of
+the run directory.  A guest can't fill the disk: each has a bucket of `BURST_LINES` that fills up
+again at `LINES_PER_SECOND`, what does not fit is counted and told with the next line that does, and
+the file is turned over to `audit.log.1` at `FILE_BYTES_MAX`.  Events are counted before they are
+dropped (`counts`), so no figure depends on the file.
+
+What a guest says of itself is never written raw: details are printable ASCII and bounded.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+AUDIT_LOG: Final = "audit.log"
+BURST_LINES: Final = 50
+LINES_PER_SECOND: Final = 5.0
+FILE_BYTES_MAX: Final = 16 * 2**20
+_DETAIL_CHARACTERS_MAX: Final = 96
+
+
+class _Bucket:
+    __slots__ = ("at_seconds", "lines", "suppressed")
+
+    def __init__(self, now_seconds: float) -> None:
+        self.lines = float(BURST_LINES)
+        self.at_seconds = now_seconds
+        self.suppressed = 0
+
+
+class Audit:
+    """`now_seconds` is a wall clock (seconds since 1970).  A log that can't be written is not worth
+    a hypervisor: what fails is counted in `lost`."""
+
+    def __init__(self, directory: Path, now_seconds: Callable[[], float]) -> None:
+        self._path = directory / AUDIT_LOG
+        self._now_seconds = now_seconds
+        self._buckets: dict[str, _Bucket] = {}
+        self._file: int | None = None
+        self._bytes = 0
+        self.counts: dict[str, int] = {}
+        self.lost = 0
+
+    def record(self, guest: str, event: str, **fields: object) -> None:
+        """One event of a guest (or of "administrator")."""
+        self.counts[event] = self.counts.get(event, 0) + 1
+        now_seconds = self._now_seconds()
+        bucket = self._buckets.get(guest)
+        if bucket is None:
+            bucket = self._buckets[guest] = _Bucket(now_seconds)
+        refill = max(0.0, now_seconds - bucket.at_seconds) * LINES_PER_SECOND
+        bucket.at_seconds = now_seconds
+        bucket.lines = min(float(BURST_LINES), bucket.lines + refill)
+        if bucket.lines < 1:
+            bucket.suppressed += 1
+            return
+        bucket.lines -= 1
+        if bucket.suppressed:
+            self._write(now_seconds, guest, "suppressed", {"lines": bucket.suppressed})
+            bucket.suppressed = 0
+        self._write(now_seconds, guest, event, fields)
+
+    def forget(self, guest: str) -> None:
+        """A guest's process has ended; its last suppressed lines are told."""
+        bucket = self._buckets.pop(guest, None)
+        if bucket is not None and bucket.suppressed:
+            self._write(self._now_seconds(), guest, "suppressed", {"lines": bucket.suppressed})
+
+    def _write(self, now_seconds: float, guest: str, event: str, fields: dict[str, object]) -> None:
+        time = datetime.datetime.fromtimestamp(now_seconds, datetime.UTC)
+        stamp = time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        words = "".join(f" {key}={_printable(value)}" for key, value in fields.items())
+        line = f"{stamp} guest={guest} event={event}{words}\n".encode("ascii")
+        try:
+            if self._file is None or self._bytes + len(line) > FILE_BYTES_MAX:
+                self._open()
+            assert self._file is not None
+            self._bytes += os.write(self._file, line)
+        except OSError:
+            self.lost += 1
+
+    def _open(self) -> None:
+        self.close()
+        if self._path.exists() and self._path.stat().st_size + 4096 > FILE_BYTES_MAX:
+            self._path.replace(self._path.with_suffix(".log.1"))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._file = os.open(self._path, flags, 0o600)
+        self._bytes = os.fstat(self._file).st_size
+
+    def close(self) -> None:
+        """Close the file; the next event opens it again."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def _printable(value: object) -> str:
+    """A value as one word, or in quotes; nothing in it can end the line or forge another."""
+    text = ascii(str(value))[1:-1][:_DETAIL_CHARACTERS_MAX]
+    plain = text and all(letter.isalnum() or letter in "_.+-:/" for letter in text)
+    return text if plain else '"' + text.replace('"', "'") + '"'
