@@ -121,7 +121,7 @@ class OpCount:
 class Account:
     """All operations of one guest; an operation number that does not exist counts under 0."""
 
-    __slots__ = ("faults", "get", "operations", "put", "unread_replies")
+    __slots__ = ("faults", "faults_total", "get", "operations", "put", "unread_replies")
 
     def __init__(self) -> None:
         self.operations: dict[int, OpCount] = {int(op): OpCount() for op in Op}
@@ -129,10 +129,12 @@ class Account:
         self.put = self.operations[Op.PUT_PAGE]
         self.get = self.operations[Op.GET_PAGE]
         self.faults: dict[int, int] = {}
+        self.faults_total = 0
         self.unread_replies = 0
 
     def fault(self, reason: Reason) -> None:
         self.faults[reason] = self.faults.get(reason, 0) + 1
+        self.faults_total += 1
 
     @property
     def calls(self) -> int:
@@ -166,6 +168,7 @@ class Account:
             self.operations[op].add(count)
         for reason, faults in other.faults.items():
             self.faults[reason] = self.faults.get(reason, 0) + faults
+        self.faults_total += other.faults_total
 
     def cleancache(self) -> dict[str, int]:
         """Linux's counters (mm/cleancache.c), in pages and for all of the guest's pools."""

@@ -11,13 +11,15 @@ import logging
 import os
 import platform
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from hypervisor.arena import Arena, format_arena
 from hypervisor.machine import Machine
 from hypervisor.recovery import recover
-from hypervisor.server import Server
+from hypervisor.server import FAULTS_MAX, Server
+from hypervisor.settings import load, save
 from ipc.errors import ExitCode, OperatorError
 from ipc.logfile import log_to
 from ipc.names import Registry, object_name
@@ -40,6 +42,10 @@ class HypervisorSpec:
     supervisor_pid: int | None = None
     transport: str = "auto"
     """`ring` for guests that ask for one, `mqueue` for everybody, `auto` as the machine allows."""
+    scheduling: str = "scheduled"
+    admission: bool = True
+    faults_max: int = FAULTS_MAX
+    """Broken rules after which a guest is detached."""
 
 
 def run(spec: HypervisorSpec) -> None:
@@ -61,7 +67,17 @@ def _serve(spec: HypervisorSpec) -> None:
     registry = Registry(spec.run_directory)
     registry.add_process(os.getpid())
     name, arena = _open_arena(spec, registry)
-    machine = Machine(arena, policy=spec.eviction)
+    administered = load(spec.run_directory)
+    machine = Machine(
+        arena,
+        policy=spec.eviction,
+        scheduling=administered.scheduling or spec.scheduling,
+        admission=spec.admission,
+        settings=administered.settings,
+        grants=administered.grants,
+        secret=os.urandom(8),
+        now_ns=time.thread_time_ns,
+    )
     recovered = recover(machine)
     log.info(
         "event=start generation=%d frames=%d guests=%d pools=%d objects=%d persistent=%d "
@@ -70,6 +86,11 @@ def _serve(spec: HypervisorSpec) -> None:
         arena.frames_count,
         *recovered,
     )
+
+    def keep() -> None:
+        administered.scheduling = machine.balance.mode
+        save(spec.run_directory, administered)
+
     server = Server(
         machine,
         spec.run_directory,
@@ -77,6 +98,8 @@ def _serve(spec: HypervisorSpec) -> None:
         registry,
         ring=ring,
         supervisor_pid=spec.supervisor_pid,
+        faults_max=spec.faults_max,
+        changed=keep,
     )
     try:
         server.run()

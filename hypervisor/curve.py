@@ -90,6 +90,12 @@ class Depths:
         if size_pages <= self.limit_pages:
             self._hits[bin_of(size_pages)] += pages
 
+    def discard(self) -> None:
+        """A period ends that tells nothing."""
+        self._hits = array("d", bytes(8 * len(self._hits)))
+        self.gets = self.puts = self.samples = 0.0
+        self.periods += 1
+
     def advance(self) -> None:
         """A period ends: what was counted becomes the past, and the past fades."""
         for number, hits in enumerate(self._hits):

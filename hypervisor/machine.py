@@ -64,6 +64,10 @@ _DONE: Final = int(Status.DONE)
 _MISS: Final = int(Status.MISS)
 _pack_reply: Final = REPLY.pack
 
+_COLD_SHARE: Final = 8
+_COLD_PUTS_LEAST: Final = 256
+"""A page is cold after as many puts as an eighth of the frames, and at least so many."""
+
 _OVER_LIMIT_EVICTIONS_MAX: Final = 512
 """Pages of its own that a guest over its cap loses in one call; then it is refused."""
 
@@ -106,6 +110,9 @@ class Machine:
         self.clients: dict[str, Client] = {}
         self.balance = Balance(self.store, self.clients)
         self.departed = Account()
+        self.witness: Callable[[Client, str, str, str], None] = _look_away
+        """Told of (guest, event, reason, detail) when a guest breaks a rule or is denied."""
+        self._recompressed_at = -1
         self.free_guest_numbers = list(range(GUESTS_MAX - 1, -1, -1))
 
     # --- guests
@@ -178,6 +185,7 @@ class Machine:
 
     def _fault(self, client: Client, untrusted_message: bytes, fault: GuestFault) -> bytes:
         client.account.fault(fault.reason)
+        self.witness(client, "fault", fault.reason.name.lower(), fault.detail)
         client.account.operations[0].calls += 1
         sequence = int.from_bytes(untrusted_message[:4], "little")
         status = Status.ENOSYS if fault.reason is Reason.UNKNOWN_OP else Status.EINVAL
@@ -237,6 +245,7 @@ class Machine:
             if not member.may_put:
                 if not member.writer:
                     account.refuse(Reason.NOT_WRITER, count)
+                    self._deny(client, "put", Reason.NOT_WRITER, member)
                     return Status.EPERM, Reason.NOT_WRITER, 0, 0, 0
                 return self._put_some(member, account, oid, index, count, window, slot, flags)
             if (member.policy is None or client.settings.cap_bytes) and not self._may_hold(
@@ -362,6 +371,7 @@ class Machine:
             return _no_member(account, member, count)
         if not member.writer:
             account.refuse(Reason.NOT_WRITER, count)
+            self._deny(client, "flush", Reason.NOT_WRITER, member)
             return Status.EPERM, Reason.NOT_WRITER, 0, 0, 0
         bitmap = self.store.flush(member, oid, index, count)
         account.done += bitmap.bit_count()
@@ -424,6 +434,9 @@ class Machine:
             raise GuestFault(Reason.BAD_POOL_FLAGS, hex(flags))
         made = self.memberships.new_pool(client, flags, uuid)
         if made.member is None:
+            if flags & PoolFlag.SHARED:
+                reason = Reason(made.reason).name.lower()
+                self.witness(client, "denied", reason, f"new_pool {uuid.hex()}")
             return Status.EPERM, made.reason, 0, 0, 0
         self.balance.welcome(made.member)
         return _DONE, 0, 0, made.member.pool_id, made.flags
@@ -442,16 +455,38 @@ class Machine:
         if not member.may_get:
             return Status.EPERM, Reason.SHARED_DENIED, 0, 0, 0
         if not member.writer:
+            self._deny(client, "flush", Reason.NOT_WRITER, member)
             return Status.EPERM, Reason.NOT_WRITER, 0, 0, 0
         pages = self.store.flush_object(member.pool, oid)
         account.pages += pages
         return _DONE, 0, 0, pages, 0
 
+    def _deny(self, client: Client, what: str, reason: Reason, member: Member) -> None:
+        self.witness(client, "denied", reason.name.lower(), f"{what} {member.pool.uuid.hex()}")
+
     # --- what others ask
+
+    def idle(self, limit: int) -> int:
+        """Work that can wait, at most so many pages of it: compaction, then recompression of pages
+        that have lain long enough; 0 when there is nothing to do."""
+        store = self.store
+        done = store.contents.compact(limit)
+        if done < limit and store.sequence != self._recompressed_at:
+            age_puts = max(store.frames.count // _COLD_SHARE, _COLD_PUTS_LEAST)
+            tries = store.contents.recompress(store.sequence, age_puts, limit - done)
+            if not tries:
+                # Nothing gets old enough until somebody puts.
+                self._recompressed_at = store.sequence
+            done += tries
+        return done
 
     def accounts(self) -> list[Account]:
         """Of all guests that are here, and of all that have left as one."""
         return [self.departed, *(client.account for client in self.clients.values())]
+
+
+def _look_away(_client: Client, _event: str, _reason: str, _detail: str) -> None:
+    """Nobody asked to be told."""
 
 
 def _no_member(account: OpCount, member: Member | None, count: int) -> Answer:

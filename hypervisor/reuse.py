@@ -37,19 +37,35 @@ SAMPLE_MASK: Final = (1 << 24) - 1
 CAPACITY_EXTENTS: Final = 2048
 """Extents watched at most, for each of which a sampler takes up to 250 bytes."""
 
+_LEAF_PAGES: Final = 64
+
 _EXTENTS_A_LEAF: Final = 4
 """With more than that, places are thinned out before leaves are."""
 
+CALLS_A_PERIOD: Final = 4096
+"""With more watched puts than that before a period ends, fewer leaves are watched."""
+
+_LEAVES_LEAST: Final = 64
+"""Time is not saved below that: what is left would say nothing."""
+
+_CALLS_QUIET: Final = CALLS_A_PERIOD // 8
+_PATIENCE_PERIODS: Final = 8
+_SETTLING_PERIODS: Final = 4
+
 _LEVEL_MAX: Final = 4
-_GRIDS: Final = tuple(sum(1 << place for place in range(0, 64, 1 << n)) for n in range(5))
-"""One place in 2**n, by n."""
+_GRIDS: Final = tuple(
+    tuple(
+        sum(1 << place for place in range(at, _LEAF_PAGES, 1 << level)) for at in range(1 << level)
+    )
+    for level in range(_LEVEL_MAX + 1)
+)
+"""By level: one place in 2**level, in every way.  Those of the next level are half of them."""
 
 _PLACE_SHIFT: Final = 24
 """The bits of the hash above SAMPLE_MASK choose which places."""
 
 _BUCKET_BITS: Final = 6
 _BUCKET: Final = 1 << _BUCKET_BITS
-_LEAF_PAGES: Final = 64
 _RUNS: Final = tuple((1 << n) - 1 for n in range(_LEAF_PAGES + 1))
 
 
@@ -58,20 +74,28 @@ class ReuseSampler:
     pages that were put by one call and are still out are a bitmap of its leaf."""
 
     __slots__ = (
+        "_asked",
         "_bottom",
         "_buckets",
+        "_calls",
         "_capacity",
         "_chain",
         "_counts",
         "_depths",
         "_extents",
+        "_grids",
+        "_grids_mask",
         "_holes",
         "_hollow",
         "_keys",
         "_latest",
         "_level",
         "_live",
+        "_offered",
+        "_patience",
+        "_quiet",
         "_scale",
+        "_settling",
         "_top",
         "_total",
         "_union",
@@ -82,12 +106,23 @@ class ReuseSampler:
         """`limit_pages` is the largest size of interest: the frames of the arena."""
         positions = -(-2 * capacity // _BUCKET) * _BUCKET
         self.threshold = SAMPLE_MASK + 1
-        """A leaf is watched if `key & SAMPLE_MASK < threshold`; it only ever falls."""
+        """A leaf is watched if `key & SAMPLE_MASK < threshold`."""
+        self._scale = 1.0
         self._capacity = capacity
         self._depths = Depths(limit_pages)
+        self._patience = _PATIENCE_PERIODS
+        self._settling = 0
+        self._asked = self._offered = 0
+        """Watched pages since the scale changed."""
+        self._begin(positions)
+
+    def _begin(self, positions: int) -> None:
+        """Nothing is known of any leaf."""
+        self._quiet = 0
+        self._calls = 0
         # In a small arena a few pages matter; in a large one they cost more time than they tell.
-        self._level = min(max(limit_pages.bit_length() - 11, 0), 3)
-        self._scale = float(1 << self._level)
+        limit_pages = self._depths.limit_pages
+        self._watch_places(min(max(limit_pages.bit_length() - 11, 0), _LEVEL_MAX - 1))
         # By position: leaf, its pages that are out, these and all that older extents of the leaf
         # may have, holes, pages and holes, next older extent of the leaf.
         self._keys = array("Q", bytes(8 * positions))
@@ -105,6 +140,20 @@ class ReuseSampler:
         self._total = 0
         self._extents = 0
 
+    def _watch_places(self, level: int) -> None:
+        """Also when the threshold has changed: what was counted so far has the old scale."""
+        self._settle()
+        self._level = level
+        self._grids = _GRIDS[level]
+        self._grids_mask = (1 << level) - 1
+        self._scale = (SAMPLE_MASK + 1) / self.threshold * (1 << level)
+
+    def _settle(self) -> None:
+        self._depths.gets += self._asked * self._scale
+        self._depths.puts += self._offered * self._scale
+        self._depths.samples += self._asked
+        self._asked = self._offered = 0
+
     @property
     def rate(self) -> float:
         """The share of all pages that is watched."""
@@ -119,16 +168,19 @@ class ReuseSampler:
 
     def put(self, key: int, first: int, count: int) -> None:
         """The guest put pages `first` and on of a leaf that is watched."""
-        bits = _RUNS[count] << first
-        if self._level:
-            bits &= self._grid(key)
-            if not bits:
-                return
-        self._depths.puts += bits.bit_count() * self._scale
+        bits = _RUNS[count] << first & self._grids[key >> _PLACE_SHIFT & self._grids_mask]
+        if not bits:
+            return
+        self._offered += bits.bit_count()
         latest = self._latest.get(key, -1)
         if latest >= 0 and self._union[latest] & bits:
             self._take(latest, key, bits, counted=False)
         self._insert(key, bits)
+        self._calls += 1
+        if self._calls > CALLS_A_PERIOD:
+            self._calls = 0
+            if len(self._latest) > _LEAVES_LEAST:
+                self._watch_less(thin=False)
 
     def get(self, key: int, first: int, count: int, *, keep: bool = False) -> int:
         """The guest asked for pages of a leaf that is watched, whether or not it found them; bits
@@ -136,14 +188,10 @@ class ReuseSampler:
 
         `keep`: a page that is found stays and is the youngest now.
         """
-        bits = _RUNS[count] << first
-        if self._level:
-            bits &= self._grid(key)
-            if not bits:
-                return 0
-        pages = bits.bit_count()
-        self._depths.gets += pages * self._scale
-        self._depths.samples += pages
+        bits = _RUNS[count] << first & self._grids[key >> _PLACE_SHIFT & self._grids_mask]
+        if not bits:
+            return 0
+        self._asked += bits.bit_count()
         latest = self._latest.get(key, -1)
         if latest < 0 or not self._union[latest] & bits:
             return 0
@@ -154,16 +202,10 @@ class ReuseSampler:
 
     def flush(self, key: int, first: int, count: int) -> None:
         """Pages of a leaf that is watched are gone for good."""
-        bits = _RUNS[count] << first
-        if self._level:
-            bits &= self._grid(key)
+        bits = _RUNS[count] << first & self._grids[key >> _PLACE_SHIFT & self._grids_mask]
         latest = self._latest.get(key, -1)
         if latest >= 0 and self._union[latest] & bits:
             self._take(latest, key, bits, counted=False)
-
-    def _grid(self, key: int) -> int:
-        """The watched places of a leaf; those of the next level are half of them."""
-        return _GRIDS[self._level] << ((key >> _PLACE_SHIFT) & ((1 << self._level) - 1))
 
     def _take(self, position: int, key: int, bits: int, *, counted: bool) -> int:
         """Make holes of those pages that are out; their bits.  Nothing of `bits` is out then, so
@@ -178,13 +220,22 @@ class ReuseSampler:
             overlap = here & bits
             union[position] &= gone
             if overlap:
+                taken = overlap.bit_count()
                 if counted:
-                    self._count_hits(position, here, overlap)
+                    # Pages that are taken together lie side by side: one depth stands for all.
+                    end = (position | _BUCKET - 1) + 1
+                    depth = (
+                        sum(self._counts[position + 1 : end])
+                        + sum(self._buckets[end >> _BUCKET_BITS : self._top // _BUCKET + 1])
+                        + (here >> overlap.bit_length()).bit_count()
+                        + (taken + 1) / 2
+                    )
+                    self._depths.hit(int(depth * self._scale + 0.5), taken * self._scale)
                 known |= overlap
                 bits ^= overlap
                 if not holes[position]:
                     insort(self._hollow, position)
-                holes[position] += overlap.bit_count()
+                holes[position] += taken
                 live[position] = here = here ^ overlap
             if here:
                 younger = position
@@ -198,18 +249,6 @@ class ReuseSampler:
                     del self._latest[key]
             position = older
         return known
-
-    def _count_hits(self, position: int, here: int, overlap: int) -> None:
-        """Pages that are taken together lie side by side: their mean depth stands for all."""
-        taken = overlap.bit_count()
-        end = (position | (_BUCKET - 1)) + 1
-        depth = (
-            sum(self._counts[position + 1 : end])
-            + sum(self._buckets[end >> _BUCKET_BITS : (self._top >> _BUCKET_BITS) + 1])
-            + (here >> overlap.bit_length()).bit_count()
-        )
-        size = int((depth + (taken + 1) / 2) * self._scale + 0.5)
-        self._depths.hit(size, taken * self._scale)
 
     def _insert(self, key: int, bits: int) -> None:
         """Pages become the youngest, and fill the youngest holes."""
@@ -254,7 +293,8 @@ class ReuseSampler:
         if self._total * self._scale > self._depths.limit_pages:
             self._forget_deepest()
         if self._extents > self._capacity:
-            self._watch_less()
+            crowded = self._extents > _EXTENTS_A_LEAF * len(self._latest)
+            self._watch_less(thin=crowded and self._level < _LEVEL_MAX)
 
     # --- bounds
 
@@ -287,19 +327,16 @@ class ReuseSampler:
             younger = self._chain[younger]
         self._chain[younger] = -1
 
-    def _watch_less(self) -> None:
+    def _watch_less(self, *, thin: bool) -> None:
         """Watch half of the places, or three quarters of the leaves: those with lower hashes."""
-        thin = self._extents > _EXTENTS_A_LEAF * len(self._latest) and self._level < _LEVEL_MAX
-        if thin:
-            self._level += 1
-        else:
+        if not thin:
             self.threshold = max(self.threshold * 3 // 4, 1)
-        self._scale = (SAMPLE_MASK + 1) / self.threshold * (1 << self._level)
+        self._watch_places(self._level + thin)
         keys, live, holes = self._keys, self._live, self._holes
         for position in range(self._bottom, self._top):
             key = keys[position]
             if thin:
-                live[position] &= self._grid(key)
+                live[position] &= self._grids[key >> _PLACE_SHIFT & self._grids_mask]
                 holes[position] = (holes[position] + (position & 1)) >> 1
             elif key & SAMPLE_MASK >= self.threshold:
                 live[position] = holes[position] = 0
@@ -349,8 +386,26 @@ class ReuseSampler:
     # --- periods
 
     def advance(self) -> None:
-        """A period ends."""
-        self._depths.advance()
+        """A period ends.
+
+        After many quiet ones more leaves are watched, from nothing: a stream of long ago may have
+        left too few for what the guest does now.  Until they have been seen for a while the curve
+        stays as it is, and if it comes to nothing again, it is tried half as often.
+        """
+        self._settle()
+        if self._settling:
+            self._settling -= 1
+            self._depths.discard()
+        else:
+            self._depths.advance()
+        quiet = self._calls < _CALLS_QUIET and self.threshold <= SAMPLE_MASK
+        self._quiet = self._quiet + 1 if quiet else 0
+        self._calls = 0
+        if self._quiet >= self._patience:
+            self._patience *= 2
+            self._settling = _SETTLING_PERIODS
+            self.threshold = min(self.threshold * 4, SAMPLE_MASK + 1)
+            self._begin(len(self._counts))
 
     def curve(self) -> Curve:
         """The curve of the periods that have ended."""

@@ -12,6 +12,7 @@ The hot path is `_serve`: execute, send, two readings of the clock.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import select
 import signal
@@ -23,20 +24,32 @@ from time import perf_counter_ns as now_ns
 from typing import Final
 
 from hypervisor.accounting import Account
+from hypervisor.administration import Administration
+from hypervisor.audit import Audit
 from hypervisor.control import Control
 from hypervisor.doorman import Doorman
 from hypervisor.machine import Machine
+from hypervisor.pools import Client
 from hypervisor.sessions import Session, Sessions
 from hypervisor.snapshot import snapshot
 from ipc.codec import Record
 from ipc.names import Registry
 from ipc.ring import BackOff, Rings
 
+log = logging.getLogger(__name__)
+
 _IDLE_SECONDS: Final = 1.0
 _EVENTS_MAX: Final = 64
 _CALLS_PER_CPU_READING: Final = 256
 _ROUNDS_MAX: Final = 16
 """Rounds over the rings between two looks at everything else when nothing came from there."""
+_AUDITED: Final = frozenset(("freeze", "thaw", "set", "schedule", "flush", "auth", "destroy"))
+"""Verbs that change something."""
+_IDLE_CPU_NS: Final = 20_000_000
+"""CPU time for compaction and recompression between two waits of a second: 2 % of a core."""
+_IDLE_SLICE_PAGES: Final = 16
+FAULTS_MAX: Final = 256
+"""Broken rules after which a guest is detached, unless the cluster says otherwise."""
 _ROUNDS_ALONE: Final = 8
 """Rounds in a row with the same single caller before the server waits in its queue."""
 
@@ -53,12 +66,18 @@ class Server:
         *,
         ring: bool = False,
         supervisor_pid: int | None = None,
+        faults_max: int = FAULTS_MAX,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._machine = machine
+        self._faults_max = faults_max
+        self._audit = Audit(run_directory / "log", time.time)
+        machine.witness = self._witness
         self._poll = Doorman()
         self._rings = Rings(self._serve)
         self._back_off = BackOff()
         self._calls = 0
+        self._offenders: list[Client] = []
         self._handlers: dict[int, Callable[[], None]] = {}
         self._stopping = False
         self._tidy_at = _CALLS_PER_CPU_READING
@@ -75,6 +94,9 @@ class Server:
             self._rings if ring else None,
             now_seconds=time.monotonic,
             random_bytes=os.urandom,
+        )
+        self._administration = Administration(
+            machine, is_attached=self.sessions.is_attached, changed=changed
         )
         self._control = Control(run_directory, self._poll, self._handlers, self._administer)
         self._supervisor_pidfd = -1
@@ -132,8 +154,10 @@ class Server:
                         handler()
             if store.doomed:
                 store.reap()
-            if self._calls >= self._tidy_at or not (events or busy):
+            if self._calls >= self._tidy_at or not (events or busy) or self._offenders:
                 self._tidy()
+                if not (events or busy):
+                    self._idle()
             # Whoever is not a ring's guest waits for the rest of the stretch.
             rounds = 1 if events or store.doomed else min(2 * rounds, _ROUNDS_MAX)
             if session is None or session is not last or len(events) > 1 or rings.watched:
@@ -169,7 +193,7 @@ class Server:
             serve(session, message, now_ns())
             if self._calls >= self._tidy_at:
                 self._tidy()
-            if self._calls >= last_call:
+            if self._offenders or self._calls >= last_call:
                 break
         doorman.unfavour()
 
@@ -181,13 +205,45 @@ class Server:
             client.account.unread_replies += 1
         self._calls += 1
         # A faulted call (flags, byte 10 of a reply) is booked under 0 as `Machine` does.
-        count = client.account.operations[0 if reply[10] & 1 else message[4]]
+        if reply[10] & 1:
+            count = client.account.operations[0]
+            if client.account.faults_total >= self._faults_max:
+                self._offenders.append(client)
+        else:
+            count = client.account.operations[message[4]]
         ended_ns = now_ns()
         count.served(ended_ns - started_ns)
         return ended_ns
 
+    def _witness(self, client: Client, event: str, reason: str, detail: str) -> None:
+        """A guest broke a rule or was denied."""
+        self._audit.record(client.name, event, reason=reason, detail=detail)
+
+    def _detach_offenders(self) -> None:
+        """Guests that broke too many rules go; no call of theirs is being served."""
+        for client in self._offenders:
+            if self.sessions.is_attached(client):
+                faults = client.account.faults_total
+                self._audit.record(client.name, "detached", faults=faults)
+                log.warning("guest=%s event=detached-for-faults faults=%d", client.name, faults)
+                self.sessions.expel(client)
+        self._offenders.clear()
+
+    def _idle(self) -> None:
+        """Work that can wait, as long as nobody calls and a share of a second allows."""
+        started_ns = time.process_time_ns()
+        while (
+            time.process_time_ns() - started_ns < _IDLE_CPU_NS
+            and self._machine.idle(_IDLE_SLICE_PAGES)
+            and not self._poll.poll(0, 1)
+        ):
+            pass
+
     def _tidy(self) -> None:
         """What need not be done in every round."""
+        if self._offenders:
+            self._detach_offenders()
+        self._machine.store.contents.compact(_IDLE_SLICE_PAGES)
         self._divide_cpu()
         self.sessions.expire()
         self._rings.part_with_idlers()
@@ -219,11 +275,20 @@ class Server:
         if verb == "stop":
             self.stop()
             return {"stopping": True}
-        return {"error": f"no verb {verb!r}; there are ping, stats and stop"}
+        if verb not in self._administration.verbs:
+            verbs = ", ".join(["ping", "stats", "stop", *self._administration.verbs])
+            return {"error": f"no verb {verb!r}; there are {verbs}"}
+        answer = self._administration.answer(record)
+        if verb in _AUDITED:
+            fields = {key: value for key, value in record.items() if key != "verb"}
+            done = "error" if "error" in answer else "done"
+            self._audit.record("administrator", str(verb), result=done, detail=fields)
+        return answer
 
     def close(self) -> None:
         self.sessions.close()
         self._control.close()
+        self._audit.close()
         if self._supervisor_pidfd >= 0:
             os.close(self._supervisor_pidfd)
         self._poll.close()

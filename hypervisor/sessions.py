@@ -20,6 +20,7 @@ import select
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from hypervisor.doorman import Doorman
 from hypervisor.machine import Machine
@@ -35,6 +36,9 @@ from ipc.ring import RingPair, Rings
 from ipc.window import create_window
 
 log = logging.getLogger(__name__)
+
+BARRED_MAX: Final = 1024
+"""Expelled processes remembered before those that have ended are forgotten."""
 
 Handler = Callable[[], None]
 
@@ -90,6 +94,8 @@ class Sessions:
         self._by_client: dict[str, Session] = {}
         self._pidfds: dict[str, int] = {}
         self._pending: dict[int, Session] = {}
+        self._barred: set[tuple[int, int]] = set()
+        """Process id and start of guests that were expelled."""
         self._listener = attach.listen(run_directory)
         self._watch(self._listener.fileno(), self._accept)
         for client in list(machine.clients.values()):
@@ -193,6 +199,8 @@ class Sessions:
         start_ticks = process_start(peer.pid)
         if start_ticks is None:
             raise attach.HandshakeError("your process is gone")
+        if (peer.pid, start_ticks) in self._barred:
+            raise attach.HandshakeError("your process was detached: it broke too many rules")
         client = self._machine.clients.get(name)
         if client is not None:
             if (client.pid, client.start_ticks) == (peer.pid, start_ticks):
@@ -284,6 +292,15 @@ class Sessions:
         self._forget_life(client)
         self._machine.depart(client)
         log.info("guest=%s event=%s pid=%d", client.name, event, client.pid)
+
+    def expel(self, client: Client) -> None:
+        """Detach a guest that broke too many rules; its process may not attach again."""
+        self._barred.add((client.pid, client.start_ticks))
+        if len(self._barred) > BARRED_MAX:
+            self._barred = {
+                (pid, start) for pid, start in self._barred if process_start(pid) == start
+            }
+        self._end(client, "expelled")
 
     def _close(self, session: Session) -> None:
         self._unwatch(session.connection.fileno())
