@@ -229,13 +229,13 @@ class Slabs:
     def _column_of(self, first: int, frames: list[int]) -> int | None:
         """The column of a span, by its frames in order of position; None if it is incomplete."""
         index = self._arena.index
-        head = index[frames[0]]
+        head = index[frames[0]] & ~3
         number = (head & ~PERSISTENT_BIT) >> 2
         if frames[0] != first or number >= CLASSES or len(frames) != SPANS_OF[number][0]:
             return None
-        if [index[frame] for frame in frames] != [head + part for part in range(len(frames))]:
+        if any(index[frame] != head | position for position, frame in enumerate(frames)):
             return None
-        return number + (CLASSES if head & PERSISTENT_BIT else 0) if head & 3 == 0 else None
+        return number + (CLASSES if head & PERSISTENT_BIT else 0)
 
     def adopt(self, place: int, length: int) -> None:
         """A live entry names this place.  Raises InvariantError if that can't be."""

@@ -124,6 +124,7 @@ class Spans:
     def drop(self, place: int) -> None:
         """Free a slot; an empty span's frames are free at once."""
         span = self.at[place >> PLACE_SHIFT]
+        assert span >= 0
         column = self.columns[span]
         before = self.taken[span]
         after = before ^ 1 << (place & SLOT_MASK)

@@ -50,6 +50,7 @@ def test_pages_match_within_a_domain_and_never_across() -> None:
         contents.add(content, 1, PAGE_BYTES)
 
     assert len(set(domains)) == 10
+    assert len({contents.digest(page(5), name) >> 40 for name in domains}) == 10
     for number, name in enumerate(domains):
         assert contents.location[contents.find(contents.digest(page(5), name))] == number
 
@@ -191,7 +192,7 @@ def test_the_proof_finds_a_contradiction() -> None:
 # --- anything in any order
 
 DOMAINS = ("guest a", "group x")
-MEMBERS = 5
+MEMBERS = 3
 
 
 class SharingLife(RuleBasedStateMachine):
@@ -215,7 +216,7 @@ class SharingLife(RuleBasedStateMachine):
 
     @rule(
         name=st.sampled_from(DOMAINS),
-        number=st.integers(0, 12),
+        number=st.integers(0, 3),
         member=st.integers(0, MEMBERS - 1),
         held_bytes=st.sampled_from((64, 1365, 3276, 4096)),
     )

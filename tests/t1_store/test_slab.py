@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import Any, cast
 
@@ -169,7 +170,47 @@ def test_ephemeral_and_persistent_objects_share_no_frame() -> None:
     assert all(found.persistent for found in slabs.stats().classes)
 
 
+@pytest.mark.parametrize("objects", [1, 2])
+def test_an_object_is_freed_once(objects: int) -> None:
+    """Freeing it twice is our bug, whether its span is still there or not."""
+    _, _, slabs = made()
+    places = [slabs.allocate(3000, persistent=False) for _ in range(objects)]
+    slabs.free(places[0])
+
+    with pytest.raises(AssertionError):
+        slabs.free(places[0])
+
+
 # --- compaction
+
+
+def three_spans(used: tuple[int, int, int]) -> tuple[Slabs, list[int]]:
+    """Slabs with three spans of 16 slots of which so many are used; the first frames."""
+    _, _, slabs = made()
+    size = PAGE_BYTES // 16
+    places = [slabs.allocate(size, persistent=False) for _ in range(48)]
+    spans = list(dict.fromkeys(place >> 8 for place in places))
+    assert len(spans) == 3
+    for span, wanted in zip(spans, used, strict=True):
+        for place in slabs.live_places(span)[wanted:]:
+            slabs.free(place)
+    return slabs, spans
+
+
+def test_the_fullest_span_is_filled_first() -> None:
+    """So that the others have a chance to become empty."""
+    slabs, spans = three_spans((5, 13, 1))
+
+    got = [slabs.allocate(256, persistent=False) >> 8 for _ in range(15)]
+
+    assert got == [spans[1]] * 3 + [spans[0]] * 11 + [spans[2]]
+
+
+def test_the_emptiest_span_is_emptied() -> None:
+    """It takes the fewest copies to gain a frame."""
+    slabs, spans = three_spans((3, 13, 2))
+
+    assert slabs.compaction_candidate(persistent=False) == spans[2]
 
 
 def test_compaction_gives_frames_back_in_a_full_arena() -> None:
@@ -282,29 +323,35 @@ def busy_life(slabs: Slabs, live: dict[int, bytes]) -> None:
 def test_a_process_that_is_killed_at_any_store_loses_nothing_and_leaks_nothing() -> None:
     """What entries name is there, and every other frame is free; so too after a second death."""
     stores = 0
-    while True:
-        arena = private_arena(ARENA_BYTES)
-        live: dict[int, bytes] = {}
-        mortal = cast("Arena", type("MortalArena", (), dict(vars(arena))))
-        for column in ("state", "object", "index", "data"):
-            setattr(mortal, column, Mortal(getattr(arena, column)))
-        Mortal.left = stores
-        try:
-            busy_life(Slabs(mortal, Frames(arena.frames_count)), live)
-            break
-        except Killed:
-            pass
-        try:
-            Mortal.left = 1
-            recovered(mortal, live, set())
-        except Killed:
-            pass
-        frames, slabs = recovered(arena, live, set())
-        slabs.check(lengths(live))
-        assert all(slabs.read(place, len(data)) == data for place, data in live.items())
-        assert frames.free == arena.frames_count - slabs.held_bytes // PAGE_BYTES
+    while survived_death_at(stores, stores % 4):
         stores += 1
     assert stores > 100
+
+
+def survived_death_at(stores: int, stores_of_recovery: int) -> bool:
+    """Die after so many stores, and in the first recovery again.  False: life ended before."""
+    arena = private_arena(ARENA_BYTES)
+    live: dict[int, bytes] = {}
+    mortal = cast("Arena", type("MortalArena", (), dict(vars(arena))))
+    for column in ("state", "object", "index", "data"):
+        setattr(mortal, column, Mortal(getattr(arena, column)))
+    Mortal.left = stores
+    try:
+        busy_life(Slabs(mortal, Frames(arena.frames_count)), live)
+        return False
+    except Killed:
+        pass
+    if stores_of_recovery < 3:
+        Mortal.left = stores_of_recovery
+        with contextlib.suppress(Killed):
+            recovered(mortal, live, set())
+    frames, slabs = recovered(arena, live, set())
+    slabs.check(lengths(live))
+    assert all(slabs.read(place, len(data)) == data for place, data in live.items())
+    held_frames = slabs.held_bytes // PAGE_BYTES
+    assert frames.free == arena.frames_count - held_frames
+    assert sum(state != 0 for state in arena.state) == held_frames
+    return True
 
 
 def test_an_entry_that_names_no_slot_stops_recovery() -> None:
@@ -369,6 +416,10 @@ def test_the_proof_finds_a_contradiction() -> None:
 # --- anything in any order
 
 
+SIZES = (30, 700, 2000, 3000, 3200)
+"""Most objects are of few classes, so that their spans fill."""
+
+
 class SlabLife(RuleBasedStateMachine):
     """Slabs in an arena that others use as well, against a dictionary of places."""
 
@@ -383,7 +434,11 @@ class SlabLife(RuleBasedStateMachine):
             self.frames.mark(frame, 1, PERSISTENT)
             self.others.add(frame)
 
-    @rule(size=st.integers(1, SIZE_MAX), persistent=st.booleans(), count=st.integers(1, 8))
+    @rule(
+        size=st.one_of(st.sampled_from(SIZES), st.integers(1, SIZE_MAX)),
+        persistent=st.booleans(),
+        count=st.integers(1, 8),
+    )
     def put(self, size: int, persistent: bool, count: int) -> None:
         for _ in range(count):
             needed = self.slabs.frames_needed(size, persistent=persistent)
