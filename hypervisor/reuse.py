@@ -73,35 +73,6 @@ class ReuseSampler:
     """The watched pages of one member, oldest first: an extent has a position in the line, and the
     pages that were put by one call and are still out are a bitmap of its leaf."""
 
-    __slots__ = (
-        "_asked",
-        "_bottom",
-        "_buckets",
-        "_calls",
-        "_capacity",
-        "_chain",
-        "_counts",
-        "_depths",
-        "_extents",
-        "_grids",
-        "_grids_mask",
-        "_holes",
-        "_hollow",
-        "_keys",
-        "_latest",
-        "_level",
-        "_live",
-        "_offered",
-        "_patience",
-        "_quiet",
-        "_scale",
-        "_settling",
-        "_top",
-        "_total",
-        "_union",
-        "threshold",
-    )
-
     def __init__(self, limit_pages: int, capacity: int = CAPACITY_EXTENTS) -> None:
         """`limit_pages` is the largest size of interest: the frames of the arena."""
         positions = -(-2 * capacity // _BUCKET) * _BUCKET

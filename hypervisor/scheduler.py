@@ -46,9 +46,9 @@ SAMPLES_LEAST: Final = 32
 PERIODS_LEAST: Final = 8
 """A member with fewer samples and fewer periods than that is not judged."""
 
-_UNITS_WORK: Final = 4096
+_UNITS_WORK: Final = 2048
 _UNITS_LEAST: Final = 64
-_UNITS_MOST: Final = 512
+_UNITS_MOST: Final = 256
 """Memory is cut into units for the knapsack: the more members, the fewer units."""
 
 _STEPS_MOST: Final = 32

@@ -61,11 +61,7 @@ def check(sampler: ReuseSampler) -> None:
 
 def bytes_of(sampler: ReuseSampler) -> int:
     """Memory of a sampler: its columns, its index and the numbers in it."""
-    columns = [
-        value
-        for name in ReuseSampler.__slots__
-        if isinstance(value := getattr(sampler, name), array)
-    ]
+    columns = [value for value in vars(sampler).values() if isinstance(value, array)]
     latest = sampler._latest
     return (
         sum(map(sys.getsizeof, columns))
@@ -312,4 +308,47 @@ def test_memory_is_bounded(run: int) -> None:
         threshold = sampler.threshold
 
     assert bytes_of(sampler) < 250 * 1024
+    check(sampler)
+
+
+def test_a_busy_guest_has_fewer_leaves_watched() -> None:
+    """Time is bounded by the calls a period; a few leaves are always left."""
+    sampler = ReuseSampler(1 << 14)
+    for at in range(400_000):
+        key = leaf_hash(at % 256)
+        if key & SAMPLE_MASK < sampler.threshold:
+            sampler.get(key, 0, 64)
+            sampler.put(key, 0, 64)
+    sampler.advance()
+
+    assert 0.1 < sampler.threshold / (SAMPLE_MASK + 1) < 0.3
+    assert 40 <= sampler.watched_extents <= 64
+    check(sampler)
+
+
+def test_after_a_stream_a_small_guest_is_seen_again() -> None:
+    """The stream left one leaf in sixteen; a loop of 2000 pages in calls of one page is 32 leaves.
+    The curve is kept while the new leaves settle."""
+    sampler = ReuseSampler(1 << 20, capacity=256)
+    for leaf in range(1 << 14):
+        key = leaf_hash(1_000_000 + leaf)
+        if key & SAMPLE_MASK < sampler.threshold:
+            sampler.put(key, 0, 64)
+    sampler.advance()
+    thresholds = [sampler.threshold]
+    for _ in range(40):
+        for leaf in range(32):
+            key = leaf_hash(leaf)
+            if key & SAMPLE_MASK < sampler.threshold:
+                sampler.get(key, 0, 64)
+                sampler.put(key, 0, 64)
+        sampler.advance()
+        thresholds.append(sampler.threshold)
+    curve = sampler.curve()
+
+    assert thresholds[0] < SAMPLE_MASK / 16
+    assert thresholds[-1] > 3 * thresholds[0]
+    assert 1000 < curve.gets < 4000
+    assert curve.hits(1000) == 0
+    assert curve.hits(4000) > 0.9 * curve.gets
     check(sampler)
