@@ -197,9 +197,7 @@ class Reason(IntEnum):
     NOT_WRITER = 10  # the guest may only get from this shared pool
     TOO_MANY_SHARERS = 11  # the shared pool has 64 members, or there are 1024 memberships in all
     SHARED_NEEDS_UUID = 12  # a shared pool can't have the uuid "none"
-    KIND_DIFFERS = (
-        13  # the shared pool of this uuid is persistent and was asked as ephemeral, or so
-    )
+    KIND_DIFFERS = 13  # of an ephemeral and a persistent pool with one uuid the second one asked
     # The guest broke a rule: these come with ReplyFlag.FAULT.
     BAD_LENGTH = 64  # a request has 64 bytes
     UNKNOWN_OP = 65  # no such operation

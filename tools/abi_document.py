@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from ipc import abi, attach, channel, limits, mqueue, window
+from ipc import abi, attach, channel, limits, mqueue, ring, window
 from ipc.errors import ExitCode
 
 ABI_DOCUMENT = Path(inspect.getfile(abi)).with_name("ABI.md")
@@ -218,6 +218,7 @@ def _sections() -> Iterator[str]:
     yield _documented(attach)
     yield "### HELLO"
     yield struct_table("HELLO")
+    yield enum_table(abi.HelloFlag)
     yield "A guest name: " + _documented(attach.is_guest_name)
     yield "### WELCOME"
     yield struct_table("WELCOME")
@@ -236,10 +237,22 @@ def _sections() -> Iterator[str]:
     yield _documented(window)
     yield constant_table(
         limits,
-        "WINDOW_BYTES WINDOW_SLOTS WINDOW_TABLE_OFFSET WINDOW_SLOTS_OFFSET BATCH_TABLE_BYTES",
+        "WINDOW_BYTES WINDOW_SLOTS WINDOW_TABLE_OFFSET WINDOW_CALL_OFFSET "
+        "WINDOW_COMPLETION_OFFSET WINDOW_SLOTS_OFFSET BATCH_TABLE_BYTES",
     )
     yield "### Shared info page"
     yield struct_table("SHARED_INFO", window)
+
+    yield "## The ring"
+    yield _documented(ring)
+    yield f"### CALL_BLOCK, {abi.CALL_BLOCK.size} bytes"
+    yield struct_table("CALL_BLOCK")
+    yield f"### COMPLETION_BLOCK, {abi.COMPLETION_BLOCK.size} bytes"
+    yield struct_table("COMPLETION_BLOCK")
+    yield constant_table(abi, "CALL_NUMBER_MASK")
+    yield constant_table(
+        limits, "YIELDS_MAX SLOW_YIELD_NS BACK_OFF_CALLS_MIN BACK_OFF_CALLS_MAX PATIENCE_SECONDS"
+    )
 
     yield "## Calls"
     yield _documented(channel)

@@ -1,7 +1,7 @@
 /*
  * A tmem client in C, written from ipc/ABI.md alone: it is the test of that document.
  *
- *     client RUN_DIRECTORY NAME         (token: 64 hexadecimal digits in TMEM_TOKEN)
+ *     client RUN_DIRECTORY NAME [ring]  (token: 64 hexadecimal digits in TMEM_TOKEN)
  *
  * It attaches, makes pools, puts, gets and flushes pages, extents and batches, breaks rules, and
  * detaches.  Each step prints one line, "ok ..." or "BAD ..."; the exit code is 1 after any BAD.
@@ -11,6 +11,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <mqueue.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -22,7 +24,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE_BYTES = 4096, EXTENT_PAGES = 64, ABI_REVISION = 1, SPEC_VERSION = 1 };
+enum { PAGE_BYTES = 4096, EXTENT_PAGES = 64, ABI_REVISION = 2, SPEC_VERSION = 1 };
 
 enum op {
     NEW_POOL = 1,
@@ -43,7 +45,7 @@ enum reason {
     NONE = 0,
     NO_SUCH_POOL = 4,
     POOL_EMPTY = 5,
-    SHARED_NOT_SERVED = 7,
+    SHARED_NEEDS_UUID = 12,
     BAD_LENGTH = 64,
     UNKNOWN_OP = 65,
     BAD_COUNT = 66,
@@ -55,6 +57,8 @@ enum reason {
 };
 
 enum { FAULT = 1, PERSIST = 1, SHARED = 2, POOL_VERSION = SPEC_VERSION << 24 };
+
+enum { HELLO_RING = 1, WELCOME_RING = 2, CALL_OFFSET = 8192, COMPLETION_OFFSET = 12288 };
 
 struct oid {
     uint8_t bytes[24];
@@ -122,6 +126,22 @@ struct confirm {
     uint32_t guest;
 } __attribute__((packed));
 
+struct call_block {
+    _Atomic uint64_t posted;
+    _Atomic uint64_t sleeping;
+    uint8_t reserved[48];
+    uint8_t request[64];
+};
+
+struct completion_block {
+    _Atomic uint64_t completed;
+    _Atomic uint64_t sleeping;
+    uint8_t reserved[16];
+    struct reply reply;
+};
+
+_Static_assert(sizeof(struct call_block) == 128, "CALL_BLOCK");
+_Static_assert(sizeof(struct completion_block) == 64, "COMPLETION_BLOCK");
 _Static_assert(sizeof(struct request) == 64, "REQUEST");
 _Static_assert(sizeof(struct reply) == 32, "REPLY");
 _Static_assert(sizeof(struct batch_entry) == 48, "BATCH_ENTRY");
@@ -135,6 +155,7 @@ static uint8_t *window;
 static struct welcome welcome;
 static uint32_t sequence;
 static int failures;
+static bool through_ring;
 
 static void die(const char *what)
 {
@@ -198,7 +219,9 @@ static int receive_welcome(void)
 static void attach(const char *run_directory, const char *name)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
-    struct hello hello = {.magic = "TMEM", .revision = ABI_REVISION};
+    struct hello hello = {.magic = "TMEM",
+                          .revision = ABI_REVISION,
+                          .flags = through_ring ? HELLO_RING : 0};
     struct confirm confirm = {.magic = {'T', 'M', 'O', 'K'}};
     struct confirm answer;
     int fd;
@@ -248,31 +271,71 @@ static void detach(void)
 
 /* ---- calls -------------------------------------------------------------------------------- */
 
+/* A message from the reply queue, or a length of -1 after 0.1 s or a signal. */
+static ssize_t receive(struct reply *reply)
+{
+    struct timespec until;
+    ssize_t got;
+    char rest;
+
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += 100 * 1000 * 1000;
+    if (until.tv_nsec >= 1000 * 1000 * 1000) {
+        until.tv_nsec -= 1000 * 1000 * 1000;
+        until.tv_sec++;
+    }
+    got = mq_timedreceive(replies, (char *)reply, sizeof *reply, NULL, &until);
+    if (got < 0 && errno == ETIMEDOUT && recv(door, &rest, 1, MSG_DONTWAIT) == 0)
+        die("the hypervisor is gone");
+    if (got < 0 && errno != ETIMEDOUT && errno != EINTR)
+        die("mq_timedreceive");
+    return got;
+}
+
+static struct reply exchange_in_ring(const void *message, size_t bytes)
+{
+    struct call_block *call = (struct call_block *)(void *)(window + CALL_OFFSET);
+    struct completion_block *answer =
+        (struct completion_block *)(void *)(window + COMPLETION_OFFSET);
+    uint64_t number = (atomic_load_explicit(&call->posted, memory_order_relaxed) + 1)
+                      & UINT64_C(0x00ffffffffffffff);
+    struct timespec past = {0};
+    struct reply bell;
+
+    number |= (uint64_t)(sizeof call->request - bytes) << 56;
+    memcpy(call->request, message, bytes);
+    atomic_store_explicit(&call->posted, number, memory_order_release);
+    atomic_thread_fence(memory_order_seq_cst);
+    if (atomic_load_explicit(&answer->sleeping, memory_order_relaxed)
+        && mq_timedsend(requests, "K", 1, 0, &past) < 0 && errno != ETIMEDOUT)
+        die("mq_timedsend");
+    for (int yields = 0; yields < 50; yields++) {
+        sched_yield();
+        if (atomic_load_explicit(&answer->completed, memory_order_acquire) == number)
+            return answer->reply;
+    }
+    for (;;) {
+        atomic_store_explicit(&call->sleeping, 1, memory_order_relaxed);
+        atomic_thread_fence(memory_order_seq_cst);
+        if (atomic_load_explicit(&answer->completed, memory_order_acquire) == number)
+            break;
+        receive(&bell);
+    }
+    atomic_store_explicit(&call->sleeping, 0, memory_order_relaxed);
+    return answer->reply;
+}
+
 static struct reply exchange(const void *message, size_t bytes, uint32_t expected)
 {
     struct reply reply;
 
+    if (through_ring)
+        return exchange_in_ring(message, bytes);
     if (mq_send(requests, message, bytes, 0) < 0)
         die("mq_send");
-    for (;;) {
-        struct timespec until;
-        ssize_t got;
-        char rest;
-
-        clock_gettime(CLOCK_REALTIME, &until);
-        until.tv_nsec += 100 * 1000 * 1000;
-        if (until.tv_nsec >= 1000 * 1000 * 1000) {
-            until.tv_nsec -= 1000 * 1000 * 1000;
-            until.tv_sec++;
-        }
-        got = mq_timedreceive(replies, (char *)&reply, sizeof reply, NULL, &until);
-        if (got == sizeof reply && reply.sequence == expected)
+    for (;;)
+        if (receive(&reply) == sizeof reply && reply.sequence == expected)
             return reply;
-        if (got < 0 && errno == ETIMEDOUT && recv(door, &rest, 1, MSG_DONTWAIT) == 0)
-            die("the hypervisor is gone");
-        if (got < 0 && errno != ETIMEDOUT && errno != EINTR)
-            die("mq_timedreceive");
-    }
 }
 
 static struct reply call(struct request request)
@@ -512,8 +575,8 @@ static void try_faults(uint32_t persistent)
 
 static void try_pools(uint32_t ephemeral, uint32_t persistent)
 {
-    check(refused(new_pool(POOL_VERSION | SHARED), PERM, SHARED_NOT_SERVED),
-          "a shared pool is refused, with the reason");
+    check(refused(new_pool(POOL_VERSION | SHARED), PERM, SHARED_NEEDS_UUID),
+          "a shared pool without a uuid is refused, with the reason");
     check(served(destroy_pool(persistent), 0), "destroy of a pool");
     check(destroy_pool(persistent).status == MISS, "destroy of a pool that is not there");
     check(refused(extent(GET_PAGE, persistent, 1, 0, 1, 0), NODEV, NO_SUCH_POOL),
@@ -528,13 +591,15 @@ int main(int argc, char **argv)
 {
     struct reply ephemeral, persistent;
 
-    if (argc != 3) {
-        fprintf(stderr, "usage: client RUN_DIRECTORY NAME\n");
+    if (argc < 3) {
+        fprintf(stderr, "usage: client RUN_DIRECTORY NAME [ring]\n");
         return 1;
     }
+    through_ring = argc > 3 && strcmp(argv[3], "ring") == 0;
     setvbuf(stdout, NULL, _IOLBF, 0);
     attach(argv[1], argv[2]);
-    check(welcome.slots == EXTENT_PAGES && welcome.flags == 0, "attach");
+    check(welcome.slots == EXTENT_PAGES && welcome.flags == (through_ring ? WELCOME_RING : 0),
+          "attach");
     try_version();
     ephemeral = new_pool(POOL_VERSION);
     persistent = new_pool(POOL_VERSION | PERSIST);

@@ -153,7 +153,8 @@ def test_a_broken_hello_is_refused_with_the_reason(hypervisor: RunningHypervisor
             assert words in door.refusal()
 
     assert still_serves(hypervisor)
-    until(lambda: len(list(descriptors.iterdir())) == before, "descriptors are closed again")
+    # The witness's own may still have been open when they were counted.
+    until(lambda: len(list(descriptors.iterdir())) <= before, "descriptors are closed again")
     assert not [name for name in hypervisor.ask("stats")["guests"] if name != "witness"]
 
 

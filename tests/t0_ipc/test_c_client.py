@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ipc.ring import memory_order_suffices
 from tests.support.hypervisors import RunningHypervisor, running_hypervisor
 from tests.support.tools import need_tool
 
@@ -40,10 +41,12 @@ def compiled_client(directory: Path, bits: int) -> Path:
     return client
 
 
-def run_client(client: Path, run_directory: Path, token: bytes) -> tuple[int, list[str]]:
+def run_client(
+    client: Path, run_directory: Path, token: bytes, *, ring: bool = False
+) -> tuple[int, list[str]]:
     """Exit code and lines."""
     finished = subprocess.run(
-        [client, run_directory, "c"],
+        [client, run_directory, "c", *(["ring"] if ring else [])],
         env={**os.environ, "TMEM_TOKEN": token.hex()},
         stdout=subprocess.PIPE,
         text=True,
@@ -53,12 +56,15 @@ def run_client(client: Path, run_directory: Path, token: bytes) -> tuple[int, li
     return finished.returncode, finished.stdout.splitlines()
 
 
+@pytest.mark.parametrize("ring", [False, True] if memory_order_suffices() else [False])
 @pytest.mark.parametrize("bits", [64, 32])
-def test_a_c_client_is_served(bits: int, hypervisor: RunningHypervisor, tmp_path: Path) -> None:
+def test_a_c_client_is_served(
+    bits: int, hypervisor: RunningHypervisor, tmp_path: Path, ring: bool
+) -> None:
     """Every operation, each with what it answers; all lines are ok and none is missing."""
     client = compiled_client(tmp_path, bits)
 
-    exit_code, lines = run_client(client, tmp_path, hypervisor.enrol("c"))
+    exit_code, lines = run_client(client, tmp_path, hypervisor.enrol("c"), ring=ring)
 
     assert [line for line in lines if not line.startswith("ok ")] == ["passed"]
     assert len(lines) > 60

@@ -24,6 +24,7 @@ from ipc.limits import WINDOW_SLOTS
 from ipc.wire import RequestTuple, decode_batch, decode_reply, decode_request
 from tools.abi_document import operation_uses
 
+BATCHES = (Op.PUT_BATCH, Op.GET_BATCH, Op.FLUSH_BATCH)
 USES = {op: operation_uses(op) for op in Op}
 
 
@@ -40,7 +41,7 @@ oids = st.sampled_from([bytes(24), oid_from_int(1), b"u" * 16 + bytes(8), INVALI
 requests = st.tuples(
     u(32),
     st.sampled_from([int(op) for op in Op]) | u(8),
-    st.just(0) | u(8),
+    st.just(0) | st.integers(0, 15) | u(8),
     st.integers(0, 65) | u(16),
     st.integers(0, 3) | u(32),
     st.integers(0, 3) | u(32),
@@ -51,6 +52,13 @@ requests = st.tuples(
 )
 
 
+def flags_are_known(op: Op, flags: int) -> bool:
+    """Hints go with puts, two of them not together; KEEP goes with gets."""
+    if op in (Op.PUT_PAGE, Op.PUT_BATCH):
+        return flags < 8 and flags & 3 != 3
+    return flags in ((0, 8) if op in (Op.GET_PAGE, Op.GET_BATCH) else (0,))
+
+
 def broken_rules(request: RequestTuple) -> set[Reason]:
     """Every rule of ABI.md that a request breaks, as the reasons that name them."""
     _, number, flags, count, pool, index, oid, slot, token, reserved = request
@@ -59,7 +67,7 @@ def broken_rules(request: RequestTuple) -> set[Reason]:
     op = Op(number)
     uses = USES[op]
     broken = set()
-    if flags:
+    if not flags_are_known(op, flags) or (flags and op in BATCHES):
         broken.add(Reason.BAD_FLAGS)
     fields = {"count": count, "pool": pool, "index": index, "slot": slot, "token": token}
     unused = any(value for name, value in fields.items() if name not in uses)
@@ -119,32 +127,36 @@ def test_any_other_length_faults(message: bytes) -> None:
 
 
 entries = st.tuples(
-    u(32), u(32), st.integers(0, 64) | u(32), st.just(0) | u(32), oids, st.just(0) | u(64)
+    u(32),
+    u(32),
+    st.integers(0, 64) | u(32),
+    st.just(0) | st.integers(0, 15) | u(32),
+    oids,
+    st.just(0) | u(64),
 )
 
 
-@given(st.lists(entries, min_size=1, max_size=EXTENT_PAGES_MAX), st.booleans())
+@given(st.lists(entries, min_size=1, max_size=EXTENT_PAGES_MAX), st.sampled_from(BATCHES))
 def test_a_batch_table_is_accepted_exactly_if_each_entry_is(
-    table: list[tuple[int, int, int, int, bytes, int]], moves_pages: bool
+    table: list[tuple[int, int, int, int, bytes, int]], op: Op
 ) -> None:
     """One bad entry faults the whole table before anything is done."""
     packed = b"".join(BATCH_ENTRY.pack(*entry) for entry in table)
     broken = set()
     for _, _, slot, flags, oid, _ in table:
-        if flags:
+        if not flags_are_known(op, flags):
             broken.add(Reason.BAD_FLAGS)
-        if slot >= WINDOW_SLOTS or (slot and not moves_pages):
+        if slot >= WINDOW_SLOTS or (slot and op is Op.FLUSH_BATCH):
             broken.add(Reason.BAD_SLOT)
         if oid == INVALID_OID:
             broken.add(Reason.INVALID_OID)
 
     if broken:
         with pytest.raises(GuestFault) as fault:
-            decode_batch(packed, moves_pages=moves_pages)
+            decode_batch(packed, op)
         assert fault.value.reason in broken
     else:
-        expected = [(pool, index, slot, oid) for pool, index, slot, _, oid, _ in table]
-        assert expected == decode_batch(packed, moves_pages=moves_pages)
+        assert [entry[:5] for entry in table] == decode_batch(packed, op)
 
 
 @given(st.tuples(u(32), st.integers(-1001, 1), u(16), u(16), u(32), u(64), u(64)))
