@@ -16,10 +16,10 @@ from typing import NoReturn
 
 from ipc.abi import (
     BATCH_ENTRY,
-    PUT_HINTS,
     EXTENT_PAGES_MAX,
     INVALID_OID,
     OID_BYTES,
+    PUT_HINTS,
     REPLY,
     REQUEST,
     UUID_BYTES,
