@@ -6,10 +6,20 @@ import random
 
 import pytest
 
-from hypervisor.frames import COLD, FREE, HOT, PERSISTENT, RUN_MAX, Frames
+from hypervisor.frames import (
+    CONTENT,
+    EPHEMERAL,
+    FREE,
+    KINDS,
+    PERSISTENT,
+    RUN_MAX,
+    SLAB,
+    TABLE,
+    Frames,
+)
 
 
-def take_run(frames: Frames, count: int, kind: int = HOT) -> list[int]:
+def take_run(frames: Frames, count: int, kind: int = EPHEMERAL) -> list[int]:
     """Allocate and mark."""
     runs = frames.allocate(count)
     for first, length in runs:
@@ -41,7 +51,7 @@ def test_scattered_frames_are_gathered_without_repeating_one() -> None:
     for frame in taken[::2]:
         frames.give(frame)
 
-    got = [frames.take(HOT) for _ in range(16)] + take_run(frames, 16)
+    got = [frames.take(EPHEMERAL) for _ in range(16)] + take_run(frames, 16)
 
     assert sorted(got) == taken[::2]
     assert frames.free == 0
@@ -54,7 +64,7 @@ def test_random_allocation_agrees_with_a_set(seed: int) -> None:
     frames = Frames(rng.choice((64, 100, 500)))
     held: dict[int, int] = {}
     for _ in range(400):
-        kind = rng.choice((HOT, PERSISTENT))
+        kind = rng.choice((EPHEMERAL, PERSISTENT, TABLE, SLAB, CONTENT))
         if held and rng.random() < 0.5:
             frame = rng.choice(list(held))
             run = 1
@@ -79,6 +89,18 @@ def test_random_allocation_agrees_with_a_set(seed: int) -> None:
                 assert not held.keys() & set(got)
                 held.update(dict.fromkeys(got, kind))
         assert frames.free == frames.count - len(held) == frames.kinds.count(FREE)
-        assert frames.persistent == sum(kind == PERSISTENT for kind in held.values())
-        assert frames.ephemeral == sum(kind == HOT for kind in held.values())
-    assert COLD not in frames.kinds
+        for kind in range(1, len(KINDS)):
+            assert frames.count_kind(kind) == sum(one == kind for one in held.values())
+
+
+def test_free_runs_are_found_whatever_lies_between() -> None:
+    """What is given back to the host: every free frame of a slice, each once."""
+    frames = Frames(200)
+    rng = random.Random(5)
+    for frame in rng.sample(range(200), 90):
+        frames.mark(frame, 1, PERSISTENT)
+
+    runs = [run for start in range(0, 200, 37) for run in frames.free_runs(start, 37)]
+
+    found = [frame for first, count in runs for frame in range(first, first + count)]
+    assert found == [frame for frame in range(200) if not frames.kinds[frame]]

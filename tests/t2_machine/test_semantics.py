@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from hypervisor.arena import private_arena
+from hypervisor.frames import EPHEMERAL as FRAME_EPHEMERAL
 from hypervisor.invariants import check
 from hypervisor.machine import Machine
 from hypervisor.pools import Client
@@ -16,6 +17,7 @@ from ipc.abi import (
     PAGE_BYTES,
     REQUEST,
     SPEC_VERSION,
+    CallFlag,
     Op,
     PoolFlag,
     Reason,
@@ -115,7 +117,7 @@ def test_rule_1_private_ephemeral_get_removes_the_page(guest: Guest) -> None:
 
     assert guest.get(EPHEMERAL, 7, 0) == ["a"]
     assert guest.get(EPHEMERAL, 7, 0) == [None]
-    assert guest.client.pools[EPHEMERAL].objects == {}
+    assert guest.client.members[EPHEMERAL].pool.objects == {}
 
 
 def test_rule_3_persistent_get_keeps_the_page(guest: Guest) -> None:
@@ -172,9 +174,10 @@ def test_rule_6_a_refused_persistent_put_loses_no_accepted_page(guest: Guest) ->
 
     reply = guest.put(PERSISTENT, 8, 0, "too much")
 
-    assert (reply.status, reply.reason, reply.map) == (Status.ENOMEM, Reason.NO_MEMORY, 0)
+    assert (reply.status, reply.reason, reply.map) == (Status.ENOMEM, Reason.OVER_ALLOTMENT, 0)
     assert guest.get(PERSISTENT, 7, 0) == ["kept"]
-    assert guest.put(EPHEMERAL, 8, 0, "too much").status == Status.ENOMEM
+    reply = guest.put(EPHEMERAL, 8, 0, "too much")
+    assert (reply.status, reply.reason, reply.map) == (Status.ENOMEM, Reason.NO_MEMORY, 0)
 
 
 def test_rule_6_ephemeral_pages_make_room_for_persistent_ones(guest: Guest) -> None:
@@ -184,13 +187,13 @@ def test_rule_6_ephemeral_pages_make_room_for_persistent_ones(guest: Guest) -> N
         guest.put(EPHEMERAL, 5, index, *["e"] * 64)
 
     fill_with_persistent(guest)
-    more = store.frames.ephemeral
+    more = store.frames.count_kind(FRAME_EPHEMERAL)
     assert more
     evicted = store.evictions
     for index in range(more):
         assert guest.put(PERSISTENT, 6, index, "p").status == Status.DONE
 
-    assert store.frames.ephemeral == 0
+    assert store.frames.count_kind(FRAME_EPHEMERAL) == 0
     assert store.evictions == evicted + more
 
 
@@ -243,7 +246,9 @@ def test_a_pool_that_was_not_made_is_enodev(guest: Guest, pool: int) -> None:
         (0, Reason.BAD_SPEC_VERSION),
         (2 << 24, Reason.BAD_SPEC_VERSION),
         (pool_flag_word() | 1 << 4, Reason.BAD_PAGE_SIZE),
-        (pool_flag_word() | 1 << 8, Reason.BAD_POOL_FLAGS),
+        (pool_flag_word() | 3 << 8, Reason.BAD_POOL_FLAGS),
+        (pool_flag_word() | 1 << 10, Reason.BAD_POOL_FLAGS),
+        (pool_flag_word() | 1 << 23, Reason.BAD_POOL_FLAGS),
         (pool_flag_word() | 1 << 3, Reason.BAD_POOL_FLAGS),
         (pool_flag_word() | PoolFlag.PRECOMPRESSED, Reason.BAD_POOL_FLAGS),
     ],
@@ -253,14 +258,17 @@ def test_wrong_pool_flags_are_faults(guest: Guest, word: int, reason: Reason) ->
     reply = guest.call(Op.NEW_POOL, word)
 
     assert (reply.status, reply.reason, reply.flags) == (Status.EINVAL, reason, ReplyFlag.FAULT)
-    assert len(guest.client.pools) == 2
+    assert len(guest.client.members) == 2
 
 
 def test_a_shared_pool_is_refused_aloud(guest: Guest) -> None:
     """Xen made it private and said nothing (rule 9)."""
     reply = guest.call(Op.NEW_POOL, pool_flag_word(shared=True), b"\1" * 16 + bytes(8))
 
-    assert (reply.status, reply.reason) == (Status.EPERM, Reason.SHARED_NOT_SERVED)
+    assert (reply.status, reply.reason) == (Status.EPERM, Reason.SHARED_DENIED)
+    reply = guest.call(Op.NEW_POOL, pool_flag_word(shared=True), b"\xff" * 16 + bytes(8))
+    assert (reply.status, reply.reason) == (Status.EPERM, Reason.SHARED_NEEDS_UUID)
+    assert len(guest.client.members) == 2
 
 
 def test_pool_numbers_run_out_with_a_reason(guest: Guest) -> None:
@@ -307,7 +315,12 @@ def test_the_guest_table_runs_out_without_harm(machine: Machine) -> None:
         ({"op": Op.FLUSH_PAGE, "count": 1, "slot": 1}, Reason.BAD_SLOT),
         ({"op": Op.PUT_PAGE, "count": 1, "oid": INVALID_OID}, Reason.INVALID_OID),
         ({"op": Op.FLUSH_OBJECT, "oid": INVALID_OID}, Reason.INVALID_OID),
-        ({"op": Op.PUT_PAGE, "count": 1, "flags": 1}, Reason.BAD_FLAGS),
+        ({"op": Op.PUT_PAGE, "count": 1, "flags": CallFlag.KEEP}, Reason.BAD_FLAGS),
+        ({"op": Op.PUT_PAGE, "count": 1, "flags": CallFlag.LOW | CallFlag.HIGH}, Reason.BAD_FLAGS),
+        ({"op": Op.PUT_PAGE, "count": 1, "flags": 16}, Reason.BAD_FLAGS),
+        ({"op": Op.GET_PAGE, "count": 1, "flags": CallFlag.ACTIVE}, Reason.BAD_FLAGS),
+        ({"op": Op.FLUSH_PAGE, "count": 1, "flags": CallFlag.KEEP}, Reason.BAD_FLAGS),
+        ({"op": Op.NEW_POOL, "pool": pool_flag_word(), "flags": 1}, Reason.BAD_FLAGS),
         ({"op": Op.PUT_PAGE, "count": 1, "reserved": 1}, Reason.RESERVED_BITS),
         ({"op": Op.DESTROY_POOL, "index": 1}, Reason.RESERVED_BITS),
         ({"op": Op.VERSION, "pool": 1}, Reason.RESERVED_BITS),
@@ -368,8 +381,9 @@ def test_a_partial_hit_says_which_pages(guest: Guest) -> None:
     assert (reply.status, reply.map) == (Status.MISS, 0b01101)
 
 
-def test_an_extent_that_fits_in_part_stores_the_first_pages(guest: Guest) -> None:
-    """The rest is refused; older copies of the rest are dropped."""
+def test_an_extent_that_fits_in_part_drops_older_copies_of_the_rest(guest: Guest) -> None:
+    """At the allotment a put goes page by page: the frame of the copy that was dropped serves the
+    page behind it."""
     guest.put(PERSISTENT, 7, 2, "old 2")
     while guest.machine.store.frames.free > 2:
         guest.put(PERSISTENT, 1000, guest.machine.store.frames.free, "x")
@@ -377,8 +391,8 @@ def test_an_extent_that_fits_in_part_stores_the_first_pages(guest: Guest) -> Non
     reply = guest.put(PERSISTENT, 7, 0, "new 0", "new 1", "new 2", "new 3")
 
     assert (reply.status, reply.reason) == (Status.ENOSPC, Reason.DUPLICATE_FLUSHED)
-    assert reply.map == 0b0011
-    assert guest.get(PERSISTENT, 7, 0, 4) == ["new 0", "new 1", None, None]
+    assert reply.map == 0b1011
+    assert guest.get(PERSISTENT, 7, 0, 4) == ["new 0", "new 1", None, "new 3"]
 
 
 def test_a_batch_moves_unrelated_pages_in_order(guest: Guest) -> None:
@@ -469,7 +483,7 @@ def test_sparse_objects_do_not_make_leaves_pile_up(guest: Guest) -> None:
     for number in range(0, 20_000 * 64, 64 * 40):
         guest.put(EPHEMERAL, 1, number, "x")
 
-    (found,) = guest.client.pools[EPHEMERAL].objects.values()
+    (found,) = guest.client.members[EPHEMERAL].pool.objects.values()
     assert len(list(found.leaves())) == found.pages <= guest.machine.store.frames.count
 
 
