@@ -2,13 +2,15 @@
 
 Linux called it `cleancache_ops`.
 
-Differs from Linux in two points. Calls are in extents, because a call per page was the
-interface's best known weakness. And a file is named by inode number **and generation**: an inode
+Differs from Linux in three points. Calls are in extents, because a call per page was the
+interface's best known weakness. A file is named by inode number **and generation**: an inode
 number is used again after its file is gone, and the pages of the old file must never be taken for
-the new file's.
+the new file's. And an offer says whether the page was *active*, used more than once while it was
+in the page cache; the call's authors regretted that it could not be told, because a page that was
+read once in passing is not worth the memory of one that is used all the time.
 
 Duties of whoever calls it (a page cache):
-  - `put_pages` only for pages that are clean, up to date and mapped to the disk;
+  - `put_pages`, `put_extents` only for pages that are clean, up to date and mapped to the disk;
   - `flush_page` before a page that may have been put becomes different on the disk (and for each
     page cut partly by a truncate), `flush_inode` after a truncate and when the inode is freed,
     `flush_fs` on unmount;
@@ -17,6 +19,7 @@ Duties of whoever calls it (a page cache):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -30,6 +33,15 @@ class FileKey(NamedTuple):
     generation: int
 
 
+class Extent(NamedTuple):
+    """Pages `start .. start+length-1` of a file that are offered; all were active, or none."""
+
+    key: FileKey
+    start: int
+    length: int
+    active: bool
+
+
 class PageHooks(Protocol):
     """A store of clean pages of 4096 bytes. No method raises for a page that is not there."""
 
@@ -41,8 +53,14 @@ class PageHooks(Protocol):
         """
         ...
 
-    def put_pages(self, key: FileKey, index: int, count: int, pages: memoryview) -> None:
+    def put_pages(
+        self, key: FileKey, index: int, count: int, pages: memoryview, *, active: bool = False
+    ) -> None:
         """Offer pages `index .. index+count-1` (1 <= count <= 64); each may be kept or not."""
+        ...
+
+    def put_extents(self, extents: Sequence[Extent], pages: memoryview) -> None:
+        """Offer several extents, at most 64 pages in all; `pages` has theirs side by side."""
         ...
 
     def flush_page(self, key: FileKey, index: int) -> None:
@@ -71,7 +89,12 @@ class NoHooks:
         """Always a miss."""
         return 0
 
-    def put_pages(self, key: FileKey, index: int, count: int, pages: memoryview) -> None:
+    def put_pages(
+        self, key: FileKey, index: int, count: int, pages: memoryview, *, active: bool = False
+    ) -> None:
+        """Drops the pages."""
+
+    def put_extents(self, extents: Sequence[Extent], pages: memoryview) -> None:
         """Drops the pages."""
 
     def flush_page(self, key: FileKey, index: int) -> None:

@@ -8,6 +8,9 @@
 
 An ephemeral pool may lose any page at any time, and a get takes the page out of it.  A persistent
 pool keeps what it accepted, and a get leaves it there, until it is flushed or the program ends.
+A shared pool is one for all programs that name its uuid and whom the administrator allows; a get
+leaves the page there for the others.  Whoever is refused one is told why (`PoolRefused`), and gets
+no private pool instead.
 
 The program must have been enrolled in the run directory (`ipc.attach.enrol`) under its name and
 token.  Calls raise `ipc.errors.Disconnected` when the hypervisor is gone: what happened to that
@@ -24,12 +27,17 @@ from typing import Final, Self
 from guests.hypercall import Hypercalls
 from ipc import attach
 from ipc.abi import (
+    ANY_UUID,
     EXTENT_PAGES_MAX,
     INVALID_OID,
     OID_BYTES,
     PAGE_BYTES,
+    UUID_BYTES,
+    CallFlag,
+    Priority,
     Reason,
     Reply,
+    ReplyFlag,
     Status,
     oid_from_int,
 )
@@ -38,10 +46,39 @@ from ipc.mqueue import QueueChannel
 
 _OIDS: Final = 1 << (8 * OID_BYTES)
 _INDEXES: Final = 1 << 32
+_HINTS: Final = {
+    Priority.NORMAL: CallFlag.NONE,
+    Priority.LOW: CallFlag.LOW,
+    Priority.HIGH: CallFlag.HIGH,
+}
+_WHY: Final = {
+    Reason.TOO_MANY_POOLS: "this program has 64 pools, or all programs together 4096",
+    Reason.SHARED_DENIED: "the administrator has not allowed it, or no longer",
+    Reason.SHARED_NEEDS_UUID: "the uuid of all ones means none",
+    Reason.KIND_DIFFERS: "ephemeral and persistent pools do not mix",
+    Reason.TOO_MANY_SHARERS: "the pool has as many members as there may be",
+    Reason.NOT_WRITER: "this program may only get from the pool",
+}
 
 
 class NoSuchPool(Exception):
     """The pool is gone: it was destroyed, or the hypervisor that had it lost its memory."""
+
+
+class PoolRefused(OperatorError):
+    """There is no such pool for us; `reason` says why."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(f"no pool: {reason.name.lower()}: {_WHY.get(reason, '')}".rstrip(": "))
+        self.reason = reason
+
+
+class NotAllowed(Exception):
+    """What was asked of a shared pool is not ours to ask, or no longer; nothing has changed."""
+
+    def __init__(self, pool: int, reason: Reason) -> None:
+        super().__init__(f"pool {pool}: {reason.name.lower()}: {_WHY.get(reason, '')}".rstrip(": "))
+        self.reason = reason
 
 
 class Tmem:
@@ -92,12 +129,37 @@ class Tmem:
         self.calls = Hypercalls(self._channel)
         return self._channel.resumed
 
-    def pool(self, *, persist: bool = False) -> Pool:
-        """A new private pool; raises OperatorError if the hypervisor has none left for us."""
-        reply = self.calls.new_pool(persist=persist)
+    def pool(
+        self,
+        *,
+        persist: bool = False,
+        shared_uuid: bytes | None = None,
+        priority: Priority = Priority.NORMAL,
+    ) -> Pool:
+        """A new private pool, or with `shared_uuid` (16 bytes) the shared one of that name.
+
+        Pages of a pool of low priority go before those of our other pools, those of high priority
+        after them; a shared pool has the priority that whoever made it asked for.  Raises
+        PoolRefused.
+        """
+        if shared_uuid is not None and len(shared_uuid) != UUID_BYTES:
+            raise ValueError(f"a uuid has {UUID_BYTES} bytes, not {len(shared_uuid)}")
+        reply = self.calls.new_pool(
+            persist=persist,
+            shared=shared_uuid is not None,
+            uuid=ANY_UUID if shared_uuid is None else shared_uuid,
+            priority=priority,
+        )
         if reply.status != Status.DONE:
-            raise OperatorError(f"no new pool: {Reason(reply.reason).name.lower()}")
-        return Pool(self, reply.value, persist=persist)
+            raise PoolRefused(Reason(reply.reason))
+        return Pool(
+            self,
+            reply.value,
+            persist=persist,
+            shared=shared_uuid is not None,
+            joined=bool(reply.flags & ReplyFlag.JOINED),
+            reader=bool(reply.flags & ReplyFlag.READER),
+        )
 
     def close(self) -> None:
         """Give all pools back and end the attachment.  Twice is once."""
@@ -116,30 +178,68 @@ class Tmem:
 
 
 class Pool:
-    """Pages of 4096 bytes by (object id below 2**192 - 1, index below 2**32)."""
+    """Pages of 4096 bytes by (object id below 2**192 - 1, index below 2**32).
 
-    def __init__(self, tmem: Tmem, number: int, *, persist: bool) -> None:
+    `joined`: another program had made this shared pool.  `reader`: we may only get from it, as far
+    as is known; the administrator can change that.  Calls raise NoSuchPool, and in a shared pool
+    NotAllowed.
+    """
+
+    def __init__(
+        self,
+        tmem: Tmem,
+        number: int,
+        *,
+        persist: bool,
+        shared: bool = False,
+        joined: bool = False,
+        reader: bool = False,
+    ) -> None:
         self._tmem = tmem
         self.number = number
         self.persist = persist
+        self.shared = shared
+        self.joined = joined
+        self.reader = reader
 
-    def put(self, oid: int, index: int, page: bytes) -> bool:
+    def put(
+        self,
+        oid: int,
+        index: int,
+        page: bytes,
+        *,
+        priority: Priority = Priority.NORMAL,
+        active: bool = False,
+    ) -> bool:
         """Store a page; False if it was refused.
 
-        Whatever was stored there before is gone in either case.
+        Whatever was stored there before is gone in either case.  `priority` and `active` (it was
+        used more than once) are hints for what goes first from an ephemeral pool.
         """
-        return self.put_extent(oid, index, page)[0]
+        return self.put_extent(oid, index, page, priority=priority, active=active)[0]
 
-    def get(self, oid: int, index: int) -> bytes | None:
-        """A page, None if it is not there.  An ephemeral page leaves the pool."""
-        return self.get_extent(oid, index, 1)[0]
+    def get(self, oid: int, index: int, *, keep: bool = False) -> bytes | None:
+        """A page, None if it is not there.
 
-    def put_extent(self, oid: int, index: int, pages: bytes) -> list[bool]:
+        A page of a private ephemeral pool leaves it, unless we `keep` it there.
+        """
+        return self.get_extent(oid, index, 1, keep=keep)[0]
+
+    def put_extent(
+        self,
+        oid: int,
+        index: int,
+        pages: bytes,
+        *,
+        priority: Priority = Priority.NORMAL,
+        active: bool = False,
+    ) -> list[bool]:
         """Store neighbouring pages, the first at `index`; for each whether it was kept."""
         count, rest = divmod(len(pages), PAGE_BYTES)
         if rest or not count:
             raise ValueError(f"{len(pages)} bytes are not whole pages of {PAGE_BYTES}")
         key = _key(oid, index, count)
+        flags = _HINTS[priority] | (CallFlag.ACTIVE if active else 0)
         kept: list[bool] = []
         while len(kept) < count:
             done = len(kept)
@@ -149,18 +249,21 @@ class Pool:
             calls.channel.window.slots[: step * PAGE_BYTES] = pages[
                 start : start + step * PAGE_BYTES
             ]
-            reply = self._checked(calls.put(self.number, key, index + done, step))
+            reply = self._checked(calls.put(self.number, key, index + done, step, 0, flags))
             kept += [bool(reply.map >> number & 1) for number in range(step)]
         return kept
 
-    def get_extent(self, oid: int, index: int, count: int) -> list[bytes | None]:
+    def get_extent(
+        self, oid: int, index: int, count: int, *, keep: bool = False
+    ) -> list[bytes | None]:
         """Neighbouring pages, the first from `index`; None where there is none."""
         key = _key(oid, index, count)
+        flags = CallFlag.KEEP if keep else 0
         pages: list[bytes | None] = []
         while len(pages) < count:
             step = min(EXTENT_PAGES_MAX, count - len(pages))
             calls = self._tmem.calls
-            reply = self._checked(calls.get(self.number, key, index + len(pages), step))
+            reply = self._checked(calls.get(self.number, key, index + len(pages), step, 0, flags))
             window = calls.channel.window
             pages += [
                 bytes(window.slot(number)) if reply.map >> number & 1 else None
@@ -183,6 +286,8 @@ class Pool:
     def _checked(self, reply: Reply) -> Reply:
         if reply.status == Status.ENODEV:
             raise NoSuchPool(f"pool {self.number}")
+        if reply.status == Status.EPERM:
+            raise NotAllowed(self.number, Reason(reply.reason))
         return reply
 
 

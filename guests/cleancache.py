@@ -40,12 +40,12 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
-from fs.hooks import FileKey
-from guests.hypercall import Hypercalls
-from ipc.abi import PAGE_BYTES, Status
+from fs.hooks import Extent, FileKey
+from guests.hypercall import BatchEntry, Hypercalls
+from ipc.abi import PAGE_BYTES, CallFlag, Status
 from ipc.channel import Channel
 from ipc.errors import Disconnected, OperatorError
 
@@ -60,6 +60,7 @@ _DONE: Final = int(Status.DONE)
 _EEMPTY: Final = int(Status.EEMPTY)
 _MISS: Final = int(Status.MISS)
 _ENODEV: Final = int(Status.ENODEV)
+_ACTIVE: Final = int(CallFlag.ACTIVE)
 
 
 def object_id(key: FileKey) -> bytes:
@@ -144,17 +145,29 @@ class Cleancache:
             self._refused(calls, "get", reply.status)
         return found
 
-    def put_pages(self, key: FileKey, index: int, count: int, pages: memoryview) -> None:
+    def put_pages(
+        self, key: FileKey, index: int, count: int, pages: memoryview, *, active: bool = False
+    ) -> None:
         """Offer clean pages; each may be kept or not."""
+        self.put_extents([Extent(key, index, count, active)], pages)
+
+    def put_extents(self, extents: Sequence[Extent], pages: memoryview) -> None:
+        """Offer clean pages of several files, in one call."""
         calls = self._calls or self.attach()
-        if calls is None or self._pool is None:
+        count = sum(extent.length for extent in extents)
+        pool = self._pool
+        if calls is None or pool is None:
             self.skipped += count
             return
-        length = count * PAGE_BYTES
-        self._slots[:length] = pages[:length]
+        self._slots[: count * PAGE_BYTES] = pages[: count * PAGE_BYTES]
         self.puts += count
         try:
-            reply = calls.put(self._pool, object_id(key), index, count)
+            if len(extents) == 1:
+                key, index, count, active = extents[0]
+                flags = _ACTIVE if active else 0
+                reply = calls.put(pool, object_id(key), index, count, 0, flags)
+            else:
+                reply = calls.put_batch(_entries(pool, extents))
         except Disconnected:
             self._lose(calls)
             return
@@ -321,3 +334,14 @@ class Cleancache:
         if len(self._owed) > OWED_FILES_MAX:
             self._owes_everything = True
             self._owed.clear()
+
+
+def _entries(pool: int, extents: Sequence[Extent]) -> list[BatchEntry]:
+    """The pages of extents, from window slot 0 on."""
+    entries: list[BatchEntry] = []
+    for key, index, count, active in extents:
+        oid = object_id(key)
+        flags = _ACTIVE if active else 0
+        slot = len(entries)
+        entries += [(pool, index + at, slot + at, flags, oid, 0) for at in range(count)]
+    return entries

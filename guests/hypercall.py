@@ -12,7 +12,17 @@ from __future__ import annotations
 
 from typing import Final
 
-from ipc.abi import ANY_UUID, OID_BYTES, REPLY, REQUEST, UUID_BYTES, Op, Reply, pool_flag_word
+from ipc.abi import (
+    ANY_UUID,
+    OID_BYTES,
+    REPLY,
+    REQUEST,
+    UUID_BYTES,
+    Op,
+    Priority,
+    Reply,
+    pool_flag_word,
+)
 from ipc.channel import Channel
 
 # Plain names and integers: attribute and enum look-ups cost as much as the packing.
@@ -34,7 +44,7 @@ _UUID_TAIL: Final = bytes(OID_BYTES - UUID_BYTES)
 _SEQUENCE_MASK: Final = 0xFFFFFFFF
 
 BatchEntry = tuple[int, int, int, int, bytes, int]
-"""pool, index, slot, flags (0), object id, token (0): the fields of `ipc.abi.BATCH_ENTRY`."""
+"""pool, index, slot, flags, object id, token (0): the fields of `ipc.abi.BATCH_ENTRY`."""
 
 
 class Hypercalls:
@@ -49,21 +59,27 @@ class Hypercalls:
 
     # --- pages
 
-    def put(self, pool: int, oid: bytes, index: int, count: int, slot: int = 0) -> Reply:
-        """Put `count` pages from the window's `slot` on; bit i of `map` = page i was kept."""
-        self._sequence = sequence = (self._sequence + 1) & _SEQUENCE_MASK
-        return _new_reply(
-            Reply,
-            _unpack(self._call(_pack(sequence, _PUT_PAGE, 0, count, pool, index, oid, slot, 0, 0))),
-        )
+    def put(
+        self, pool: int, oid: bytes, index: int, count: int, slot: int = 0, flags: int = 0
+    ) -> Reply:
+        """Put `count` pages from the window's `slot` on; bit i of `map` = page i was kept.
 
-    def get(self, pool: int, oid: bytes, index: int, count: int, slot: int = 0) -> Reply:
-        """Get `count` pages into the window from `slot` on; bit i of `map` = page i is there."""
+        `flags` are hints: `CallFlag` LOW or HIGH, ACTIVE.
+        """
         self._sequence = sequence = (self._sequence + 1) & _SEQUENCE_MASK
-        return _new_reply(
-            Reply,
-            _unpack(self._call(_pack(sequence, _GET_PAGE, 0, count, pool, index, oid, slot, 0, 0))),
-        )
+        request = _pack(sequence, _PUT_PAGE, flags, count, pool, index, oid, slot, 0, 0)
+        return _new_reply(Reply, _unpack(self._call(request)))
+
+    def get(
+        self, pool: int, oid: bytes, index: int, count: int, slot: int = 0, flags: int = 0
+    ) -> Reply:
+        """Get `count` pages into the window from `slot` on; bit i of `map` = page i is there.
+
+        `flags` may be `CallFlag.KEEP`: leave them in a private ephemeral pool.
+        """
+        self._sequence = sequence = (self._sequence + 1) & _SEQUENCE_MASK
+        request = _pack(sequence, _GET_PAGE, flags, count, pool, index, oid, slot, 0, 0)
+        return _new_reply(Reply, _unpack(self._call(request)))
 
     def flush_page(self, pool: int, oid: bytes, index: int, count: int = 1) -> Reply:
         """Forget `count` pages; bit i of `map` = page i was there."""
@@ -94,10 +110,15 @@ class Hypercalls:
         return self._ask(_VERSION, 0, 0, 0, _NO_OID)
 
     def new_pool(
-        self, *, persist: bool = False, shared: bool = False, uuid: bytes = ANY_UUID
+        self,
+        *,
+        persist: bool = False,
+        shared: bool = False,
+        uuid: bytes = ANY_UUID,
+        priority: Priority = Priority.NORMAL,
     ) -> Reply:
-        """A new pool; with status DONE its id is `value`."""
-        flags = pool_flag_word(persist=persist, shared=shared)
+        """A new pool; with status DONE its id is `value` and `flags` say JOINED, READER."""
+        flags = pool_flag_word(persist=persist, shared=shared, priority=priority)
         return self._ask(_NEW_POOL, 0, flags, 0, uuid + _UUID_TAIL)
 
     def destroy_pool(self, pool: int) -> Reply:

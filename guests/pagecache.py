@@ -2,7 +2,8 @@
 
     read:   cached? -> cleancache, a whole extent -> what is still missing: the disk, in runs
     write:  into a frame, dirty; to the disk at sync, or when the frame is needed
-    evict:  dirty? -> disk.  Then clean and mapped to the disk: offered to cleancache
+    evict:  dirty? -> disk.  Then clean and mapped to the disk: offered to cleancache, a whole
+            batch in one call
 
 Invariants
   I1  A frame in use belongs to one page of one file, and its owner is here.
@@ -23,12 +24,13 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Final
 
 from fs.block.device import BLOCK_BYTES, Bytes
 from fs.errors import corrupt
 from fs.filesystem import FileSystem
-from fs.hooks import PageHooks
+from fs.hooks import Extent, PageHooks
 from fs.inode import Inode
 from fs.runs import runs
 from guests.memory import TRANSFER_PAGES, Memory
@@ -357,15 +359,40 @@ class PageCache:
             owner = self._owners[frame]
             assert owner is not None, "a listed frame has an owner"
             by_file.setdefault(owner.inode.ino, []).append(self._indexes[frame])
-        for ino, indexes in by_file.items():
-            file = self._files[ino]
-            indexes.sort()
-            self._write_back(file, [index for index in indexes if index in file.dirty])
-            holes = self._holes
+        clean: list[tuple[CachedFile, list[int]]] = []
+        try:
+            for ino, indexes in by_file.items():
+                file = self._files[ino]
+                indexes.sort()
+                self._write_back(file, [index for index in indexes if index in file.dirty])
+                clean.append((file, indexes))
+        finally:
+            # What came before a file that can't be written goes all the same.
+            self._let_go(clean)
+
+    def _let_go(self, clean: list[tuple[CachedFile, list[int]]]) -> None:
+        """Offer clean pages, by file and ascending, and free their frames."""
+        extents: list[Extent] = []
+        frames: list[int] = []
+        holes = self._holes
+        was_active = self._lists.was_active
+        for file, indexes in clean:
             mapped = [index for index in indexes if not holes[file.frames[index]]]
+            mapped_frames = [file.frames[index] for index in mapped]
+            key = file.inode.key
+            at = 0
             for start, length in _extents(mapped):
-                frames = [file.frames[index] for index in range(start, start + length)]
-                self._hooks.put_pages(file.inode.key, start, length, self._gather(frames))
+                index = start
+                uses = (was_active[frame] for frame in mapped_frames[at : at + length])
+                for active, pages in groupby(uses):
+                    count = sum(1 for _ in pages)
+                    extents.append(Extent(key, index, count, bool(active)))
+                    index += count
+                at += length
+            frames += mapped_frames
+        if extents:
+            self._hooks.put_extents(extents, self._gather(frames))
+        for file, indexes in clean:
             for index in indexes:
                 self._drop(file, index)
             self.counters.evictions += len(indexes)

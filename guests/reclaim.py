@@ -8,7 +8,8 @@
 
 As in Linux's mm/vmscan.c for file pages: one touch is no proof of use, because a page that is read
 once sequentially is touched once, so only a second touch makes it active.  Touching is one byte
-written; lists are mended when memory is short and not on every access.
+written; lists are mended when memory is short and not on every access.  A page that was active once
+is remembered as such until it leaves: whoever keeps it after us may want to know.
 
 Simpler than Linux: no refault distances, no zones, no background reclaim.  A batch of
 `BATCH_PAGES` is evicted by whoever needs a frame.
@@ -31,6 +32,8 @@ class PageLists:
     def __init__(self, frames: int) -> None:
         self.touches = bytearray(frames)
         """0, 1 or 2 touches of each frame since it was listed."""
+        self.was_active = bytearray(frames)
+        """1 for a frame whose page has been on the active list."""
         self._inactive: OrderedDict[int, None] = OrderedDict()
         self._active: OrderedDict[int, None] = OrderedDict()
 
@@ -45,6 +48,7 @@ class PageLists:
     def add(self, frame: int) -> None:
         """A page came in: youngest of the inactive list, untouched."""
         self.touches[frame] = 0
+        self.was_active[frame] = 0
         self._inactive[frame] = None
 
     def touch(self, frame: int) -> None:
@@ -74,6 +78,7 @@ class PageLists:
             (used if self.touches[frame] == _USED else chosen).append(frame)
         for frame in used:
             self.touches[frame] = 0
+            self.was_active[frame] = 1
             del self._inactive[frame]
             self._active[frame] = None
         if not chosen and self._active:

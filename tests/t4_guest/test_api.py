@@ -9,10 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from guests.api import NoSuchPool, Tmem
-from ipc.abi import INVALID_OID, PAGE_BYTES, Status, oid_from_int
+from guests.api import NoSuchPool, NotAllowed, PoolRefused, Tmem
+from ipc.abi import (
+    ANY_UUID,
+    INVALID_OID,
+    PAGE_BYTES,
+    UUID_BYTES,
+    Priority,
+    Reason,
+    Status,
+    oid_from_int,
+)
+from ipc.attach import CONTROL_SOCKET
 from ipc.errors import Disconnected, OperatorError
 from tests.support.hypervisors import RunningHypervisor, running_hypervisor
+from tools.control import ask
 
 pytestmark = pytest.mark.cluster
 
@@ -139,3 +150,62 @@ def test_wrong_token_is_refused(hypervisor: RunningHypervisor, tmem: Tmem) -> No
     """With the reason."""
     with pytest.raises(OperatorError, match="refused guest worker"):
         Tmem.connect(hypervisor.run_directory, "worker", os.urandom(32))
+
+
+# --- shared pools and hints
+
+UUID = b"u" * UUID_BYTES
+
+
+def allow(hypervisor: RunningHypervisor, guest: str, role: str | None) -> None:
+    """The administrator lets a guest into the pool, or no longer."""
+    control = hypervisor.run_directory / CONTROL_SOCKET
+    action = "deny" if role is None else "allow"
+    question = {"verb": "auth", "action": action, "guest": guest, "uuid": UUID.hex()}
+    answer = ask(control, question if role is None else {**question, "role": role})
+    assert "grants" in answer, answer
+
+
+def test_shared_pool_is_for_those_who_are_allowed(
+    hypervisor: RunningHypervisor, tmem: Tmem
+) -> None:
+    """Who is not is told why; a reader may get and no more; a grant can be taken back."""
+    with pytest.raises(PoolRefused, match="shared_denied: the administrator") as refusal:
+        tmem.pool(shared_uuid=UUID)
+    assert refusal.value.reason is Reason.SHARED_DENIED
+    with pytest.raises(PoolRefused, match="shared_needs_uuid"):
+        tmem.pool(shared_uuid=ANY_UUID)
+    with pytest.raises(ValueError, match="16 bytes"):
+        tmem.pool(shared_uuid=b"short")
+
+    allow(hypervisor, "worker", "writer")
+    allow(hypervisor, "other", "reader")
+    mine = tmem.pool(shared_uuid=UUID, persist=True)
+    assert (mine.shared, mine.joined, mine.reader) == (True, False, False)
+    assert mine.put(1, 1, A)
+    token = hypervisor.enrol("other")
+    with Tmem.connect(hypervisor.run_directory, "other", token) as other:
+        with pytest.raises(PoolRefused, match="kind_differs"):
+            other.pool(shared_uuid=UUID)
+        theirs = other.pool(shared_uuid=UUID, persist=True)
+        assert (theirs.shared, theirs.joined, theirs.reader) == (True, True, True)
+        assert theirs.get(1, 1) == A
+        with pytest.raises(NotAllowed, match="not_writer") as no:
+            theirs.put(1, 1, B)
+        assert no.value.reason is Reason.NOT_WRITER
+        allow(hypervisor, "other", None)
+        with pytest.raises(NotAllowed, match="shared_denied"):
+            theirs.get(1, 1)
+    assert mine.get(1, 1) == A
+
+
+def test_get_can_leave_the_page(tmem: Tmem) -> None:
+    """With keep; hints change nothing that a program sees."""
+    pool = tmem.pool(priority=Priority.HIGH)
+
+    assert pool.put(7, 0, A, priority=Priority.LOW, active=True)
+    assert pool.put_extent(7, 1, B + C, priority=Priority.HIGH) == [True, True]
+    assert pool.get(7, 0, keep=True) == A
+    assert pool.get_extent(7, 0, 3, keep=True) == [A, B, C]
+    assert pool.get(7, 0) == A
+    assert pool.get(7, 0, keep=True) is None

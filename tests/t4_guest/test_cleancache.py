@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fs.hooks import FileKey
+from fs.hooks import Extent, FileKey
 from guests.cleancache import (
     OWED_FILES_MAX,
     OWED_PAGES_PER_FILE_MAX,
@@ -17,7 +17,7 @@ from guests.cleancache import (
     Cleancache,
     object_id,
 )
-from ipc.abi import INVALID_OID, OID_BYTES
+from ipc.abi import INVALID_OID, OID_BYTES, CallFlag, Op
 from ipc.channel import Channel
 from ipc.errors import Disconnected, OperatorError
 from ipc.local import Fault
@@ -333,3 +333,56 @@ def test_refusal_at_boot_is_the_operators_error(image: Path) -> None:
 
     with pytest.raises(OperatorError, match="wrong token"), running_kernel(image, Refusing()):
         pass
+
+
+def test_extents_of_several_files_go_in_one_call(
+    hypervisor: LocalHypervisor, cleancache: Cleancache
+) -> None:
+    """Each page under its own name, with the hint of its extent."""
+    other = FileKey(13, 5)
+    extents = [Extent(KEY, 4, 2, True), Extent(KEY, 6, 1, False), Extent(other, 0, 3, False)]
+    data = b"".join(page(number) for number in range(6))
+    cleancache.put_extents(extents, memoryview(data))
+
+    account = hypervisor.machine.clients["guest"].account
+    assert account.put.calls == 0
+    assert account.operations[Op.PUT_BATCH].calls == 1
+    assert hypervisor.cleancache()["puts"] == cleancache.puts == 6
+    assert hypervisor.hints() == {
+        (object_id(KEY), 4): CallFlag.ACTIVE,
+        (object_id(KEY), 5): CallFlag.ACTIVE,
+        (object_id(KEY), 6): 0,
+        (object_id(other), 0): 0,
+        (object_id(other), 1): 0,
+        (object_id(other), 2): 0,
+    }
+    assert [get(cleancache, KEY, index) for index in (4, 5, 6)] == [page(n) for n in range(3)]
+    assert [get(cleancache, other, index) for index in range(3)] == [page(n) for n in range(3, 6)]
+    hypervisor.check()
+
+
+def test_pages_that_were_active_are_offered_as_such(
+    image: Path, hypervisor: LocalHypervisor
+) -> None:
+    """Active is what was used twice while it was resident, and came down again since."""
+    with running_kernel(image, hypervisor) as kernel:
+        write_file(kernel, "/once", random.Random(1).randbytes(20 * PAGE))
+        write_file(kernel, "/often", random.Random(2).randbytes(20 * PAGE))
+        kernel.vfs.sync()
+        # What was written and read to the end is out, what is read now is in.
+        write_file(kernel, "/push-out", bytes(300 * PAGE))
+        push_out(kernel)
+        read_file(kernel, "/once")
+        for _ in range(3):
+            read_file(kernel, "/often")
+        once, often = (kernel.vfs.stat(path).st_ino for path in ("/once", "/often"))
+        push_out(kernel)
+        hints = hypervisor.hints()
+
+        def of_file(ino: int) -> set[int]:
+            return {
+                hint for (oid, _), hint in hints.items() if oid[:8] == ino.to_bytes(8, "little")
+            }
+
+        assert of_file(once) == {0}
+        assert of_file(often) == {CallFlag.ACTIVE}

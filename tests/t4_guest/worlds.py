@@ -13,7 +13,7 @@ from pathlib import Path
 from fs.block.device import BlockDevice
 from guests.kernel import GuestSpec, Kernel
 from guests.pagecache import PageCache
-from hypervisor.arena import Arena, format_arena
+from hypervisor.arena import HINTS_MASK, Arena, format_arena
 from hypervisor.invariants import check
 from hypervisor.machine import Machine
 from hypervisor.recovery import recover
@@ -93,7 +93,19 @@ class LocalHypervisor:
     @property
     def pages(self) -> int:
         """Pages that the guest has here."""
-        return sum(pool.pages for pool in self.machine.clients["guest"].pools.values())
+        return sum(m.pool.pages for m in self.machine.clients["guest"].members.values())
+
+    def hints(self) -> dict[tuple[bytes, int], int]:
+        """(object id, index) of every raw page that the guest has here -> the hints of its put."""
+        store = self.machine.store
+        return {
+            (found.oid, number << 6 | place): store.state(leaf[place]) & HINTS_MASK
+            for member in self.machine.clients["guest"].members.values()
+            for found in member.pool.objects.values()
+            for number, leaf in found.leaves()
+            for place in range(len(leaf))
+            if leaf[place] >= 0
+        }
 
 
 @dataclass
