@@ -381,19 +381,35 @@ class Machine:
     def _batch(
         self, client: Client, account: OpCount, op: int, count: int, window: Window
     ) -> Answer:
-        """Entries in order, each as a call of one page; the status is that of the first failure."""
+        """Entries in order, each as a call of one page; the status is that of the first failure.
+
+        Puts of neighbours are done as one extent: to whoever sent them it is the same."""
         entries = decode_batch(window.read_table(count), op)
         calls = account.calls
         bitmap = 0
         result: Answer | None = None
-        for at, (pool_id, index, slot, flags, oid) in enumerate(entries):
+        at = 0
+        while at < count:
+            pool_id, index, slot, flags, oid = entries[at]
+            length = 1
             if op == Op.PUT_BATCH:
-                answer = self._put(client, account, pool_id, oid, index, 1, window, slot, flags)
+                while at + length < count and entries[at + length] == (
+                    pool_id,
+                    index + length,
+                    slot + length,
+                    flags,
+                    oid,
+                ):
+                    length += 1
+                answer = self._put(
+                    client, account, pool_id, oid, index, length, window, slot, flags
+                )
             elif op == Op.GET_BATCH:
                 answer = self._get(client, account, pool_id, oid, index, 1, window, slot, flags)
             else:
                 answer = self._flush(client, account, pool_id, oid, index, 1)
             bitmap |= answer[2] << at
+            at += length
             if answer[0] != _DONE and result is None:
                 result = answer
         account.calls = calls
