@@ -40,8 +40,12 @@ _EXTENTS_LEAST: Final = 64
 _EXTENTS_MOST: Final = 1024
 _FRAMES_PER_EXTENT: Final = 16
 
-_PERIOD_PAGES_LEAST: Final = 2048
-"""A period ends when as many pages were evicted as the arena has frames, and at least so many."""
+_PERIODS_A_TURNOVER: Final = 8
+_PERIOD_PAGES_LEAST: Final = 256
+_PERIOD_DOUBLINGS_MAX: Final = 3
+"""A period ends when an eighth of the arena was evicted.  As long as periods change no target they
+become twice as long, up to a whole arena: what a division costs (2 ms for four guests) is spent
+where the load moves."""
 
 _PUNCH_FRAMES: Final = 65536
 _PUNCH_RUNS: Final = 4096
@@ -55,7 +59,8 @@ class Balance:
         self._store = store
         self._clients = clients
         self._evicted = 0
-        self._period_pages = max(store.frames.count, _PERIOD_PAGES_LEAST)
+        self._period_pages = max(store.frames.count // _PERIODS_A_TURNOVER, _PERIOD_PAGES_LEAST)
+        self._doublings = 0
         self._extents = min(
             max(store.frames.count // _FRAMES_PER_EXTENT, _EXTENTS_LEAST), _EXTENTS_MOST
         )
@@ -130,14 +135,19 @@ class Balance:
 
     def _count_evicted(self, pages: int) -> None:
         self._evicted += pages
-        if self._evicted >= self._period_pages:
+        if self._evicted >= self._period_pages << self._doublings:
             self._evicted = 0
             self.periods += 1
             members = self._store.victims.members.values()
             for sampler in {id(one.sampler): one.sampler for one in members}.values():
                 if sampler is not None:
                     sampler.advance()
+            before = [member.target_bytes for member in members]
             self.retarget()
+            if before != [member.target_bytes for member in members]:
+                self._doublings = 0
+            elif self._doublings < _PERIOD_DOUBLINGS_MAX:
+                self._doublings += 1
 
     @property
     def _total_bytes(self) -> int:
