@@ -309,7 +309,8 @@ class SharedContents:
                 _fail(f"content {content} of {self.holders(content)}, not {holders}")
             if self.refs[content] != sum(holders.values()) or not self.refs[content]:
                 _fail(f"content {content} counts {self.refs[content]} references")
-        if self._holders.keys() != {n for n in found if self._holder[n] == _SEVERAL}:
+        several = {content for content, (_, holders) in live.items() if len(holders) > 1}
+        if self._holders.keys() != several:
             _fail("holders are kept of contents that have one holder or none")
         if self.references != sum(self.refs):
             _fail("references are miscounted")

@@ -270,6 +270,17 @@ def test_a_candidate_takes_no_object_until_there_is_no_other_room() -> None:
     assert slabs.allocate(1300, persistent=False) >> 8 == candidate
 
 
+def test_a_candidate_takes_no_object_of_another_class() -> None:
+    """Though it is the only span with room."""
+    slabs, _ = three_spans((1, 8, 8))
+    candidate = slabs.compaction_candidate(persistent=False)
+
+    place = slabs.allocate(3000, persistent=False)
+
+    assert place >> 8 != candidate
+    assert slabs.compaction_candidate(persistent=False) == candidate
+
+
 # --- recovery
 
 
