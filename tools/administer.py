@@ -33,7 +33,7 @@ class Flushed(NamedTuple):
     """What a flush has done in all its slices: pages dropped, bytes of whole frames that became
     free by it, and what of them the host has back."""
 
-    pages: int
+    flushed_pages: int
     freed_bytes: int
     released_bytes: int
 
@@ -78,7 +78,10 @@ class Administrator:
         raise OperatorError(f"there is no guest {text!r}; {known}", ExitCode.USAGE)
 
     def flush(self, guest: str | None, size_bytes: int) -> Flushed:
-        """Drop ephemeral pages until so many bytes are free that were not, or none is left."""
+        """Drop ephemeral pages until so many bytes are free that were not, or none may go.
+
+        From all guests nothing is taken that is within a reservation, from one guest everything.
+        """
         pages = freed_bytes = released_bytes = fruitless = 0
         while freed_bytes < size_bytes and fruitless < _FRUITLESS_SLICES_MAX:
             answer = self.ask("flush", guest=guest, size_bytes=size_bytes - freed_bytes)
@@ -102,8 +105,6 @@ def ask_politely(directory: ClusterDirectory, question: Record, exit_code: ExitC
 
 def questions(config: ClusterConfig) -> Iterator[Record]:
     """What a new hypervisor is told before its guests start, so that the first page obeys."""
-    if config.hypervisor.scheduling is not None:
-        yield {"verb": "schedule", "mode": config.hypervisor.scheduling}
     for name, guest in config.guests():
         settings = guest.settings()
         if settings:

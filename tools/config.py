@@ -6,9 +6,9 @@
     [hypervisor]
     arena = "16M"                # bytes, or a text with K, M or G (binary)
     eviction = "clock"           # fifo | clock | s3fifo | hinted
-    scheduling = "greedy"        # greedy | static | scheduled: how guests share the arena
+    scheduling = "scheduled"     # greedy | static | scheduled: how guests share the arena
     admission = true             # s3fifo, hinted: new pages wait in a queue of their own
-    faults_max = 1000            # broken calls after which a guest is thrown out; 0 for never
+    faults_max = 256             # broken calls after which a guest is thrown out
 
     [[guest]]
     name = "web"
@@ -87,15 +87,16 @@ class HypervisorConfig(_Strict):
     """The arena and how it makes room; None is the hypervisor's default."""
 
     arena: Pages = 16 * 2**20
-    eviction: Literal["fifo", "clock", "s3fifo", "hinted"] = "clock"
+    eviction: Literal["fifo", "clock", "s3fifo", "hinted"] | None = None
     scheduling: Literal["greedy", "static", "scheduled"] | None = None
     admission: bool | None = None
-    faults_max: int | None = Field(default=None, ge=0)
+    faults_max: int | None = Field(default=None, ge=1)
 
     def options(self) -> dict[str, Any]:
         """What a hypervisor process is started with, where it is not to have its default."""
         values = {
             "eviction": self.eviction,
+            "scheduling": self.scheduling,
             "admission": self.admission,
             "faults_max": self.faults_max,
         }

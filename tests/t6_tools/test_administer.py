@@ -339,7 +339,7 @@ def test_flush_says_when_nothing_is_left(
 
     out, err = capsys.readouterr()
     assert out == "flushed 2 pages, 8.0 KiB set free, 8.0 KiB given back to the host\n"
-    assert err == "tmem: that is less than 1.0 MiB: no ephemeral page is left\n"
+    assert err == "tmem: that is less than 1.0 MiB: all that is left is persistent\n"
     assert {question["guest"] for question in hypervisor.asked("flush")} == {"alpha"}
 
 

@@ -104,7 +104,6 @@ def test_settings_and_grants_are_told_before_guests_start(tmp_path: Path) -> Non
     web = {"verb": "set", "weight": 3, "cap_bytes": 2 << 20, "compress": True}
     db = {"reserve_bytes": 65536, "priority": "high", "sharing": "group", "group": "x"}
     assert list(questions(config)) == [
-        {"verb": "schedule", "mode": "static"},
         web | {"guest": "web1"},
         web | {"guest": "web2"},
         {"verb": "set", "guest": "db", **db},
@@ -112,7 +111,11 @@ def test_settings_and_grants_are_told_before_guests_start(tmp_path: Path) -> Non
         grant | {"guest": "web2", "role": "reader"},
         grant | {"guest": "db", "role": "reader"},
     ]
-    assert config.hypervisor.options() == {"eviction": "clock", "admission": False, "faults_max": 9}
+    assert config.hypervisor.options() == {
+        "scheduling": "static",
+        "admission": False,
+        "faults_max": 9,
+    }
 
 
 def test_topologies_have_settings_too() -> None:

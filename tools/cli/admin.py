@@ -226,12 +226,13 @@ def flush(
         print_json(done._asdict())
         return ExitCode.OK
     print(
-        f"flushed {done.pages:,} pages, {format_size(done.freed_bytes)} set free, "
+        f"flushed {done.flushed_pages:,} pages, {format_size(done.freed_bytes)} set free, "
         f"{format_size(done.released_bytes)} given back to the host"
     )
     if done.freed_bytes < size_bytes:
+        left = "persistent or reserved" if guest == "all" else "persistent"
         print(
-            f"tmem: that is less than {format_size(size_bytes)}: no ephemeral page is left",
+            f"tmem: that is less than {format_size(size_bytes)}: all that is left is {left}",
             file=sys.stderr,
         )
     return ExitCode.OK

@@ -1,0 +1,223 @@
+"""The administrator's commands on a real cluster: what is set is obeyed, and outlives a crash."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.clusters import tmem, wait_until
+from tools.cli import main
+
+pytestmark = pytest.mark.cluster
+
+UUID = "abcdef01-2345-6789-1234-567890abcdef"
+SETTINGS = """
+weight = 300
+cap = "1M"
+reserve = "512K"
+compress = true
+priority = "high"
+sharing = "group"
+group = "colours"
+"""
+POOLS = f"""
+[[shared_pool]]
+uuid = "{UUID}"
+writers = ["red"]
+readers = ["blue"]
+"""
+
+
+@pytest.fixture
+def up(folder: Path, cluster_file: Path) -> Iterator[Path]:
+    """The folder of a cluster in which red has settings of its own; taken down at the end."""
+    text = cluster_file.read_text()
+    text = text.replace('name = "red"\n', f'name = "red"\n{SETTINGS}')
+    text = text.replace("[hypervisor]\n", '[hypervisor]\nscheduling = "static"\n')
+    cluster_file.write_text(text + POOLS)
+    done = tmem("up", "-d", "-f", str(cluster_file), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    yield folder
+    tmem("down", cwd=folder)
+
+
+def ask(folder: Path, *words: str) -> Any:
+    """The JSON that a command prints."""
+    return json.loads(say(folder, *words, "--json"))
+
+
+def say(folder: Path, *words: str) -> str:
+    """The text that a command prints, run in this process because there are many of them."""
+    output = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(output):
+        assert main(list(words)) == 0
+    return output.getvalue()
+
+
+def settings(folder: Path, name: str) -> dict[str, Any]:
+    """What is set of a guest."""
+    keys = (
+        "frozen",
+        "weight",
+        "cap_bytes",
+        "reserve_bytes",
+        "compress",
+        "priority",
+        "sharing",
+        "group",
+    )
+    guest = ask(folder, "list")["guests"][name]
+    return {key: guest[key] for key in keys}
+
+
+def read_tree(folder: Path, guest: str) -> None:
+    """Read every file in a guest, so that pages go to tmem and come back, and are right."""
+    sources = [path for path in sorted((folder / "tree").rglob("*")) if path.is_file()]
+    names = [f"/{path.relative_to(folder / 'tree')}" for path in sources]
+    done = tmem("exec", guest, "--", "sha256sum", *names, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in sources
+    ]
+
+
+def test_what_the_file_says_holds_from_the_start(up: Path) -> None:
+    """Settings of a guest, grants and the scheduling; others have the defaults."""
+    assert settings(up, "red") == {
+        "frozen": False,
+        "weight": 300,
+        "cap_bytes": 1 << 20,
+        "reserve_bytes": 512 << 10,
+        "compress": True,
+        "priority": "high",
+        "sharing": "group",
+        "group": "colours",
+    }
+    assert settings(up, "blue")["weight"] != 300
+    digits = UUID.replace("-", "")
+    assert ask(up, "auth", "list")["grants"] == [
+        {"uuid": digits, "guest": "blue", "role": "reader"},
+        {"uuid": digits, "guest": "red", "role": "writer"},
+    ]
+    assert say(up, "schedule") == "static\n"
+
+
+def test_settings_outlive_a_killed_hypervisor(up: Path) -> None:
+    """Those of the file and those that were made later, and a frozen guest stays frozen."""
+    say(up, "set", "red", "--weight", "7", "--cap", "none")
+    say(up, "freeze", "blue")
+    say(up, "auth", "deny", "blue", UUID)
+    say(up, "schedule", "greedy")
+    before = settings(up, "red"), settings(up, "blue"), say(up, "auth", "list")
+    (pid,) = (row["pid"] for row in ask(up, "ps") if row["name"] == "hypervisor")
+
+    os.kill(pid, signal.SIGKILL)
+
+    def is_back() -> bool:
+        hypervisor = ask(up, "stats")["hypervisor"]
+        return hypervisor is not None and hypervisor["generation"] == 2
+
+    wait_until(is_back, "the hypervisor is started again")
+    wait_until(lambda: set(ask(up, "list")["guests"]) == {"red", "blue"}, "the guests come back")
+    assert (settings(up, "red"), settings(up, "blue"), say(up, "auth", "list")) == before
+    assert before[1]["frozen"]
+    assert say(up, "schedule") == "greedy\n"
+
+
+def test_a_frozen_guest_puts_nothing_new_until_it_is_thawed(up: Path) -> None:
+    """And reads nothing wrong; freezing is what one does before memory is wanted elsewhere."""
+    assert say(up, "freeze", "blue") == "frozen: blue\n"
+    read_tree(up, "blue")
+    read_tree(up, "blue")
+
+    blue = ask(up, "list", "blue")["guests"]["blue"]
+    assert blue["ephemeral_pages"] == 0
+    puts = [blue["operations"].get(name) for name in ("put_page", "put_batch")]
+    assert sum(put["refused"].get("frozen", 0) for put in puts if put) > 0
+    assert "frozen" in say(up, "list", "blue")
+
+    assert say(up, "tmem-thaw", "-a") == ""
+    read_tree(up, "blue")
+    read_tree(up, "blue")
+    assert ask(up, "list", "blue")["guests"]["blue"]["ephemeral_pages"] > 0
+
+
+def test_flush_and_destroy_lose_no_byte(up: Path) -> None:
+    """Ephemeral pages go, freeable memory becomes free, files are read right afterwards."""
+    for guest in ("red", "blue"):
+        read_tree(up, guest)
+    before = ask(up, "freeable")
+    assert before["ephemeral_bytes"] > 256 << 10
+
+    done = ask(up, "flush", "blue", "64K")
+    assert done["flushed_pages"] > 0
+    assert done["freed_bytes"] >= 64 << 10
+    rest = tmem("flush", "all", "1G", cwd=up)
+    assert rest.returncode == 0
+    assert "all that is left is persistent or reserved" in rest.stderr
+    guests = ask(up, "list")["guests"]
+    assert guests["blue"]["ephemeral_pages"] == 0
+    # What red has reserved can be taken by its name only.
+    assert 0 < guests["red"]["cost_bytes"] <= 512 << 10
+    assert tmem("flush", "red", "1G", cwd=up).returncode == 0
+    after = ask(up, "freeable")
+    assert after["ephemeral_bytes"] == 0
+    assert after["free_bytes"] > before["free_bytes"]
+    assert int(say(up, "tmem-freeable")) == after["freeable_bytes"] >> 20
+    read_tree(up, "red")
+
+    assert re.match(r"destroyed \d+ pools of red\n", say(up, "destroy", "red", "--yes"))
+    assert ask(up, "list", "red")["guests"]["red"]["ephemeral_pages"] == 0
+    read_tree(up, "red")
+
+
+def test_tables_and_records_agree_with_json(up: Path) -> None:
+    """Three ways to say one thing, of a cluster that is at rest."""
+    read_tree(up, "blue")
+    guests = ask(up, "list")["guests"]
+
+    rows = say(up, "list").splitlines()[1:]
+    assert [row.split()[0] for row in rows[:2]] == list(guests)
+    pools = say(up, "pools").splitlines()
+    assert len(pools) == 2 + sum(len(guest["pools"]) for guest in guests.values())
+
+    records = say(up, "tmem-list", "-a", "-l").splitlines()
+    fields = [
+        (letter, dict(field.split(":") for field in rest.split(",")))
+        for letter, _, rest in (record.partition("=") for record in records)
+    ]
+    assert [letter for letter, _ in fields][:2] == ["G", "C"]
+    clients = [(int(found["CI"]), int(found["Ec"])) for letter, found in fields if letter == "C"]
+    assert clients == [(guest["id"], guest["ephemeral_pages"]) for guest in guests.values()]
+    assert sum(int(found["Pc"]) for letter, found in fields if letter == "P") == sum(
+        pool["pages"] for guest in guests.values() for pool in guest["pools"]
+    )
+
+
+def test_a_no_is_one_line(up: Path) -> None:
+    """What the hypervisor refuses comes with exit code 64 and changes nothing."""
+    before = settings(up, "blue")
+
+    for words, says in (
+        (["set", "blue", "--reserve", "1G"], "reserve"),
+        (["set", "blue", "--pool", "63", "--weight", "3"], "pool"),
+        (["set", "green", "--weight", "3"], "there is no guest 'green'; there are blue, red"),
+        (["destroy", "blue", "--pool", "63", "--yes"], "63"),
+        (["auth", "deny", "red", UUID.replace("a", "b")], "no grant"),
+    ):
+        done = tmem(*words, cwd=up)
+        (line,) = done.stderr.splitlines()
+        assert says in line
+        assert done.returncode == 64
+
+    assert settings(up, "blue") == before
