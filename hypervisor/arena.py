@@ -263,11 +263,18 @@ class Arena:
     def read_pools(self) -> list[PoolRecord]:
         """All pool records that are not free, dead ones too."""
         table = self._view[self.layout.pools : self.layout.members]
-        return [
-            PoolRecord(number, bool(word & DEAD), GuestId(guest), PoolId(pool_id), flags, uuid)
-            for number, (word, guest, pool_id, flags, uuid) in enumerate(_POOL.iter_unpack(table))
-            if word
-        ]
+        words = table.cast("I")[:: _POOL.size // 4].tolist()
+        records = []
+        for number, word in enumerate(words):
+            if word:
+                fields = _POOL.unpack_from(table, number * _POOL.size)
+                _, guest, pool_id, flags, uuid = fields
+                records.append(
+                    PoolRecord(
+                        number, bool(word & DEAD), GuestId(guest), PoolId(pool_id), flags, uuid
+                    )
+                )
+        return records
 
     def _pool_offset(self, number: int) -> int:
         return self.layout.pools + number * _POOL.size
@@ -287,11 +294,14 @@ class Arena:
     def read_members(self) -> list[MemberRecord]:
         """All member records that are not free."""
         table = self._view[self.layout.members : self.layout.state_column]
-        return [
-            MemberRecord(number, word == HEIR, GuestId(guest), pool, PoolId(pool_id), slot)
-            for number, (word, guest, pool, pool_id, slot) in enumerate(_MEMBER.iter_unpack(table))
-            if word
-        ]
+        records = []
+        for number, word in enumerate(self._member_words[::2].tolist()):
+            if word:
+                kind, guest, pool, pool_id, slot = _MEMBER.unpack_from(table, number * _MEMBER.size)
+                records.append(
+                    MemberRecord(number, kind == HEIR, GuestId(guest), pool, PoolId(pool_id), slot)
+                )
+        return records
 
     # --- guests
 

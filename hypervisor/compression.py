@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 
 import lz4.block
 
-from hypervisor.slab import SIZE_MAX, class_bytes
+from hypervisor.slab import BACK_BYTES, SIZE_MAX, class_bytes
 from ipc.abi import PAGE_BYTES
 
 
@@ -88,7 +88,7 @@ class Compressor:
                 self.skipped += 1
                 return None
         data = LZ4.compress(page)
-        if len(data) <= SIZE_MAX:
+        if len(data) + BACK_BYTES <= SIZE_MAX:
             self.kept += 1
             self._streak = 0
             return data

@@ -50,12 +50,10 @@ from hypervisor.fill import page_of, pattern_of
 from hypervisor.frames import CONTENT, EPHEMERAL, PERSISTENT, Frames
 from hypervisor.pools import RAW_COST_BYTES, Client, Member
 from hypervisor.sharing import SharedContents, charge
-from hypervisor.slab import Slabs, class_bytes
+from hypervisor.slab import BACK_BYTES, COMPACTION_LIMIT, Slabs, class_bytes
 from ipc.abi import PAGE_BYTES
 from ipc.errors import InvariantError
 
-BACK_BYTES: Final = 4
-"""In front of each compressed page."""
 SHARED_MARK: Final = 1 << 31
 LZ4_BEST: Final = 3
 """Codec of an LZ4 page that LZ4HC would not make smaller: it is not tried again."""
@@ -379,12 +377,12 @@ class Contents:
 
     # --- idle work
 
-    def compact(self, moves_max: int) -> int:
-        """Empty a slab span if too much lies idle; objects moved."""
+    def compact(self, moves_max: int, limit: float = COMPACTION_LIMIT) -> int:
+        """Empty slab spans as long as more than `limit` of the slabs lies idle; objects moved."""
         moved = 0
         for persistent in (False, True):
             while moved < moves_max:
-                span = self.slabs.compaction_candidate(persistent=persistent)
+                span = self.slabs.compaction_candidate(persistent=persistent, limit=limit)
                 places = [] if span is None else self.slabs.live_places(span)
                 before = moved
                 for place in places:
@@ -430,7 +428,9 @@ class Contents:
         tables = self._entries.blocks()
         for step in range(len(tables)):
             block = tables[(self._cursor + step) % len(tables)]
-            for number, state, location in self._entries.of_block(block):
+            for number, state, _ in self._entries.of_block(block):
+                # Read now: a page before this one may share its content, and have moved it.
+                location = self._entries.location(number)
                 if (
                     location & KIND_MASK == SLAB
                     and location_codec(location) == LZ4.number
@@ -516,10 +516,11 @@ class Contents:
             self._count_stored(location, 1)
             return
         page = self._bytes_at(location)
-        digest = self.shared.digest(page, domain or f"recovered {location}")
-        if self.shared.find(digest) >= 0:
-            # A second copy of the same bytes: the process died while it was moving them.
-            digest = self.shared.digest(page, f"recovered {location}")
+        digest = -1 if domain is None else self.shared.digest(page, domain)
+        if digest < 0 or self.shared.find(digest) >= 0:
+            # The guest shares no more, or this is a second copy of the same bytes: the process died
+            # while it was moving them.
+            digest = self.shared.unmatched_digest()
         content = self.shared.insert(digest, location)
         self._name(content, location)
         self._count_stored(location, 1)
@@ -591,6 +592,7 @@ class Contents:
         entries say."""
         places: dict[int, int] = {}
         shared: dict[int, tuple[int, dict[int, int]]] = {}
+        named: dict[int, set[int]] = {}
         frames = set()
         filled = 0
         extra = 0
@@ -613,13 +615,13 @@ class Contents:
             known, holders = shared.setdefault(content, (location, {}))
             if known != location:
                 raise InvariantError(f"content {content} lies at {known:#x} and {location:#x}")
+            named.setdefault(content, set()).add(number)
             extra += bool(holders)
             holders[member.number] = holders.get(member.number, 0) + 1
         self.slabs.check(places)
         self.shared.check(shared)
-        for content in shared:
-            named = set(self._entries_of(content))
-            if named != {n for n in live if self._names(n, content)}:
+        for content, numbers in named.items():
+            if set(self._entries_of(content)) != numbers:
                 raise InvariantError(f"the chain of content {content} is wrong")
         if frames != set(self._content_of_frame):
             raise InvariantError("content frames and their entries differ")
@@ -628,10 +630,6 @@ class Contents:
         counted = (self.filled.pages, self.compressed.pages, self.sharing.pages)
         if counted != (filled, len(places), extra):
             raise InvariantError(f"savings count {counted}, not {(filled, len(places), extra)}")
-
-    def _names(self, number: int, content: int) -> bool:
-        location = self._entries.location(number)
-        return location & KIND_MASK != FILLED and self._content_at(location) == content
 
 
 def _held_bytes(location: int) -> int:

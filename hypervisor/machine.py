@@ -31,7 +31,7 @@ from hypervisor.auth import Grants
 from hypervisor.balance import Balance
 from hypervisor.membership import Memberships
 from hypervisor.pools import NO_PAGE, Client, Member, Settings
-from hypervisor.store import NoObjectNumber, Store
+from hypervisor.store import LeafKey, NoObjectNumber, Store, leaf_key
 from ipc.abi import (
     ABI_REVISION,
     PAGE_BYTES,
@@ -80,7 +80,8 @@ class Machine:
     `recovery.recover` fills it before it serves anyone.
 
     `settings` and `grants` are the administrator's, kept by guest name and read here as they are.
-    `secret` seeds the hash that finds equal pages; `now_ns` measures what encoding costs.
+    `secret` seeds the hash that finds equal pages; `now_ns` measures what encoding costs;
+    `leaf_key` is for whoever must have the same samples in every process.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Machine:
         grants: Grants | None = None,
         secret: bytes = b"",
         now_ns: Callable[[], int] = lambda: 0,
+        leaf_key: LeafKey = leaf_key,
     ) -> None:
         self.store = Store(
             arena,
@@ -102,6 +104,7 @@ class Machine:
             scheduling=scheduling,
             secret=secret,
             now_ns=now_ns,
+            leaf_key=leaf_key,
         )
         self.policy_name = policy
         self.generation = arena.next_generation()

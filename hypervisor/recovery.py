@@ -30,7 +30,7 @@ from hypervisor.arena import (
 from hypervisor.frames import CONTENT, EPHEMERAL, PERSISTENT, TABLE
 from hypervisor.machine import Machine
 from hypervisor.pools import LEAF_PAGES, RAW_COST_BYTES, Member, Pool, TmemObject
-from hypervisor.store import Store, leaf_key
+from hypervisor.store import Store
 from ipc.abi import GuestId, PoolFlag, PoolId
 from ipc.errors import InvariantError
 
@@ -306,7 +306,7 @@ class _Pages:
             if member.policy is not None:
                 owner = store.objects[object_number]
                 assert owner is not None
-                key = leaf_key(owner.oid, index >> 6) if member.keyed else 0
+                key = self._store.leaf_key(owner.oid, index >> 6) if member.keyed else 0
                 member.policy.inserted(number, 1, key, index & 63, state & HINTS_MASK)
 
 

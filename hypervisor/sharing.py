@@ -11,7 +11,7 @@ To store a page:
     not found                                     insert(digest, location), then add(...)
 
 The digest never decides: bytes are always compared, so 40 bits of it are kept and a chance match
-costs one page its sharing.  It is xxh3 with a seed that is drawn at every boot and never shown, so
+costs one page its sharing.  It is xxh3-128 with a seed that is drawn at every boot and never shown, so
 that nobody can prepare pages that fall into one bucket.
 
 Who may learn, from how fast a put is, that a page is stored elsewhere?  Everybody in its *domain*:
@@ -40,7 +40,7 @@ from array import array
 from enum import StrEnum
 from typing import Final
 
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64_intdigest, xxh3_128_intdigest
 
 from ipc.errors import InvariantError
 
@@ -120,7 +120,7 @@ class SharedContents:
         if known is None:
             known = self._domains[domain] = self._number_domain(domain)
         number, seed = known
-        return number << _HASH_BITS | xxh3_64_intdigest(page, seed) & _HASH_MASK
+        return number << _HASH_BITS | xxh3_128_intdigest(page, seed) & _HASH_MASK
 
     def unmatched_digest(self) -> int:
         """A digest that no page will ever have: of a content that is never to be found."""

@@ -45,6 +45,9 @@ from ipc.errors import InvariantError
 SIZE_MAX: Final = CLASS_BYTES[-1]
 """What is larger is stored raw, a page in a frame."""
 
+BACK_BYTES: Final = 4
+"""What `contents` puts in front of each compressed page, so that compaction finds its owner."""
+
 COMPACTION_LIMIT: Final = 0.25
 """Share of the held bytes that may be idle before compaction is worth its copies."""
 

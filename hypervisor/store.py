@@ -52,8 +52,12 @@ REMOVED: Final = 2
 """Why a page goes: what its eviction policy is told."""
 
 
+LeafKey = Callable[[bytes, int], int]
+
+
 def leaf_key(oid: bytes, leaf_number: int) -> int:
-    """What policies and samplers know a leaf by; seeded by Python at every start."""
+    """What policies and samplers know a leaf by, 63 bits; seeded by Python at every start, so that
+    no guest can choose object ids that all samplers watch."""
     return hash((oid, leaf_number)) & _KEY_MASK
 
 
@@ -74,8 +78,10 @@ class Store:
         scheduling: str = "static",
         secret: bytes = b"",
         now_ns: Callable[[], int] = lambda: 0,
+        leaf_key: LeafKey = leaf_key,
     ) -> None:
         self.arena = arena
+        self.leaf_key = leaf_key
         self._data = arena.data
         self._state_column = arena.state
         self._object_column = arena.object
@@ -138,7 +144,7 @@ class Store:
         pool = member.pool
         keep = flags & _KEEP or not pool.exclusive
         if member.sampler is not None:
-            key = leaf_key(oid, index >> 6)
+            key = self.leaf_key(oid, index >> 6)
             if key & SAMPLE_MASK < member.sampler.threshold:
                 member.sampler.get(key, index & 63, 1, keep=bool(keep))
         found = pool.objects.get(oid)
@@ -197,7 +203,7 @@ class Store:
         member.cost_bytes += RAW_COST_BYTES
         member.purse.bytes += RAW_COST_BYTES
         if member.policy is not None:
-            key = leaf_key(oid, index >> 6) if member.keyed else 0
+            key = self.leaf_key(oid, index >> 6) if member.keyed else 0
             member.policy.inserted(frame, 1, key, place, flags)
             if member.sampler is not None and key & SAMPLE_MASK < member.sampler.threshold:
                 member.sampler.put(key, place, 1)
@@ -234,7 +240,7 @@ class Store:
             leaf_number = (index + at) >> 6
             wanted = min(count - at, LEAF_PAGES - place)
             if member.sampler is not None:
-                key = leaf_key(oid, leaf_number)
+                key = self.leaf_key(oid, leaf_number)
                 if key & SAMPLE_MASK < member.sampler.threshold:
                     member.sampler.get(key, place, wanted, keep=not exclusive)
             leaf = None if found is None else found.leaf(leaf_number)
@@ -354,7 +360,7 @@ class Store:
         rest of the call, and entries for those whose bit is set in `encode`."""
         leaf = target.leaf_for(leaf_number, place + count)
         old = leaf[place : place + count]
-        key = leaf_key(target.oid, leaf_number) if member.keyed else 0
+        key = self.leaf_key(target.oid, leaf_number) if member.keyed else 0
         first_place = place
         if not encode & _MASKS[count]:
             self._put_raw(member, target, leaf_number, leaf, place, count, slots, slot, flags, key)
@@ -490,7 +496,7 @@ class Store:
         while at < count:
             place = (index + at) & 63
             wanted = min(count - at, LEAF_PAGES - place)
-            key = leaf_key(oid, (index + at) >> 6)
+            key = self.leaf_key(oid, (index + at) >> 6)
             if key & SAMPLE_MASK < sampler.threshold:
                 sampler.flush(key, place, wanted)
             at += wanted
@@ -570,6 +576,9 @@ class Store:
                 member, max(count - frames.free, EVICTION_BATCH_PAGES)
             ):
                 break
+            if frames.free < count and self.contents.compressed.pages:
+                # Pages went that shared their frames with others: move these together.
+                self.contents.compact(EVICTION_BATCH_PAGES, limit=0.0)
 
     def evict(self, member: Member, pages: int) -> int:
         """Drop up to about so many of a member's ephemeral pages; how many went."""
@@ -653,7 +662,7 @@ class Store:
         """Pages of a leaf are no more: `runs` are all that there are between `place`, from which
         they count, and the end of the last run."""
         gone = 0
-        key = leaf_key(owner.oid, leaf_number) if why != REMOVED else 0
+        key = self.leaf_key(owner.oid, leaf_number) if why != REMOVED else 0
         for at, length, first in runs:
             self._release(owner, first, length, why, key, place + at)
             gone += length

@@ -1,4 +1,4 @@
-"""S3-FIFO that believes what it is told: the hints of a put, and what was got.
+"""S3-FIFO that believes what it is told, and learns how long probation should be.
 
     LOW             a queue of its own, which goes first of all, in order
     HIGH            the main queue, where the page is spared once
@@ -10,6 +10,13 @@
 One use in the small queue suffices, where the reference asks for two: it sees every request, but we
 see only those that the guest's own cache could not answer.
 
+The small queue's part begins at a tenth and moves between that and a half.  A page that comes back
+soon after it was evicted on probation says that probation is too short; one that was evicted from
+the main queue says that the main queue is.  That is ARC's idea (Megiddo and Modha, 2003), taken
+slowly: at a third of its pace, and what comes back from the main queue starts on probation again,
+as in S3-FIFO, or a loop that is a little too long would wash the main queue out.  It mends what
+S3-FIFO is worst at, a working set that moves.
+
 Without admission there is no probation, and hints only say what goes first and what is spared.
 """
 
@@ -17,6 +24,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from hypervisor.eviction.ghosts import Ghosts
 from hypervisor.eviction.links import Links
 from hypervisor.eviction.s3fifo import LOW, MAIN, S3Fifo
 from hypervisor.frames import RUN_MAX, Run
@@ -24,6 +32,11 @@ from ipc.abi import CallFlag
 
 _LOW: Final = int(CallFlag.LOW)
 _HIGH: Final = int(CallFlag.HIGH)
+_SHARE_MIN: Final = 0.1
+_SHARE_MAX: Final = 0.5
+_PACE: Final = 0.3
+_GHOST_PAGES_PER_LEAF: Final = 4
+"""Ghosts of the main queue are only counted: they may be remembered in fewer leaves."""
 
 
 class Hinted(S3Fifo):
@@ -34,6 +47,8 @@ class Hinted(S3Fifo):
     def __init__(self, links: Links, *, admission: bool) -> None:
         super().__init__(links, admission=admission)
         self._low = links.new_list()
+        self._main_ghosts = Ghosts()
+        self._share = _SHARE_MIN
 
     @property
     def _low_pages(self) -> int:
@@ -51,6 +66,13 @@ class Hinted(S3Fifo):
         else:
             self._into_main(first, count, MAIN + 1 if hints & _HIGH else MAIN)
 
+    def evicted(self, first: int, count: int, key: int, place: int, /) -> None:
+        if self.wants_keys:
+            limit = max(self.capacity_pages, self.pages)
+            self._main_ghosts.trim(limit, limit // _GHOST_PAGES_PER_LEAF)
+            self._remember(self._main_ghosts, MAIN, first, count, key, place)
+        super().evicted(first, count, key, place)
+
     def victims(self, count: int, /) -> list[Run]:
         links = self._links
         runs: list[Run] = []
@@ -65,6 +87,28 @@ class Hinted(S3Fifo):
 
     def front(self) -> int:
         return self._links.front(self._low) if self._low_pages else super().front()
+
+    def check(self, numbers: set[int], /) -> None:
+        self._main_ghosts.check()
+        super().check(numbers)
+
+    def _recall(self, key: int, place: int, count: int) -> int:
+        small, main = self._ghosts, self._main_ghosts
+        known = 0
+        if small.pages and (known := small.take(key, place, count)):
+            self._learn(known.bit_count() * max(1.0, main.pages / (small.pages + 1)))
+        if main.pages and (washed_out := main.take(key, place, count)):
+            self._learn(-washed_out.bit_count() * max(1.0, small.pages / (main.pages + 1)))
+        return known | self._taken.take(key, place, count)
+
+    def _learn(self, pages: float) -> None:
+        """The small queue should be longer by so many pages; pages of the rarer kind of ghosts were
+        counted by the ratio of the kinds."""
+        share = self._share + _PACE * pages / max(self.capacity_pages, self.pages)
+        self._share = min(max(share, _SHARE_MIN), _SHARE_MAX)
+
+    def _small_max(self, listed: int) -> int:
+        return int(listed * self._share)
 
     def _queues(self) -> list[tuple[int, int, int]]:
         return [*super()._queues(), (self._low, LOW, self._low_pages)]

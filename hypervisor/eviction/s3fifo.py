@@ -39,6 +39,8 @@ LOW: Final = 8
 _SMALL_SHARE: Final = 10
 _GHOST_TENTHS: Final = 9
 _TAKEN_MIN: Final = 64
+_TAKEN_PAGES_PER_LEAF: Final = 2
+"""What was taken is remembered for as many pages as there may be, in half as many leaves."""
 
 _USED: Final = bytes(mark if mark & 3 == 3 else mark + 1 for mark in range(256))
 _SPARED: Final = bytes(max(mark - 1, mark & ~3) for mark in range(256))
@@ -94,21 +96,16 @@ class S3Fifo:
 
     def taken(self, first: int, count: int, key: int, place: int, /) -> None:
         if self.wants_keys:
-            taken = self._taken
-            if taken.pages > self.capacity_pages:
-                taken.trim(max(self.capacity_pages, self.pages, _TAKEN_MIN))
-            taken.add(key, place, count)
+            limit = max(self.capacity_pages, self.pages, _TAKEN_MIN)
+            self._taken.trim(limit, limit // _TAKEN_PAGES_PER_LEAF)
+            self._taken.add(key, place, count)
         self.removed(first, count)
 
     def evicted(self, first: int, count: int, key: int, place: int, /) -> None:
         self._has_evicted = True
         if self.wants_keys:
             self._trim_ghosts()
-            marks = self._links.marks[first : first + count]
-            if not marks.lstrip(_SMALL_MARKS):
-                self._ghosts.add(key, place, count)
-            elif marks.lstrip(_MAIN_MARKS):
-                self._leave_ghosts(marks, key, place)
+            self._remember(self._ghosts, SMALL, first, count, key, place)
         self.removed(first, count)
 
     def removed(self, first: int, count: int, /) -> None:
@@ -128,7 +125,7 @@ class S3Fifo:
         runs: list[Run] = []
         self._spare = SPARED_MAX
         listed = self._small_pages + self._main_pages
-        main_max = listed - listed // _SMALL_SHARE
+        main_max = listed - self._small_max(listed)
         # Victims stay in line until they are evicted; each search goes on behind the last one.
         small_last, main_last = self._small, self._main
         small_named = main_named = 0
@@ -155,7 +152,7 @@ class S3Fifo:
 
     def front(self) -> int:
         listed = self._small_pages + self._main_pages
-        if self._small_pages and self._main_pages <= listed - listed // _SMALL_SHARE:
+        if self._small_pages and self._main_pages <= listed - self._small_max(listed):
             return self._links.front(self._small)
         return self._links.front(self._main)
 
@@ -179,6 +176,10 @@ class S3Fifo:
     def close(self) -> None:
         for sentinel, _, _ in self._queues():
             self._links.drop_list(sentinel)
+
+    def _small_max(self, listed: int) -> int:
+        """The small queue's part of so many pages."""
+        return listed // _SMALL_SHARE
 
     # --- coming
 
@@ -257,14 +258,16 @@ class S3Fifo:
         if tenths > self.capacity_pages * _GHOST_TENTHS and tenths > self.pages * _GHOST_TENTHS:
             self._ghosts.trim(max(self.capacity_pages, self.pages) * _GHOST_TENTHS // 10)
 
-    def _leave_ghosts(self, marks: bytearray, key: int, place: int) -> None:
-        """Those pages that are in the small queue are remembered."""
-        queues = marks.translate(_QUEUE)
-        at = queues.find(SMALL)
+    def _remember(
+        self, ghosts: Ghosts, queue: int, first: int, count: int, key: int, place: int
+    ) -> None:
+        """Those pages that are in this queue leave ghosts."""
+        queues = self._links.marks[first : first + count].translate(_QUEUE)
+        at = queues.find(queue)
         while at >= 0:
-            length = len(queues) - at - len(queues[at:].lstrip(b"\0"))
-            self._ghosts.add(key, place + at, length)
-            at = queues.find(SMALL, at + length)
+            length = count - at - len(queues[at:].lstrip(bytes((queue,))))
+            ghosts.add(key, place + at, length)
+            at = queues.find(queue, at + length)
 
     def _queues(self) -> list[tuple[int, int, int]]:
         """(sentinel, mark, pages) of each queue."""
