@@ -11,8 +11,8 @@ To store a page:
     not found                                     insert(digest, location), then add(...)
 
 The digest never decides: bytes are always compared, so 40 bits of it are kept and a chance match
-costs one page its sharing.  It is xxh3-128 with a seed that is drawn at every boot and never shown, so
-that nobody can prepare pages that fall into one bucket.
+costs one page its sharing.  It is xxh3-128 with a seed that is drawn at every boot and never shown,
+so that nobody can prepare pages that fall into one bucket.
 
 Who may learn, from how fast a put is, that a page is stored elsewhere?  Everybody in its *domain*:
 a guest alone, a group of guests, or all (`domain_of`).  The domain is part of the digest and of
