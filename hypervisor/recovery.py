@@ -306,7 +306,7 @@ class _Pages:
             if member.policy is not None:
                 owner = store.objects[object_number]
                 assert owner is not None
-                key = self._store.leaf_key(owner.oid, index >> 6) if member.keyed else 0
+                key = store.leaf_key(owner.oid, index >> 6) if member.keyed else 0
                 member.policy.inserted(number, 1, key, index & 63, state & HINTS_MASK)
 
 

@@ -4,9 +4,13 @@ Fault model: what a guest can see of a hypervisor that dies and comes back aroun
 
     LOSE_REQUEST  the hypervisor died before it executed the call
     LOSE_REPLY    it executed the call and died before the reply
+    LATE_REQUEST  others' calls are served between the guest's sending and this call
+    LATE_REPLY    others' calls are served between this call and the guest's reading of the reply
 
-Both surface as `Disconnected` and close the channel, exactly as with real queues; the guest then
-attaches again.  Messages are never reordered or doubled: a POSIX queue does neither.
+The first two surface as `Disconnected` and close the channel, exactly as with real queues; the
+guest then attaches again.  While a call is late, `meanwhile` runs the others; what happens to the
+channel then happens to the call.  Messages are never reordered or doubled: a POSIX queue does
+neither.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ class Fault(Enum):
     NONE = "none"
     LOSE_REQUEST = "lose-request"
     LOSE_REPLY = "lose-reply"
+    LATE_REQUEST = "late-request"
+    LATE_REPLY = "late-reply"
 
 
 Handler = Callable[[bytes, Window], bytes]
@@ -39,6 +45,7 @@ class LocalChannel:
         handler: Handler,
         *,
         faults: Iterator[Fault] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
         generation: int = 1,
         resumed: bool = False,
     ) -> None:
@@ -47,6 +54,7 @@ class LocalChannel:
         self.resumed = resumed
         self._handler = handler
         self._faults = repeat(Fault.NONE) if faults is None else faults
+        self._meanwhile = meanwhile
         self._closed = False
 
     def call(self, request: bytes) -> bytes:
@@ -56,11 +64,20 @@ class LocalChannel:
         if fault is Fault.LOSE_REQUEST:
             self._closed = True
             raise Disconnected("the hypervisor died before the call")
+        if fault is Fault.LATE_REQUEST:
+            self._wait()
         reply = self._handler(request, self.window)
         if fault is Fault.LOSE_REPLY:
             self._closed = True
             raise Disconnected("the hypervisor died after the call")
+        if fault is Fault.LATE_REPLY:
+            self._wait()
         return reply
+
+    def _wait(self) -> None:
+        self._meanwhile()
+        if self._closed:
+            raise Disconnected("the hypervisor died while the call waited")
 
     def close(self) -> None:
         self._closed = True
