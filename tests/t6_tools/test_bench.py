@@ -29,9 +29,9 @@ OURS = (
     "metadata_fraction_small_files",
 )
 BY_PEER = {
-    "C ping-pong 64 bytes (mq)": ("get_vs_c_mq", "put_vs_c_mq"),
+    "C ping-pong 64 bytes (mq)": ("get_vs_c_mq", "put_vs_c_mq", "ring_get_vs_c_mq"),
     "C memcpy cold 4 KiB": ("extent_vs_memcpy",),
-    "redis": ("extent_vs_redis", "extent64_vs_redis"),
+    "redis": ("get_vs_redis", "extent_vs_redis", "extent64_vs_redis"),
     "memcached": ("extent_vs_memcached", "extent64_vs_memcached"),
     "lmdb": ("extent_vs_lmdb", "extent64_vs_lmdb"),
 }
@@ -105,6 +105,10 @@ def test_a_run_gives_every_documented_figure_and_leaves_nothing() -> None:
         assert row["median"] > 0, row["name"]
         assert row["p99"] > 0, row["name"]
         assert row["spread"] >= 0, row["name"]
+    settings = {row["setting"] for row in done.written["transport_rows"]}
+    assert {"one core", "hog on each core"} <= settings
+    assert ratios["ring_get_beside_hogs_vs_mqueue"] > 0
+    assert 0 <= ratios["idle_cpu_share"] < 1
     rates = {row["name"]: row["hit_rate"] for row in rows if "hit_rate" in row}
     assert rates
     assert all("arena 2/3" in name and 0 < rate < 1 for name, rate in rates.items()), rates

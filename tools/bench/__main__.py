@@ -60,6 +60,8 @@ def _print_cells(cells: list[list[str]]) -> None:
 def _print(content: dict[str, Any]) -> None:
     _print_cells(report.table(content))
     print()
+    _print_cells(report.transport_table(content))
+    print()
     _print_cells(report.ratio_table(content))
     print()
     state = "noisy" if content["noisy"] else "quiet"

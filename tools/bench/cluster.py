@@ -55,9 +55,13 @@ class Cluster:
         attach.enrol(self.directory, name, token, os.getuid())
         return token
 
-    def attach(self, name: str, pages: int, *, persist: bool, seed: int) -> Guest:
+    def attach(
+        self, name: str, pages: int, *, persist: bool, seed: int, ring: bool | None = None
+    ) -> Guest:
         """A guest that lives in this process."""
-        channel = attach.connect(self.directory, name, self.enrol(name), patience_seconds=20)
+        channel = attach.connect(
+            self.directory, name, self.enrol(name), patience_seconds=20, ring=ring
+        )
         return Guest(channel, pages, persist=persist, seed=seed)
 
     def close(self) -> None:

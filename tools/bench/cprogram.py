@@ -12,6 +12,7 @@ from tools.bench.timing import Case, Figures, Skipped
 SOURCE = Path(__file__).with_name("pingpong.c")
 MQ = "C ping-pong 64 bytes (mq)"
 MEMCPY = "C memcpy cold 4 KiB"
+PROGRAM = "pingpong"
 
 
 def cases(directory: Path, working_set_pages: int) -> tuple[list[Case], list[Skipped]]:
@@ -20,7 +21,7 @@ def cases(directory: Path, working_set_pages: int) -> tuple[list[Case], list[Ski
     if compiler is None:
         reason = "no C compiler: apt-get install gcc"
         return [], [Skipped(MQ, reason), Skipped(MEMCPY, reason)]
-    program = directory / "pingpong"
+    program = directory / PROGRAM
     built = subprocess.run(
         [compiler, "-O2", "-o", str(program), str(SOURCE), "-lrt"],
         capture_output=True,
@@ -31,15 +32,20 @@ def cases(directory: Path, working_set_pages: int) -> tuple[list[Case], list[Ski
         reason = f"cc failed: {built.stderr.strip().splitlines()[0]}"
         return [], [Skipped(MQ, reason), Skipped(MEMCPY, reason)]
 
-    def ping_pong(seconds: float, core: int | None) -> dict[str, Figures]:
-        return {MQ: _run([str(program), "mq", _core(core), str(seconds)], 0)}
+    def run_ping_pong(seconds: float, core: int | None) -> dict[str, Figures]:
+        return {MQ: ping_pong(program, _core(core), seconds)}
 
     def copy(seconds: float, core: int | None) -> dict[str, Figures]:
         pages = str(working_set_pages)
         command = [str(program), "memcpy", _core(core), str(seconds), pages]
         return {MEMCPY: _run(command, 1)}
 
-    return [Case(MQ, ping_pong), Case(MEMCPY, copy)], []
+    return [Case(MQ, run_ping_pong), Case(MEMCPY, copy)], []
+
+
+def ping_pong(program: Path, cores: str, seconds: float) -> Figures:
+    """Round trips; `cores` is one for both sides, two with a comma between them, or -1."""
+    return _run([str(program), "mq", cores, str(seconds)], 0)
 
 
 def _core(core: int | None) -> str:

@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,8 @@ def fill(machine: Machine, object_pages: int) -> int:
     if client is None:
         raise InvariantError("a fresh machine has no room for a guest")
     window = anonymous_window()
-    window.slots[:] = b"\x5a" * len(window.slots)
+    # Neither filled with one byte nor compressible: each page shall have a frame.
+    window.slots[:] = random.Random(1).randbytes(len(window.slots))
 
     def call(op: Op, count: int, pool: int, index: int, oid: bytes) -> tuple[int, ...]:
         request = REQUEST.pack(1, op, 0, count, pool, index, oid, 0, 0, 0)

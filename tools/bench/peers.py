@@ -32,7 +32,7 @@ from ipc.errors import ExitCode, InvariantError, OperatorError
 from tools.bench.plan import Plan
 from tools.bench.timing import Case, Figures, Skipped, cpu_ns, figures, pin
 
-COUNTS: Final = (32, 64)
+COUNTS: Final = (1, 32, 64)
 _START_SECONDS: Final = 10.0
 _STOP_SECONDS: Final = 5.0
 _TRIALS: Final = 3
@@ -197,6 +197,13 @@ def _redis(plan: Plan, stack: ExitStack) -> tuple[Peer, int]:
         loaded: list[bytes | None] = pipeline.execute()
         return loaded
 
+    def store_singly(values: dict[str, bytes]) -> None:
+        for key, value in values.items():
+            client.set(key, value)
+
+    def load_singly(keys: list[str]) -> list[bytes | None]:
+        return [client.get(key) for key in keys]
+
     def store_pieces(values: dict[str, bytes]) -> None:
         items = list(values.items())
         for first in range(0, len(items), _PIECE_KEYS):
@@ -206,8 +213,8 @@ def _redis(plan: Plan, stack: ExitStack) -> tuple[Peer, int]:
         "redis",
         plan,
         pid,
-        [client.mset, store_pipelined, store_pieces],
-        [client.mget, load_pipelined],
+        [client.mset, store_pipelined, store_pieces, store_singly],
+        [client.mget, load_pipelined, load_singly],
     ), pid
 
 

@@ -1,9 +1,9 @@
 /* The floor that the benchmark compares with: what C gets from the same kernel and memory.
  *
- *   pingpong mq CPU SECONDS            round trips of 64 bytes over two POSIX message queues
+ *   pingpong mq CPU[,CPU] SECONDS      round trips of 64 bytes over two POSIX message queues
  *   pingpong memcpy CPU SECONDS PAGES  copies of 4 KiB pages chosen at random from PAGES pages
  *
- * CPU is the core that both sides are pinned to, or -1.  Prints "median_ns p99_ns mean_ns count".
+ * CPU is the core that both sides are pinned to, or -1; a second one is the answering side's.  Prints "median_ns p99_ns mean_ns count".
  * The queues lose their names before the first message, so nothing can be left behind.
  */
 #define _GNU_SOURCE
@@ -65,7 +65,18 @@ static mqd_t make_queue(const char *kind)
     return queue;
 }
 
-static void ping_pong(double seconds, double *samples)
+static void pin(int cpu)
+{
+    cpu_set_t set;
+    if (cpu < 0)
+        return;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    if (sched_setaffinity(0, sizeof set, &set))
+        fail("sched_setaffinity");
+}
+
+static void ping_pong(double seconds, int answering_cpu, double *samples)
 {
     mqd_t requests = make_queue("q"), replies = make_queue("r");
     char message[MESSAGE] = {0};
@@ -77,6 +88,7 @@ static void ping_pong(double seconds, double *samples)
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         if (getppid() != parent)
             _exit(1);
+        pin(answering_cpu);
         while (mq_receive(requests, message, MESSAGE, NULL) >= 0 && !message[0])
             if (mq_send(replies, message, MESSAGE, 0))
                 break;
@@ -139,20 +151,14 @@ int main(int argc, char **argv)
         fprintf(stderr, "usage: pingpong mq|memcpy CPU SECONDS [PAGES]\n");
         return 64;
     }
-    int cpu = atoi(argv[2]);
     double seconds = atof(argv[3]);
-    if (cpu >= 0) {
-        cpu_set_t set;
-        CPU_ZERO(&set);
-        CPU_SET(cpu, &set);
-        if (sched_setaffinity(0, sizeof set, &set))
-            fail("sched_setaffinity");
-    }
+    const char *second = strchr(argv[2], ',');
+    pin(atoi(argv[2]));
     double *samples = malloc(SAMPLES_MAX * sizeof *samples);
     if (!samples)
         fail("malloc");
     if (!strcmp(argv[1], "mq"))
-        ping_pong(seconds, samples);
+        ping_pong(seconds, second ? atoi(second + 1) : -1, samples);
     else if (argc > 4 && atol(argv[4]) > 0)
         copy_pages(seconds, atol(argv[4]), samples);
     free(samples);

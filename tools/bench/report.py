@@ -58,6 +58,11 @@ def _over(one: float | None, other: float | None) -> float | None:
     return None if one is None or not other else one / other
 
 
+def _faster(pick: Pick, verb: str) -> float | None:
+    peer = pick.get(f"redis {verb} 1")
+    return None if peer is None else _over(peer.median_us, pick[f"tmem {verb} 1"].median_us)
+
+
 def _of_one(pick: Pick) -> dict[str, float | None]:
     """The ratios of one repetition."""
     mq = pick[cprogram.MQ].median_us if cprogram.MQ in pick else None
@@ -66,6 +71,8 @@ def _of_one(pick: Pick) -> dict[str, float | None]:
     found: dict[str, float | None] = {
         "get_vs_c_mq": _over(pick["tmem get 1"].median_us, mq),
         "put_vs_c_mq": _over(pick["tmem put 1"].median_us, mq),
+        "get_vs_redis": _faster(pick, "get"),
+        "put_vs_redis": _faster(pick, "put"),
         "extent_vs_memcpy": _over(_cost(pick), copy),
         "extent_hypervisor_us_per_page": _cost(pick),
         "extent_pages_per_second": extents[32],
@@ -93,8 +100,19 @@ def ratios(samples: Samples) -> dict[str, float | None]:
 
 
 MEANING = {
-    "get_vs_c_mq": "median of one 4 KiB get / median of the C ping-pong; goal at most 1.7",
-    "put_vs_c_mq": "median of one 4 KiB put / median of the C ping-pong; goal at most 1.7",
+    "get_vs_c_mq": "median of one 4 KiB get / median of the C ping-pong; goal at most 1.2",
+    "put_vs_c_mq": "median of one 4 KiB put / median of the C ping-pong",
+    "get_vs_redis": "redis-py's GET of 4 KiB / one 4 KiB get, medians; goal unpinned at least 20",
+    "put_vs_redis": "redis-py's SET of 4 KiB / one 4 KiB put, medians",
+    "ring_get_vs_c_mq": "ring, one core: one get / C ping-pong; goal at most 1.2",
+    "ring_put_vs_c_mq": "ring, one core: one put / C ping-pong",
+    "mqueue_get_vs_c_mq": "queues, one core: one get / C ping-pong; goal at most 1.7",
+    "mqueue_put_vs_c_mq": "queues, one core: one put / C ping-pong; goal at most 1.7",
+    "ring_get_two_cores_vs_c_mq": "ring, two cores: one get / C ping-pong; goal at most 0.5",
+    "ring_get_beside_hogs_vs_mqueue": (
+        "means of one get with a hog on each core, ring / queues; goal at most 1.5"
+    ),
+    "idle_cpu_share": "processor time of a hypervisor whose guests do nothing; goal below 0.001",
     "extent_vs_redis": "pages/s of extents of 32 / Redis at 32 keys; goal at least 7",
     "extent_vs_memcached": "pages/s of extents of 32 / memcached at 32 keys; goal at least 9",
     "extent_vs_lmdb": "pages/s of extents of 32 / lmdb at 32 keys (no server, no second process)",
@@ -114,11 +132,13 @@ MEANING = {
 def document(outcome: Outcome) -> dict[str, Any]:
     """What `latest.json` holds."""
     pinned = ratios(outcome.samples[True])
+    pinned.update(outcome.transport_ratios)
     pinned["metadata_fraction"] = outcome.metadata[0]["metadata_fraction"]
     pinned["metadata_fraction_small_files"] = outcome.metadata[1]["metadata_fraction"]
     lost = median(outcome.lost)
     return {
         "rows": rows(outcome),
+        "transport_rows": outcome.transport_rows,
         "ratios": pinned,
         "ratios_unpinned": ratios(outcome.samples[False]),
         "meaning": MEANING,
@@ -154,6 +174,16 @@ def table(content: dict[str, Any]) -> list[list[str]]:
         cells.append([name])
         for pinned in (True, False):
             cells[-1] += _line(by_key[name, pinned])
+    return cells
+
+
+def transport_table(content: dict[str, Any]) -> list[list[str]]:
+    """The transports' rows as cells, the heading first."""
+    cells = [["", "", "us/call", "p99", "spread", "mean", "cpu us/page"]]
+    for row in content["transport_rows"]:
+        figures = (row["median"], row["p99"], row["spread"], row.get("mean"))
+        cost = _number(row.get("server_us_per_page"))
+        cells.append([row["setting"], row["name"], *(_number(one) for one in figures), cost])
     return cells
 
 

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tools.bench import cluster, cprogram, metadata, peers
 from tools.bench.calls import Guest
 from tools.bench.guests import GuestProcesses
 from tools.bench.plan import Plan
 from tools.bench.timing import NOISY_SHARE, Case, Figures, Skipped, lost_share, pin
+from tools.bench.transports import Transports
 
 AGED: Final = ", aged"
 _LOOK_SECONDS: Final = 0.1
@@ -33,6 +34,8 @@ class Outcome:
     samples: dict[bool, Samples] = field(default_factory=dict)
     lost: list[float] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    transport_rows: list[dict[str, Any]] = field(default_factory=list)
+    transport_ratios: dict[str, float | None] = field(default_factory=dict)
     metadata: list[dict[str, float]] = field(default_factory=list)
     """By pages of an object: large files first, then small ones."""
 
@@ -52,6 +55,12 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Outcome:
             pin([os.getpid(), *pids], {outcome.core} if pinned else cores)
             core = outcome.core if pinned else None
             outcome.samples[pinned] = _repeat(plan, cases, core, outcome, say)
+    with ExitStack() as stack:
+        stack.callback(os.sched_setaffinity, 0, cores)
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tmem-bench-")))
+        c_cases, _ = cprogram.cases(directory, plan.working_set_pages)
+        transports = Transports(plan, stack, directory / cprogram.PROGRAM if c_cases else None)
+        outcome.transport_rows, outcome.transport_ratios = transports.measure(say)
     return outcome
 
 
