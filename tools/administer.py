@@ -130,12 +130,11 @@ GUESTS_HEADER: Final = (
     "WEIGHT",
     "CAP",
     "RESERVE",
-    "COMPRESS",
+    "COMPR",
     "PRIORITY",
     "SHARING",
-    "POOLS",
-    "EPH pages",
-    "PERS pages",
+    "EPH",
+    "PERS",
     "COST",
     "TARGET",
 )
@@ -152,6 +151,9 @@ POOLS_HEADER: Final = (
     "TARGET",
 )
 GRANTS_HEADER: Final = ("UUID", "GUEST", "ROLE")
+LEGEND: Final = (
+    "EPH, PERS: pages; COST: bytes of the arena that it pays for; TARGET: what it should have"
+)
 TYPES: Final = "EP, PP: ephemeral and persistent, private; ES, PS: shared; COST: bytes of the arena"
 
 
@@ -168,7 +170,6 @@ def guests_table(answer: Record) -> list[tuple[str, ...]]:
             "on" if guest["compress"] else "off",
             guest["priority"],
             sharing(guest),
-            str(len(guest["pools"])),
             f"{guest['ephemeral_pages']:,}",
             f"{guest['persistent_pages']:,}",
             format_size(guest["cost_bytes"]),
@@ -242,15 +243,18 @@ def pool_line(name: str, guest: Record, pool_id: int) -> str:
 
 
 def state(guest: Record) -> str:
-    """Whether it is attached, and whether it is frozen."""
-    return ("attached" if guest["attached"] else "detached") + (
-        ",frozen" if guest["frozen"] else ""
-    )
+    """Attached, frozen (and attached), detached, or both of the last."""
+    if not guest["attached"]:
+        return "detached,frozen" if guest["frozen"] else "detached"
+    return "frozen" if guest["frozen"] else "attached"
 
 
 def sharing(guest: Record) -> str:
-    """With whom pages of the same content may be one: off, guest, all, or group:NAME."""
-    return f"group:{guest['group']}" if guest["sharing"] == "group" else str(guest["sharing"])
+    """With whom equal pages may be one: off, guest, all, group:NAME, or - for an unnamed group,
+    which is nobody's."""
+    if guest["sharing"] != "group":
+        return str(guest["sharing"])
+    return f"group:{guest['group']}" if guest["group"] else "-"
 
 
 def _bound(size_bytes: int) -> str:

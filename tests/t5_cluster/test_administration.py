@@ -133,6 +133,10 @@ def test_settings_outlive_a_killed_hypervisor(up: Path) -> None:
     assert before[1]["frozen"]
     assert say(up, "schedule") == "greedy\n"
 
+    assert len(list(up.glob("runs/*/on/settings"))) == 1
+    tmem("down", cwd=up)
+    assert list(up.glob("runs/*/on/settings*")) == [], "the next cluster here begins anew"
+
 
 def test_a_frozen_guest_puts_nothing_new_until_it_is_thawed(up: Path) -> None:
     """And reads nothing wrong; freezing is what one does before memory is wanted elsewhere."""

@@ -82,7 +82,7 @@ def list_guests(
         print_json(answer)
     else:
         print_table(view.GUESTS_HEADER, view.guests_table(answer))
-        for line in view.headlines(answer):
+        for line in (view.LEGEND, *view.headlines(answer)):
             print(line)
     return ExitCode.OK
 
