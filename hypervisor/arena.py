@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from array import array
 from typing import Final, NamedTuple
 
 from ipc.abi import OID_BYTES, PAGE_BYTES, GuestId, PoolId
@@ -263,7 +264,7 @@ class Arena:
     def read_pools(self) -> list[PoolRecord]:
         """All pool records that are not free, dead ones too."""
         table = self._view[self.layout.pools : self.layout.members]
-        words = table.cast("I")[:: _POOL.size // 4].tolist()
+        words = array("I", table.tobytes())[:: _POOL.size // 4]  # few are not 0
         records = []
         for number, word in enumerate(words):
             if word:
@@ -295,7 +296,7 @@ class Arena:
         """All member records that are not free."""
         table = self._view[self.layout.members : self.layout.state_column]
         records = []
-        for number, word in enumerate(self._member_words[::2].tolist()):
+        for number, word in enumerate(array("Q", table.tobytes())[::2]):
             if word:
                 kind, guest, pool, pool_id, slot = _MEMBER.unpack_from(table, number * _MEMBER.size)
                 records.append(
