@@ -1,8 +1,8 @@
 """Ghosts: which pages were here lately, without the pages.
 
 A ghost is one bit: the leaf's key leads to a bitmap of its 64 places, so that a leaf costs an entry
-in a dictionary, however many of its pages are remembered.  Leaves are forgotten in the order in
-which they came (again); one page a leaf makes this the reference's queue of pages, exactly.
+in a dictionary, however many of its pages are remembered.  The leaf to which pages were added
+longest ago is forgotten first, whole; with one page a leaf this is a queue of pages, exactly.
 
 Two dictionaries, because the oldest key of one can't be had in constant time once keys at its
 front are gone: leaves come into the young one, and the old one is emptied through a list of its
@@ -49,7 +49,7 @@ class Ghosts:
         """Remember `count` pages of a leaf from `place` on."""
         run = _RUNS[count][place]
         young = self._young
-        known = young.get(key) or self._old.pop(key, 0)
+        known = young.pop(key, 0) or self._old.pop(key, 0)
         if known:
             self.pages -= known.bit_count()
             run |= known
