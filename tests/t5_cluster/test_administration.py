@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 
+from ipc import attach
+from ipc.abi import Op, Reason, Status, pool_flag_word
 from tests.support.clusters import tmem, wait_until
+from tests.support.hypervisors import RawGuest
 from tools.cli import main
 
 pytestmark = pytest.mark.cluster
@@ -183,6 +186,35 @@ def test_flush_and_destroy_lose_no_byte(up: Path) -> None:
     assert re.match(r"destroyed \d+ pools of red\n", say(up, "destroy", "red", "--yes"))
     assert ask(up, "list", "red")["guests"]["red"]["ephemeral_pages"] == 0
     read_tree(up, "red")
+
+
+def test_a_program_may_join_what_it_was_allowed(up: Path) -> None:
+    """By name and uuid, from the next call on, and no longer than that."""
+    (socket,) = up.glob("runs/*/on/control.sock")
+    token = os.urandom(32)
+    attach.enrol(socket.parent, "program", token, os.getuid())
+    program = RawGuest(attach.connect(socket.parent, "program", token))
+    uuid = int.from_bytes(bytes.fromhex(UUID.replace("-", "")), "little")
+    flags = pool_flag_word(shared=True)
+    assert program.call(Op.NEW_POOL, flags, uuid).reason == Reason.SHARED_DENIED
+
+    assert say(up, "tmem-shared-auth", "program", "-u", UUID.upper(), "-a", "1") == ""
+
+    made = program.call(Op.NEW_POOL, flags, uuid)
+    assert made.status == Status.DONE
+    assert program.call(Op.PUT_PAGE, made.value, 1, 0, 1).status == Status.DONE
+    row = next(line for line in say(up, "pools").splitlines() if "program" in line).split()
+    assert row[1:3] == ["ES", UUID]
+    assert row[4:8] == ["program", str(made.value), "writer", "1"]
+    assert re.search(r"^S=SI:\d+,PT:ES,U0:[0-9a-f]+,U1:", say(up, "list", "-l"), re.MULTILINE)
+
+    say(up, "auth", "allow", "program", UUID, "--reader")
+    assert program.call(Op.PUT_PAGE, made.value, 1, 1, 1).reason == Reason.NOT_WRITER
+    assert program.call(Op.GET_PAGE, made.value, 1, 0, 1).status == Status.DONE
+
+    say(up, "tmem-shared-auth", "program", "-u", UUID, "-A", "0")
+    assert program.call(Op.GET_PAGE, made.value, 1, 0, 1).reason == Reason.SHARED_DENIED
+    program.detach()
 
 
 def test_tables_and_records_agree_with_json(up: Path) -> None:
