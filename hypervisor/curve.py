@@ -15,6 +15,9 @@ from typing import Final
 DECAY: Final = 0.7
 """What the past is worth after one more period: half of it is forgotten in two periods."""
 
+QUIET_SHARE: Final = 0.1
+"""A period with less than this part of the usual puts is a quiet one."""
+
 _STEP_BITS: Final = 5
 _STEPS: Final = 1 << _STEP_BITS
 
@@ -37,6 +40,12 @@ class Curve:
     """Sampled gets that the curve stands on."""
     periods: int = 0
     """Whole periods since the member came."""
+    recent_gets: float = -1.0
+    """Of the last period alone; below 0 if that is not known."""
+    recent_puts: float = 0.0
+    trial: float = 1.0
+    """How much of an arena has been put since the member came, or was last quiet: until that is a
+    whole one, nobody can know whether the pages will be wanted back."""
     error: float = 0.0
     """Relative standard error of the sizes, from the number of leaves watched."""
 
@@ -68,6 +77,8 @@ class Depths:
         "_hits",
         "_past",
         "_past_hits",
+        "_recent",
+        "_trial",
         "gets",
         "limit_pages",
         "periods",
@@ -84,6 +95,8 @@ class Depths:
         self._past_hits = self._hits[:]
         self._past = (0.0, 0.0, 0.0)
         self._age = 0.0
+        self._recent = (0.0, 0.0)
+        self._trial = 0.0
 
     def hit(self, size_pages: int, pages: float) -> None:
         """That many gets need a cache of that size to be found."""
@@ -102,6 +115,11 @@ class Depths:
             self._past_hits[number] = self._past_hits[number] * DECAY + hits
         self._hits = array("d", bytes(8 * len(self._hits)))
         gets, puts, samples = self._past
+        self._recent = (self.gets, self.puts)
+        if self.puts * self._age < QUIET_SHARE * puts:
+            self._trial = 0.0
+        else:
+            self._trial += self.puts / max(self.limit_pages, 1)
         self._past = (
             gets * DECAY + self.gets,
             puts * DECAY + self.puts,
@@ -131,5 +149,7 @@ class Depths:
             puts / self._age,
             samples,
             self.periods,
+            *self._recent,
+            self._trial,
             error,
         )

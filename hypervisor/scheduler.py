@@ -59,6 +59,12 @@ _MARGIN_PAGES: Final = 32
 """Added to every size, with the curve's own error: one page short of a cliff is all short, and
 a sampler knows depths no better than the extents that it saw."""
 
+_HOPE: Final = 0.25
+"""Of pages that are put after a quiet time, the part that is taken to be wanted back, until an
+arena's worth of them has shown what is.  Without it a guest that becomes busy would have to live
+through two rounds of its work in the memory that it had while it was idle."""
+_HOPE_PARTS: Final = 8
+
 _WORTH: Final = {Priority.LOW: 0.25, Priority.NORMAL: 1.0, Priority.HIGH: 4.0}
 _WORTH_OF_NO_WEIGHT: Final = 0.001
 
@@ -149,13 +155,30 @@ def steps_of(member: MemberState, factor: float, limit_bytes: int) -> list[Step]
     if member.held_pages >= 64:
         page_bytes = max(member.held_bytes / member.held_pages, 1.0)
     margin = 1 + _MARGIN_SHARE + curve.error
+    # A guest that has gone quiet does not get the hits that it used to.
+    known = curve.gets > 0 and curve.recent_gets >= 0
+    fresh = min(curve.recent_gets / curve.gets, 1.0) if known else 1.0
     steps: list[Step] = [(0, 0.0)]
     for size, found in zip(curve.sizes, curve.found, strict=True):
         needed = int((size * margin + min(size / 8, _MARGIN_PAGES)) * page_bytes) + 1
         if needed > limit_bytes:
             break
-        steps.append((needed, found * factor))
-    return steps
+        steps.append((needed, found * factor * fresh))
+    hope = _HOPE * curve.recent_puts * max(1 - curve.trial, 0.0)
+    return _with_hope(steps, hope * factor, limit_bytes) if hope >= 1 else steps
+
+
+def _with_hope(steps: Sequence[Step], hope: float, limit_bytes: int) -> list[Step]:
+    """The steps, and on top what pages may bring of which nothing is known yet, the same for every
+    byte."""
+    sizes = {limit_bytes * part // _HOPE_PARTS for part in range(1, _HOPE_PARTS + 1)}
+    known = dict(steps)
+    worth = 0.0
+    hopeful = []
+    for size in sorted(sizes | known.keys()):
+        worth = known.get(size, worth)
+        hopeful.append((size, worth + hope * size / max(limit_bytes, 1)))
+    return hopeful
 
 
 class _Division:
@@ -302,47 +325,48 @@ class _Division:
             left -= max(added - reserved, 0)
 
     def _fill(self, sizes: Sequence[int]) -> list[int]:
-        """Divide what nobody has a use for by weight: among guests, then among their members."""
+        """Divide what nobody has a use for by weight and demand: among guests, then among their
+        members."""
         guests = [guest for guest in self.guests if self.of_guest[guest.number]]
         charges = self._charges(sizes)
         parts = share_bytes(
             self.pot,
             [
-                Claim(guest.terms.weight, charges[guest.number], self.most[guest.number])
+                Claim(
+                    guest.terms.weight * sum(map(self._demand, self.of_guest[guest.number])),
+                    charges[guest.number],
+                    self.most[guest.number],
+                )
                 for guest in guests
             ],
         )
         filled = list(sizes)
         for guest, part in zip(guests, parts, strict=True):
             places = self.of_guest[guest.number]
-            claims = [Claim(self.members[place].weight, sizes[place]) for place in places]
+            claims = [
+                Claim(self.members[place].weight * self._demand(place), sizes[place])
+                for place in places
+            ]
             for place, size in zip(places, share_bytes(part, claims), strict=True):
                 filled[place] = size
         return filled
 
+    def _demand(self, place: int) -> float:
+        """Pages that a member puts, which is how fast it fills what it gets."""
+        return 1 + self.members[place].curve.recent_puts
+
     # --- hysteresis
 
     def _kept(self) -> list[int] | None:
-        """The targets of the last round, if they can stay."""
+        """What the last targets have a use for, if that can stay."""
         sizes: list[int] = []
         for place, member in enumerate(self.members):
-            if member.target_bytes is None:
+            target = member.target_bytes
+            if target is None:
                 return None
-            sizes.append(self.fixed.get(place, member.target_bytes))
-        excess = sum(self._charges(sizes).values()) - self.pot
-        if excess > 0:
-            # Persistent pages took some: what a member has beyond its last step it won't miss.
-            needed = [
-                max(step[0] for step in steps if step[0] <= size)
-                for steps, size in zip(self.steps, sizes, strict=True)
-            ]
-            slack = sum(sizes) - sum(needed)
-            if excess > slack:
-                return None
-            sizes = [
-                size - -(-(size - need) * excess // slack)
-                for size, need in zip(sizes, needed, strict=True)
-            ]
+            # What a member has beyond its last step it won't miss.
+            needed = max(size for size, worth in self.steps[place] if size <= target)
+            sizes.append(self.fixed.get(place, needed))
         charges = self._charges(sizes)
         if sum(charges.values()) > self.pot:
             return None
