@@ -1,10 +1,15 @@
-"""The loop that serves guests' queues, one call of one guest at a time.
+"""The loop that serves guests' calls, one call of one guest at a time.
 
 epoll hands the ready queues out in turn, and a turn takes one call from each ready queue: a guest
 that floods waits behind its own calls only.  A call moves at most 64 pages; freeing doomed pages is
 done in slices between turns.  So the work between two looks at the queues is bounded.
 
-While one guest alone is calling, the server waits in its queue (`doorman`).
+A guest that calls through its ring rings the bell once, in its queue, and is then watched while it
+goes on calling (`ipc.ring.Rings`): a round looks at each watched ring once and then yields the
+processor.  Up to 16 rounds are made between two looks at epoll, one while anything else comes in.
+Nobody is watched while nobody calls: an idle hypervisor sleeps in epoll.
+
+While one guest alone is calling through queues, the server waits in its queue (`doorman`).
 
 The hot path is `_serve`: execute, send, two readings of the clock.
 """
@@ -16,7 +21,6 @@ import logging
 import os
 import select
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +38,7 @@ from hypervisor.sessions import Session, Sessions
 from hypervisor.snapshot import snapshot
 from ipc.codec import Record
 from ipc.names import Registry
-from ipc.ring import BackOff, Rings
+from ipc.ring import Rings
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +79,6 @@ class Server:
         machine.witness = self._witness
         self._poll = Doorman()
         self._rings = Rings(self._serve)
-        self._back_off = BackOff()
         self._calls = 0
         self._offenders: list[Client] = []
         self._handlers: dict[int, Callable[[], None]] = {}
@@ -138,8 +141,8 @@ class Server:
         rounds_alone = 0
         rounds = 1
         while not self._stopping:
-            if rings.watched and rings.spin(rounds):
-                self._back_off.slow(self._calls)
+            if rings.watched:
+                rings.spin(rounds)
             busy = bool(rings.watched or store.doomed)
             events = poll(0 if busy else _IDLE_SECONDS, _EVENTS_MAX)
             session = None
@@ -174,8 +177,9 @@ class Server:
         started_ns = now_ns()
         message = session.port.receive()
         if message is not None:
+            rang = session.ring is not None and not session.ring.came_by_queue
             self._serve(session, message, started_ns)
-            if session.ring is not None and self._calls >= self._back_off.until:
+            if rang and session.ring is not None:
                 self._rings.watch(session.ring, session)
 
     def _serve_favourite(self, session: Session) -> None:
@@ -184,16 +188,17 @@ class Server:
         store = self._machine.store
         wait = session.port.wait
         serve = self._serve
-        last_call = self._back_off.until if session.ring is not None else sys.maxsize
+        ring = session.ring
         doorman.favour(session.port)
         while not (doorman.somebody_waits or store.doomed or self._stopping):
             message = wait(_IDLE_SECONDS)
             if message is None:
                 break
+            rang = ring is not None and not ring.came_by_queue
             serve(session, message, now_ns())
             if self._calls >= self._tidy_at:
                 self._tidy()
-            if self._offenders or self._calls >= last_call:
+            if self._offenders or rang:
                 break
         doorman.unfavour()
 

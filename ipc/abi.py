@@ -346,7 +346,7 @@ guest: number of this guest, from WELCOME; 0 in a BYE.
 CALL_BLOCK: Final = struct.Struct("<QQ48s64s")
 """posted, sleeping, reserved, request.
 
-posted: the call's number in the lower 56 bits; the upper 8 are 64 less the length of `request`: 0.
+posted: number of the last call; a call is made by a change of it, so it starts from 0 with 1.
 sleeping: 1 while the guest sleeps in its reply queue, else 0.
 reserved: zeros; not looked at.
 request: REQUEST.
@@ -359,8 +359,6 @@ sleeping: 1 while the hypervisor does not look at `posted` unless it is rung for
 reserved: zeros.
 reply: REPLY.
 """
-CALL_NUMBER_MASK: Final = (1 << 56) - 1
-"""The bits of `posted` that count calls."""
 
 HELLO_MAGIC: Final = b"TMEM"
 WELCOME_MAGIC: Final = b"TMWE"
@@ -380,8 +378,8 @@ TOKEN_BYTES: Final = 32
 class HelloFlag(IntFlag):
     """Flags of HELLO; the others must be 0."""
 
-    NONE = 0  # calls go through the queues
-    RING = 1  # the guest would call through the ring; it must be ready to do without
+    NONE = 0  # calls will go through the queues
+    RING = 1  # some would go through the ring; the guest must be ready to do without
 
 
 class WelcomeFlag(IntFlag):
@@ -389,7 +387,7 @@ class WelcomeFlag(IntFlag):
 
     NONE = 0  # the guest has no pools
     RESUMED = 1  # the guest's pools were kept (it came back after a hypervisor restart)
-    RING = 2  # calls go through the ring, and only there; granted to nobody who did not ask
+    RING = 2  # calls may go through the ring; granted to nobody who did not ask
 
 
 class Reply(NamedTuple):

@@ -1,12 +1,13 @@
 """The ring: calls through two blocks in the window; the queues only wake who sleeps.
 
-A guest asks for it in HELLO and has it if WELCOME says so.  Then its requests and replies stand in
-the CALL_BLOCK and the COMPLETION_BLOCK of its window, and a message on either queue, whatever it
-holds, says no more than "look".  Everything else is as with queues.
+A guest asks for it in HELLO and has it if WELCOME says so.  It may then make a call in either way,
+one call at a time: with a REQUEST on its request queue, or with one in the CALL_BLOCK of its
+window, which is answered in the COMPLETION_BLOCK.  With a ring a KICK, from either side, says
+"look at the other's block".
 
   guest                                        hypervisor
   (the last call is completed)
-  request; posted := number + 1                reads posted: not the one it saw last, so a call
+  request; posted := posted + 1                reads posted: not the one it saw last, so a call
   fence                                        copies request once, executes it
   sleeping of the hypervisor? KICK  ---------> reply; completed := the posted that it read
   until completed = posted:                    fence
@@ -23,8 +24,8 @@ Rules, for both sides and any language
   between its store of 1 to its own `sleeping` and its last look at the other's word, a side has a
   full fence, which orders a store before a load: atomic_thread_fence(memory_order_seq_cst) in C11.
   Without it both can look too early, and both sleep.
-* R3  A guest that left a call waits for it to complete before it writes the next request: the block
-  may be being copied.
+* R3  A guest that left a call waits for it to complete before it makes the next one: the block may
+  be being copied.  After a call that it left in the queue it makes the next one there too.
 * R4  A sleeper can be woken without need, so it looks again.  A KICK that finds the queue full is
   dropped: what fills the queue wakes as well.
 * R5  The hypervisor believes nothing that stands in the window: it reads no word of its own back,
@@ -38,9 +39,9 @@ grants nobody a ring, and a guest in Python asks for none.  Each end has a lock 
 waits for it: an exception of a signal handler may leave it locked, and the release is fence enough.
 
 To yield is quick on an idle core and on one that the other side shares; beside somebody who
-computes it costs a time slice, a thousand times a call.  So each side times its yields, and after a
-slow one sleeps at once for the next 32 calls, after the next slow one for 64, and so on
-(`BackOff`).
+computes it costs a time slice, a thousand times a call.  So each side times its yields.  After a
+slow one the guest makes its next 32 calls through the queues, and the hypervisor sleeps at once
+after as many; after the next slow one 64, and so on (`BackOff`).
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import socket
 import sys
 import threading
 from collections.abc import Callable
 from time import perf_counter_ns as now_ns
-from typing import Any, Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 import posix_ipc
 
-from ipc.abi import CALL_NUMBER_MASK, REQUEST_BYTES
 from ipc.errors import Disconnected
 from ipc.limits import (
     BACK_OFF_CALLS_MAX,
@@ -69,7 +70,6 @@ from ipc.mqueue import KICK, QueueChannel, QueuePair
 from ipc.names import Registry
 from ipc.window import Window
 
-_LENGTH_SHIFT: Final = 56
 _YIELDS: Final = range(YIELDS_MAX)
 _yield: Final = os.sched_yield
 
@@ -80,25 +80,26 @@ def memory_order_suffices(machine: str | None = None) -> bool:
 
 
 class BackOff:
-    """For how many calls a side does without yielding.  `until` is the first call, by number, for
-    which it may yield again."""
+    """Whether to yield: `left` calls do without it."""
 
-    __slots__ = ("_calls", "until")
+    __slots__ = ("_calls", "_number", "left")
 
     def __init__(self) -> None:
         self._calls = BACK_OFF_CALLS_MIN
-        self.until = 0
+        self._number = 0
+        self.left = 0
 
     def slow(self, number: int) -> None:
-        """A yield during this call was slow."""
-        if number - self.until >= BACK_OFF_CALLS_MAX:
+        """A yield was slow; so far there were `number` calls that did not do without."""
+        if number - self._number >= BACK_OFF_CALLS_MAX:
             self._calls = BACK_OFF_CALLS_MIN
-        self.until = number + self._calls
+        self._number = number
+        self.left = self._calls
         self._calls = min(2 * self._calls, BACK_OFF_CALLS_MAX)
 
 
 class RingPair(QueuePair):
-    """The hypervisor's end (a `Port`).  `seen` is the last `posted` that it took for a call."""
+    """The hypervisor's end (a `Port`)."""
 
     def __init__(
         self,
@@ -109,8 +110,11 @@ class RingPair(QueuePair):
     ) -> None:
         super().__init__(cluster, registry, window, random_bytes)
         self.seen = 0
+        """The last `posted` that was taken for a call."""
         self.mark = 0
         """`seen` at an earlier time; for whoever wants to know whether the guest called since."""
+        self.came_by_queue = False
+        """The call that is being served."""
         self._untrusted_words = window.call_words
         self._copy_untrusted_request = window.request.tobytes
         self._words = window.completion_words
@@ -138,20 +142,26 @@ class RingPair(QueuePair):
         if posted == self.seen:
             return None
         self.seen = posted
-        message = self._copy_untrusted_request()
-        if posted > CALL_NUMBER_MASK:
-            return message[: max(0, REQUEST_BYTES - (posted >> _LENGTH_SHIFT))]
-        return message
+        return self._copy_untrusted_request()
 
     def receive(self) -> bytes | None:
-        super().receive()
-        return self.look()
+        message = super().receive()
+        if message is None:
+            return self.look()
+        self.came_by_queue = True
+        return message
 
     def wait(self, patience_seconds: float) -> bytes | None:
-        super().wait(patience_seconds)
-        return self.look()
+        message = super().wait(patience_seconds)
+        if message is None:
+            return self.look()
+        self.came_by_queue = True
+        return message
 
     def send(self, reply: bytes) -> bool:
+        if self.came_by_queue:
+            self.came_by_queue = False
+            return super().send(reply)
         self._reply[:] = reply
         self._words[0] = self.seen
         self._acquire(False)
@@ -162,17 +172,27 @@ class RingPair(QueuePair):
 
 
 class RingChannel(QueueChannel):
-    """The guest's end (a `Channel`)."""
+    """The guest's end (a `Channel`).  A message that is no whole request goes through the queue."""
 
-    def __init__(self, *ends: Any) -> None:
-        super().__init__(*ends)
-        self._words = self.window.call_words
-        self._request = self.window.request
-        self._their_words = self.window.completion_words
-        self._copy_reply = self.window.reply.tobytes
+    def __init__(
+        self,
+        request_queue: posix_ipc.MessageQueue,
+        reply_queue: posix_ipc.MessageQueue,
+        window: Window,
+        door: socket.socket,
+        generation: int,
+        resumed: bool,
+    ) -> None:
+        super().__init__(request_queue, reply_queue, window, door, generation, resumed)
+        self._words = window.call_words
+        self._request = window.request
+        self._their_words = window.completion_words
+        self._copy_reply = window.reply.tobytes
         lock = threading.Lock()
         self._acquire, self._release = lock.acquire, lock.release
         self._back_off = BackOff()
+        self._left_in_queue = False
+        """A call was made in the queue and not seen to its end."""
 
     def call(self, request: bytes) -> bytes:
         words = self._words
@@ -180,53 +200,47 @@ class RingChannel(QueueChannel):
         try:
             last = words[0]
             if their_words[0] != last:
-                self._wait(last)
+                self._finish(last)
+            if self._back_off.left or self._left_in_queue:
+                return self._call_through_queue(request)
             self._request[:] = request
         except ValueError:
-            return self._call_oddly(request)
-        number = (last + 1) & CALL_NUMBER_MASK
-        words[0] = number
+            # A released view, or a message of another length.
+            return self._call_through_queue(request)
+        posted = last + 1
+        words[0] = posted
         self._acquire(False)
         self._release()
         if their_words[1]:
             self._ring()
-        if number >= self._back_off.until:
-            before = now_ns()
-            for _ in _YIELDS:
-                _yield()
-                moment = now_ns()
-                if moment - before > SLOW_YIELD_NS:
-                    self._back_off.slow(number)
-                    break
-                if their_words[0] == number:
-                    return self._copy_reply()
-                before = moment
-        self._sleep(number)
+        before = now_ns()
+        for _ in _YIELDS:
+            _yield()
+            moment = now_ns()
+            if moment - before > SLOW_YIELD_NS:
+                self._back_off.slow(posted)
+                break
+            if their_words[0] == posted:
+                return self._copy_reply()
+            before = moment
+        self._sleep(posted)
         return self._copy_reply()
 
-    def _call_oddly(self, request: bytes) -> bytes:
-        """A channel that was closed, or a message that is no whole request."""
-        if self._closed:
-            raise Disconnected("the channel is closed")
-        if len(request) > REQUEST_BYTES:
-            raise ValueError(f"the message is too long: {len(request)} bytes")
-        words = self._words
-        number = (words[0] + 1) & CALL_NUMBER_MASK
-        self._request[: len(request)] = request
-        words[0] = number | REQUEST_BYTES - len(request) << _LENGTH_SHIFT
-        self._wait(words[0])
-        return self._copy_reply()
+    def _call_through_queue(self, request: bytes) -> bytes:
+        self._left_in_queue = True
+        reply = super().call(request)
+        self._left_in_queue = False
+        if self._back_off.left:
+            self._back_off.left -= 1
+        return reply
 
     def _ring(self) -> None:
         with contextlib.suppress(posix_ipc.BusyError):
             self._requests.send(KICK, 0)
 
-    def _wait(self, posted: int) -> None:
-        """Wait for a call that was posted, off the hot path; it may have been left in any state."""
-        self._acquire(False)
-        self._release()
-        if self._their_words[1]:
-            self._ring()
+    def _finish(self, posted: int) -> None:
+        """Wait for a call that was cut short, in whatever state that left it."""
+        self._ring()
         self._sleep(posted)
 
     def _sleep(self, posted: int) -> None:
@@ -263,11 +277,15 @@ class Rings(Generic[Caller]):
     def __init__(self, serve: Callable[[Caller, bytes, int], int]) -> None:
         self.watched: list[tuple[RingPair, Caller]] = []
         self._serve = serve
+        self._back_off = BackOff()
+        self._rounds = 0
         self._fruitless = 0
 
     def watch(self, pair: RingPair, caller: Caller) -> None:
-        """From now on this guest's calls are looked for; it need not ring."""
-        if pair.asleep:
+        """This guest has rung: from now on its calls are looked for, unless yields are slow."""
+        if self._back_off.left:
+            self._back_off.left -= 1
+        elif pair.asleep:
             pair.wake()
             pair.mark = -1
             self.watched.append((pair, caller))
@@ -276,9 +294,9 @@ class Rings(Generic[Caller]):
         """The pair is being closed."""
         self.watched = [entry for entry in self.watched if entry[0] is not pair]
 
-    def spin(self, rounds: int) -> bool:
+    def spin(self, rounds: int) -> None:
         """Rounds of one look at each guest and one yield; ends early, and rests, when nobody has
-        called for long or a yield was slow.  True if one was."""
+        called for long or a yield was slow."""
         serve = self._serve
         watched = self.watched
         moment = now_ns()
@@ -290,30 +308,27 @@ class Rings(Generic[Caller]):
                     moment = serve(caller, message, moment)
                     called = True
             if called:
+                self._rounds += 1
                 self._fruitless = 0
             elif self._fruitless < YIELDS_MAX:
                 self._fruitless += 1
             else:
                 self.rest()
-                return False
+                return
             before = moment
             _yield()
             moment = now_ns()
             if moment - before > SLOW_YIELD_NS:
+                self._back_off.slow(self._rounds)
                 self.rest()
-                return True
-        return False
+                return
 
     def rest(self) -> None:
         """Let all guests ring from now on; serve who called just before."""
         watched, self.watched = self.watched, []
         self._fruitless = 0
-        for pair, _ in watched:
-            pair.sleep()
-        for pair, caller in watched:
-            message = pair.look()
-            if message is not None:
-                self._serve(caller, message, now_ns())
+        for entry in watched:
+            self._dismiss(*entry)
 
     def part_with_idlers(self) -> None:
         """Let those ring that have not called since this was called last."""
@@ -322,7 +337,10 @@ class Rings(Generic[Caller]):
                 pair.mark = pair.seen
                 continue
             self.forget(pair)
-            pair.sleep()
-            message = pair.look()
-            if message is not None:
-                self._serve(caller, message, now_ns())
+            self._dismiss(pair, caller)
+
+    def _dismiss(self, pair: RingPair, caller: Caller) -> None:
+        pair.sleep()
+        message = pair.look()
+        if message is not None:
+            self._serve(caller, message, now_ns())

@@ -249,7 +249,6 @@ def _sections() -> Iterator[str]:
     yield struct_table("CALL_BLOCK")
     yield f"### COMPLETION_BLOCK, {abi.COMPLETION_BLOCK.size} bytes"
     yield struct_table("COMPLETION_BLOCK")
-    yield constant_table(abi, "CALL_NUMBER_MASK")
     yield constant_table(
         limits, "YIELDS_MAX SLOW_YIELD_NS BACK_OFF_CALLS_MIN BACK_OFF_CALLS_MAX PATIENCE_SECONDS"
     )

@@ -292,18 +292,16 @@ static ssize_t receive(struct reply *reply)
     return got;
 }
 
-static struct reply exchange_in_ring(const void *message, size_t bytes)
+static struct reply exchange_in_ring(const void *message)
 {
     struct call_block *call = (struct call_block *)(void *)(window + CALL_OFFSET);
     struct completion_block *answer =
         (struct completion_block *)(void *)(window + COMPLETION_OFFSET);
-    uint64_t number = (atomic_load_explicit(&call->posted, memory_order_relaxed) + 1)
-                      & UINT64_C(0x00ffffffffffffff);
+    uint64_t number = atomic_load_explicit(&call->posted, memory_order_relaxed) + 1;
     struct timespec past = {0};
     struct reply bell;
 
-    number |= (uint64_t)(sizeof call->request - bytes) << 56;
-    memcpy(call->request, message, bytes);
+    memcpy(call->request, message, sizeof call->request);
     atomic_store_explicit(&call->posted, number, memory_order_release);
     atomic_thread_fence(memory_order_seq_cst);
     if (atomic_load_explicit(&answer->sleeping, memory_order_relaxed)
@@ -329,8 +327,8 @@ static struct reply exchange(const void *message, size_t bytes, uint32_t expecte
 {
     struct reply reply;
 
-    if (through_ring)
-        return exchange_in_ring(message, bytes);
+    if (through_ring && bytes == sizeof(struct request))
+        return exchange_in_ring(message);
     if (mq_send(requests, message, bytes, 0) < 0)
         die("mq_send");
     for (;;)

@@ -75,8 +75,9 @@ class Echo:
     def answer(self, pair: QueuePair) -> None:
         message = pair.receive()
         if message is not None:
+            rang = isinstance(pair, RingPair) and not pair.came_by_queue
             self.serve(pair, message, 0)
-            if self.watches and isinstance(pair, RingPair):
+            if self.watches and rang and isinstance(pair, RingPair):
                 self.rings.watch(pair, pair)
 
     def serve(self, pair: QueuePair, message: bytes, _moment_ns: int) -> int:

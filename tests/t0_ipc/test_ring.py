@@ -14,7 +14,7 @@ import posix_ipc
 import pytest
 
 from ipc import ring
-from ipc.abi import CALL_NUMBER_MASK, REPLY_BYTES, REQUEST_BYTES, Op
+from ipc.abi import REPLY_BYTES, REQUEST_BYTES, Op
 from ipc.errors import Disconnected
 from ipc.limits import (
     BACK_OFF_CALLS_MAX,
@@ -24,7 +24,7 @@ from ipc.limits import (
     SLOW_YIELD_NS,
     YIELDS_MAX,
 )
-from ipc.mqueue import QueueChannel
+from ipc.mqueue import KICK, QueueChannel
 from ipc.names import Registry
 from ipc.ring import BackOff, RingChannel, RingPair, Rings, memory_order_suffices
 from ipc.window import create_window
@@ -64,19 +64,44 @@ class TestRingWhoseGuestSleeps(ProcessTransport):
 
     ring = True
 
-    @contextmanager
-    def opened(self, echo: EchoProcess) -> Iterator[QueueChannel]:
-        """A channel that backs off for ever."""
-        with super().opened(echo) as channel:
-            assert isinstance(channel, RingChannel)
-            channel._back_off.until = CALL_NUMBER_MASK
-            yield channel
+    @pytest.fixture(autouse=True)
+    def guest_yields_never(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It goes to sleep at once."""
+        monkeypatch.setattr(ring, "_YIELDS", range(0))
 
 
 class TestRingWhereBothSleep(TestRingWhoseGuestSleeps):
     """Words and bells only."""
 
     watches = False
+
+
+class TestRingWhoseGuestBacksOff(ProcessTransport):
+    """Calls go through the ring and the queues by turns, however the earlier ones ended."""
+
+    ring = True
+
+    @contextmanager
+    def opened(self, echo: EchoProcess) -> Iterator[QueueChannel]:
+        """A channel that backs off for a random number of calls now and then."""
+        with super().opened(echo) as channel:
+            assert isinstance(channel, RingChannel)
+            channel._back_off = MoodyBackOff()
+            yield channel
+
+
+class MoodyBackOff(BackOff):
+    """Every other time that it is asked there are calls left to do without."""
+
+    choose = random.Random(1)
+
+    @property
+    def left(self) -> int:
+        return self.choose.randrange(2)
+
+    @left.setter
+    def left(self, _: int) -> None:
+        pass
 
 
 def test_nobody_sleeps_through_a_bell(
@@ -92,8 +117,8 @@ def test_nobody_sleeps_through_a_bell(
         with server.opened(ring=True) as channel:
             assert isinstance(channel, RingChannel)
             for sequence in range(20_000):
-                asleep = choose.random() < 0.5
-                channel._back_off.until = CALL_NUMBER_MASK if asleep else 0
+                monkeypatch.setattr(ring, "_YIELDS", range(choose.choice((0, 0, 1, 2, 50))))
+                channel._back_off.left = choose.choice((0, 0, 0, 1))
                 for _ in range(choose.choice((0, 0, 0, 10, 100, 1000))):
                     pass
                 assert ask(channel, request(sequence, Op.FLUSH_PAGE)).sequence == sequence
@@ -102,11 +127,11 @@ def test_nobody_sleeps_through_a_bell(
 
 
 def test_an_odd_message_travels_as_it_is(tmp_path: Path, cluster_name: str) -> None:
-    """Of any length, the bell's own bytes too, and proper ones after it."""
+    """Through the queue, whatever came before it and comes after."""
     server = EchoProcess(tmp_path, cluster_name)
     try:
         with server.opened(ring=True) as channel:
-            for length in (0, 1, 3, 4, 63, 64, 0, 64):
+            for length in (4, 63, 64, 64, 5, 64):
                 message = b"K\x08\x09\x0a".ljust(64, b"\0")[:length]
                 assert ask(channel, message).sequence == int.from_bytes(message[:4], "little")
     finally:
@@ -121,7 +146,7 @@ def test_a_bell_that_finds_the_queue_full_is_not_needed(tmp_path: Path, cluster_
             for _ in range(20):
                 with contextlib.suppress(posix_ipc.BusyError):
                     for _ in range(10_000):
-                        channel._requests.send(b"x" * 64, 0)
+                        channel._requests.send(KICK, 0)
                 assert ask(channel, request(1, Op.FLUSH_PAGE)).sequence == 1
     finally:
         server.close()
@@ -143,11 +168,9 @@ def test_each_slow_yield_doubles_the_calls_without_one() -> None:
     """From 32 to 4096, and no further."""
     back_off = BackOff()
     lengths = []
-    number = 0
-    for _ in range(10):
+    for number in range(10):
         back_off.slow(number)
-        lengths.append(back_off.until - number)
-        number = back_off.until
+        lengths.append(back_off.left)
     assert lengths == [32, 64, 128, 256, 512, 1024, 2048, 4096, 4096, 4096]
 
 
@@ -158,14 +181,13 @@ def test_many_good_calls_forget_the_slow_ones() -> None:
         (BACK_OFF_CALLS_MAX, BACK_OFF_CALLS_MIN),
     ):
         back_off = BackOff()
-        back_off.slow(0)
-        back_off.slow(back_off.until)
-        number = back_off.until + good
-        back_off.slow(number)
-        assert back_off.until - number == expected
+        back_off.slow(10)
+        back_off.slow(20)
+        back_off.slow(20 + good)
+        assert back_off.left == expected
 
 
-def test_a_guest_with_a_slow_yield_sleeps_at_once(
+def test_a_guest_with_a_slow_yield_does_without(
     tmp_path: Path, cluster_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For the calls that the back-off says; their replies come all the same."""
@@ -176,7 +198,7 @@ def test_a_guest_with_a_slow_yield_sleeps_at_once(
         with server.opened(ring=True) as channel:
             monkeypatch.setattr(ring, "_yield", lambda: yields.append(1))
             monkeypatch.setattr(ring, "now_ns", lambda: next(clock))
-            for sequence in range(1 + BACK_OFF_CALLS_MIN + 2 * BACK_OFF_CALLS_MIN):
+            for sequence in range(1 + BACK_OFF_CALLS_MIN + 1 + 2 * BACK_OFF_CALLS_MIN + 1):
                 assert ask(channel, request(sequence, Op.FLUSH_PAGE)).sequence == sequence
     finally:
         server.close()
@@ -241,14 +263,6 @@ def test_any_change_of_the_number_is_one_call(pair: RingPair) -> None:
         assert pair.window.completion_words[0] == posted
 
 
-@pytest.mark.parametrize("missing", [0, 1, 63, 64, 65, 255])
-def test_a_length_is_never_more_than_the_block(pair: RingPair, missing: int) -> None:
-    """The upper byte can say what it likes."""
-    pair.window.request[:] = bytes(range(REQUEST_BYTES))
-    pair.window.call_words[0] = missing << 56 | 5
-    assert pair.look() == bytes(range(max(0, 64 - missing)))
-
-
 def test_a_request_is_copied_once(pair: RingPair) -> None:
     """What the guest writes after the look changes nothing that was seen."""
     pair.window.request[:] = b"a" * REQUEST_BYTES
@@ -282,15 +296,39 @@ def test_a_guest_that_pretends_to_sleep_fills_only_its_own_queue(pair: RingPair)
 
 
 def test_a_bell_without_a_call_is_none(pair: RingPair) -> None:
-    """Whatever the message says; it costs its sender the queue's place."""
+    """It costs its sender a place in the queue."""
     queue = posix_ipc.MessageQueue(pair.request_name, read=False)
-    for message in (b"", b"K", bytes(REQUEST_BYTES)):
-        queue.send(message)
-        assert pair.receive() is None
-        queue.send(message)
-        assert pair.wait(10) is None
+    queue.send(KICK)
+    assert pair.receive() is None
+    queue.send(KICK)
+    assert pair.wait(10) is None
     queue.close()
     assert pair.receive() is None
+
+
+def test_a_call_is_answered_where_it_was_made(pair: RingPair) -> None:
+    """In the queue or in the block, though both hold one."""
+    queue = posix_ipc.MessageQueue(pair.request_name, read=False)
+    replies = posix_ipc.MessageQueue(pair.reply_name, write=False)
+    pair.window.call_words[0] = 5
+    queue.send(b"q" * REQUEST_BYTES)
+    for receive in (pair.receive, lambda: pair.wait(10)):
+        assert receive() == b"q" * REQUEST_BYTES
+        assert pair.send(b"1" * REPLY_BYTES)
+        assert replies.receive(0)[0] == b"1" * REPLY_BYTES
+        assert pair.window.completion_words[0] == 0
+        queue.send(b"q" * REQUEST_BYTES)
+    assert pair.receive() is not None
+    unread = []
+    for _ in range(REPLY_QUEUE_MESSAGES + 1):
+        pair.came_by_queue = True
+        unread.append(pair.send(bytes(REPLY_BYTES)))
+    assert unread == [True] * REPLY_QUEUE_MESSAGES + [False]
+    assert pair.receive() is not None
+    assert pair.send(b"2" * REPLY_BYTES)
+    assert (pair.window.completion_words[0], bytes(pair.window.reply)) == (5, b"2" * REPLY_BYTES)
+    queue.close()
+    replies.close()
 
 
 def test_a_guest_is_watched_only_while_it_calls(
@@ -391,9 +429,15 @@ def test_a_slow_yield_ends_the_watch(
     rings.watch(pair, pair)
     assert not served
     pair.window.call_words[0] = 1
-    assert rings.spin(5)
+    rings.spin(5)
     assert len(served) == 1
     assert not rings.watched
+    for _ in range(BACK_OFF_CALLS_MIN):
+        rings.watch(pair, pair)
+        assert not rings.watched
+        assert pair.asleep
+    rings.watch(pair, pair)
+    assert rings.watched
 
 
 def test_a_closed_ring_is_disconnected_at_once(tmp_path: Path, cluster_name: str) -> None:
