@@ -14,7 +14,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from ipc.errors import Disconnected, ExitCode, OperatorError
-from tools.cli import admin, cluster, guest, machine, xen
+from tools.cli import admin, cluster, experiment, guest, machine, sim, xen
 
 app = typer.Typer(
     name="tmem",
@@ -27,6 +27,8 @@ cluster.register(app)
 guest.register(app)
 machine.register(app)
 admin.register(app)
+experiment.register(app)
+sim.register(app)
 xen.register(app)
 
 
