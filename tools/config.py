@@ -9,6 +9,7 @@
     scheduling = "scheduled"     # greedy | static | scheduled: how guests share the arena
     admission = true             # s3fifo, hinted: new pages wait in a queue of their own
     faults_max = 256             # broken calls after which a guest is thrown out
+    transport = "auto"           # auto (the ring on x86-64) | ring | mqueue: how calls travel
 
     [[guest]]
     name = "web"
@@ -91,6 +92,7 @@ class HypervisorConfig(_Strict):
     scheduling: Literal["greedy", "static", "scheduled"] | None = None
     admission: bool | None = None
     faults_max: int | None = Field(default=None, ge=1)
+    transport: Literal["auto", "ring", "mqueue"] | None = None
 
     def options(self) -> dict[str, Any]:
         """What a hypervisor process is started with, where it is not to have its default."""
@@ -99,6 +101,7 @@ class HypervisorConfig(_Strict):
             "scheduling": self.scheduling,
             "admission": self.admission,
             "faults_max": self.faults_max,
+            "transport": self.transport,
         }
         return {key: value for key, value in values.items() if value is not None}
 

@@ -125,8 +125,10 @@ class Loader:
             model.pool = self._calls.new_pool(persist=model.persistent).value
 
     def _connect(self) -> None:
+        # Either transport, the other perhaps after the next restart.
+        ring = None if self._random.random() < 0.5 else False
         self._channel = attach.connect(
-            self._run_directory, self._name, self._token, patience_seconds=30
+            self._run_directory, self._name, self._token, patience_seconds=30, ring=ring
         )
         self._calls = Hypercalls(self._channel)
 

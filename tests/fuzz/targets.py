@@ -6,6 +6,7 @@
            batch tables) with deaths, restarts and reaping between them.  Findings are any
            exception, a reply that contradicts ABI.md, another guest's bytes in a window, and a
            broken invariant.
+`ring`     the hypervisor's end of rings whose guests write anything anywhere (`rings`).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from ipc.errors import GuestFault
 from ipc.limits import WINDOW_SLOTS
 from ipc.window import Window, anonymous_window
 from ipc.wire import decode_batch, decode_reply, decode_request
+from tests.fuzz.rings import fuzz_ring
 
 STEPS_MAX: Final = 400
 CHECK_EVERY: Final = 128
@@ -275,5 +277,9 @@ def fuzz_machine(data: bytes) -> None:
     World(data).run()
 
 
-TARGETS: Final[dict[str, Callable[[bytes], None]]] = {"wire": fuzz_wire, "machine": fuzz_machine}
-LENGTH_MAX: Final = {"wire": 400, "machine": 4000}
+TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
+    "wire": fuzz_wire,
+    "machine": fuzz_machine,
+    "ring": fuzz_ring,
+}
+LENGTH_MAX: Final = {"wire": 400, "machine": 4000, "ring": 1000}

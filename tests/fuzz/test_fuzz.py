@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from hypervisor.machine import Machine
 from ipc.abi import REPLY
+from ipc.ring import RingPair
+from tests.fuzz.rings import fuzz_ring
 from tests.fuzz.targets import LENGTH_MAX, Finding, fuzz_machine, fuzz_wire
 
 
@@ -18,6 +20,27 @@ from tests.fuzz.targets import LENGTH_MAX, Finding, fuzz_machine, fuzz_wire
 def test_parsers_raise_what_they_declare(data: bytes) -> None:
     """And nothing else, for any bytes."""
     fuzz_wire(data)
+
+
+@settings(derandomize=True, database=None, max_examples=300, deadline=None)
+@given(st.binary(max_size=LENGTH_MAX["ring"]))
+def test_a_ring_survives_any_bytes(data: bytes) -> None:
+    """Small inputs, which shrink well."""
+    fuzz_ring(data)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_ring_survives_long_random_sequences(seed: int) -> None:
+    """Some hundred steps each."""
+    fuzz_ring(random.Random(seed).randbytes(LENGTH_MAX["ring"]))
+
+
+def test_the_ring_target_notices_a_call_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken and not answered: `completed` stays behind."""
+    monkeypatch.setattr(RingPair, "send", lambda *_: True)
+
+    with pytest.raises(AssertionError):
+        fuzz_ring(b"")
 
 
 @settings(derandomize=True, database=None, max_examples=150, deadline=None)
