@@ -166,9 +166,11 @@ class Administration:
             raise OperatorError(f"a pool has no {', '.join(sorted(extra))}")
         if "weight" in record:
             member.weight = _whole(record, "weight", 0, WEIGHT_MAX)
+            client.settings.pool_weights[str(pool_id)] = member.weight
         if "priority" in record:
-            member.pool.priority = _priority(record)
+            self._machine.memberships.prioritise(member.pool, _priority(record))
         self._machine.balance.retarget()
+        self._changed()
 
     def _schedule(self, record: Record) -> Record:
         mode = record.get("mode")
@@ -190,8 +192,7 @@ class Administration:
         wanted = -(-size_bytes // PAGE_BYTES)
         flushed = 0
         exhausted = False
-        while store.doomed and store.frames.free - free_before < wanted:
-            store.reap()
+        store.reap_until(lambda: store.frames.free - free_before >= wanted)
         while flushed < FLUSH_SLICE_PAGES and store.frames.free - free_before < wanted:
             if client is None:
                 victim = store.victims.choose(None, store.state)

@@ -253,6 +253,11 @@ class Arena:
         _POOL.pack_into(self.mapping, offset, 0, guest, pool_id, flags, uuid)
         self._view[offset : offset + 4] = LIVE.to_bytes(4, "little")
 
+    def set_pool_flags(self, number: int, flags: int) -> None:
+        """One aligned word; persistent and shared stay as they are."""
+        offset = self._pool_offset(number) + 12
+        self._view[offset : offset + 4] = flags.to_bytes(4, "little")
+
     def kill_pool(self, number: int) -> None:
         offset = self._pool_offset(number)
         self._view[offset : offset + 4] = (LIVE | DEAD).to_bytes(4, "little")

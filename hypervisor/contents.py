@@ -1,11 +1,13 @@
 """What a page costs: same-filled, shared, compressed, or raw.
 
-  put   one pattern of 8 bytes over and over?    an entry that holds the pattern; costs nothing
+  put   one pattern of 8 bytes over and over?    an entry that holds the pattern
         the guest shares, and the bytes are      an entry more that names them; each of n owners
         stored already?                          pays 1/n
         the guest compresses, and it shrinks     an entry and a slot of a slab; costs the slot
         by a size class at least?
         else                                     a frame; of a guest that shares an entry, too
+
+An entry costs its 32 bytes, so that a million pages of zeros are not free.
 
 `put` can't fail: whoever calls has a frame for each page and the entries free before, and a slab
 that needs more than what is spare is done without.  The bytes are looked at in a private copy only.
@@ -35,6 +37,7 @@ from typing import Any, Final
 from hypervisor.arena import CONTENT_FRAME, HELD, Arena
 from hypervisor.compression import LZ4, LZ4HC, decompress, recompress
 from hypervisor.entries import (
+    ENTRY_BYTES,
     FILLED,
     FRAME,
     KIND_MASK,
@@ -151,9 +154,9 @@ class Contents:
         if pattern is not None:
             number = self._entries.allocate(persistent=member.policy is None)
             self._entries.publish(number, object_number, index, FILLED, pattern, state)
-            member.charge(1, 0)
+            member.charge(1, ENTRY_BYTES)
             self.filled.pages += 1
-            self.filled.bytes_saved += PAGE_BYTES
+            self.filled.bytes_saved += PAGE_BYTES - ENTRY_BYTES
             self.filled.cpu_ns += _TIMED_EVERY * (now_ns() - started_ns)
             return number
         client = member.client
@@ -233,8 +236,7 @@ class Contents:
         number = self._entries.allocate(persistent=member.policy is None)
         self.slabs.write(location_place(location), number.to_bytes(BACK_BYTES, "little"))
         self._entries.publish(number, object_number, index, location, 0, state)
-        held_bytes = _held_bytes(location)
-        member.charge(1, held_bytes)
+        member.charge(1, ENTRY_BYTES + _held_bytes(location))
         self._count_stored(location, 1)
         return number
 
@@ -248,12 +250,12 @@ class Contents:
         self._entries.publish(number, object_number, index, location, 0, state)
         self._chain(content, number)
         self._apply(self.shared.add(content, member.number, _held_bytes(location)))
-        member.charge(1, 0)
+        member.charge(1, ENTRY_BYTES)
         if first:
             self._count_stored(location, 1)
         else:
             self.sharing.pages += 1
-            self.sharing.bytes_saved += _held_bytes(location)
+            self.sharing.bytes_saved += _held_bytes(location) - ENTRY_BYTES
         return number
 
     def _apply(self, changes: Iterable[tuple[int, int]]) -> None:
@@ -263,7 +265,7 @@ class Contents:
     def _count_stored(self, location: int, sign: int) -> None:
         if location & KIND_MASK == SLAB:
             self.compressed.pages += sign
-            self.compressed.bytes_saved += sign * (PAGE_BYTES - _held_bytes(location))
+            self.compressed.bytes_saved += sign * (PAGE_BYTES - ENTRY_BYTES - _held_bytes(location))
 
     # --- get
 
@@ -297,20 +299,20 @@ class Contents:
             self._unchain(content, number)
         self._entries.clear(number)
         if kind == FILLED:
-            member.charge(-1, 0)
+            member.charge(-1, -ENTRY_BYTES)
             self.filled.pages -= 1
-            self.filled.bytes_saved -= PAGE_BYTES
+            self.filled.bytes_saved -= PAGE_BYTES - ENTRY_BYTES
         elif content < 0:
-            member.charge(-1, -_held_bytes(location))
+            member.charge(-1, -ENTRY_BYTES - _held_bytes(location))
             self._count_stored(location, -1)
             self._free(location)
         else:
             held_bytes = _held_bytes(location)
             self._apply(self.shared.drop(content, member.number, held_bytes))
-            member.charge(-1, 0)
+            member.charge(-1, -ENTRY_BYTES)
             if self.shared.refs[content]:
                 self.sharing.pages -= 1
-                self.sharing.bytes_saved -= held_bytes
+                self.sharing.bytes_saved -= held_bytes - ENTRY_BYTES
             else:
                 self._count_stored(location, -1)
                 self._free(location)
@@ -486,9 +488,9 @@ class Contents:
         for number, member in live:
             location = self._entries.location(number)
             if location & KIND_MASK == FILLED:
-                member.charge(1, 0)
+                member.charge(1, ENTRY_BYTES)
                 self.filled.pages += 1
-                self.filled.bytes_saved += PAGE_BYTES
+                self.filled.bytes_saved += PAGE_BYTES - ENTRY_BYTES
             else:
                 # Whether LZ4HC was tried is the entry's to know: its siblings may have died untold.
                 key = location & ~0xC
@@ -512,7 +514,7 @@ class Contents:
         if alone and domain is None:
             number = found[0][0]
             self.slabs.write(location_place(location), number.to_bytes(BACK_BYTES, "little"))
-            member.charge(1, _held_bytes(location))
+            member.charge(1, ENTRY_BYTES + _held_bytes(location))
             self._count_stored(location, 1)
             return
         page = self._bytes_at(location)
@@ -528,10 +530,10 @@ class Contents:
             self._entries.move(number, location)
             self._chain(content, number)
             self._apply(self.shared.add(content, holder.number, _held_bytes(location)))
-            holder.charge(1, 0)
+            holder.charge(1, ENTRY_BYTES)
             if at:
                 self.sharing.pages += 1
-                self.sharing.bytes_saved += _held_bytes(location)
+                self.sharing.bytes_saved += _held_bytes(location) - ENTRY_BYTES
 
     # --- what is known about them
 
@@ -575,9 +577,10 @@ class Contents:
         totals: dict[int, int] = {}
         for number in self._entries.live():
             location = self._entries.location(number)
+            member = self.member_at(number)
+            totals[id(member)] = totals.get(id(member), 0) + ENTRY_BYTES
             if location & KIND_MASK == FILLED:
                 continue
-            member = self.member_at(number)
             holders = references.setdefault(location, {})
             holders[id(member)] = holders.get(id(member), 0) + 1
         for location, holders in references.items():

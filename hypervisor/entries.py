@@ -34,6 +34,8 @@ from ipc.abi import PAGE_BYTES
 
 ENTRIES_PER_TABLE: Final = 128
 ENTRY_WORDS: Final = 4
+ENTRY_BYTES: Final = 8 * ENTRY_WORDS
+"""What each costs its guest, beside what it names."""
 _TABLE_WORDS: Final = PAGE_BYTES // 8
 _EMPTY_TABLE: Final = bytes(PAGE_BYTES)
 

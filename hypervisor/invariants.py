@@ -21,7 +21,8 @@ from hypervisor.arena import (
 )
 from hypervisor.frames import CONTENT, EPHEMERAL, FREE, KINDS, PERSISTENT, SLAB, TABLE
 from hypervisor.machine import Machine
-from hypervisor.pools import NO_PAGES, RAW_COST_BYTES, Member, Pool, TmemObject
+from hypervisor.objects import NO_PAGES, TmemObject
+from hypervisor.pools import RAW_COST_BYTES, Member, Pool
 from hypervisor.store import Store
 from ipc.errors import InvariantError
 
@@ -69,10 +70,11 @@ def _check_pools(store: Store, pools: list[Pool]) -> Owned:
             pages += _check_object(store, found, owned)
         if pages != pool.pages:
             _fail(f"pool {pool.number} counts {pool.pages} of {pages} pages")
-    for number, found in store.doomed_objects.items():
-        if found.number != number or not found.doomed:
-            _fail(f"doomed object {number} is not")
-        _check_object(store, found, owned)
+    for found in store.doomed_objects:
+        if not found.doomed:
+            _fail(f"doomed object {found.number} is not")
+        if found.pages:
+            _check_object(store, found, owned)
     return owned
 
 
@@ -201,6 +203,7 @@ def _check_member(store: Store, member: Member, its_pages: set[int]) -> None:
 
 def _check_objects(store: Store) -> None:
     free = set(store.free_object_numbers)
+    doomed = {id(found) for found in store.doomed_objects}
     if len(free) != len(store.free_object_numbers):
         _fail("an object number is free twice")
     for number, found in enumerate(store.objects):
@@ -211,7 +214,7 @@ def _check_objects(store: Store) -> None:
             if store.arena.object_word[number]:
                 _fail(f"object record {number} is not free")
         elif found.doomed:
-            if entry is not None or store.doomed_objects.get(number) is not found:
+            if entry is not None or id(found) not in doomed:
                 _fail(f"doomed object {number} is live in the segment")
         elif entry is None or entry != (found.pool.number, found.oid):
             _fail(f"object record {number} says {entry}")

@@ -30,7 +30,8 @@ from hypervisor.arena import Arena, GuestRecord
 from hypervisor.auth import Grants
 from hypervisor.balance import Balance
 from hypervisor.membership import Memberships
-from hypervisor.pools import NO_PAGE, Client, Member, Settings
+from hypervisor.objects import NO_PAGE
+from hypervisor.pools import Client, Member, Settings
 from hypervisor.store import LeafKey, NoObjectNumber, Store, leaf_key
 from ipc.abi import (
     ABI_REVISION,
@@ -284,13 +285,14 @@ class Machine:
         bytes_ = count * PAGE_BYTES
         persistent = member.policy is None
         cap_bytes = client.settings.cap_bytes
-        while store.doomed and (
-            (cap_bytes and client.cost_bytes + bytes_ > cap_bytes)
-            or (persistent and member.purse.bytes + bytes_ > client.allotment_bytes)
-        ):
+        if store.doomed:
             # Flushed pages are charged until they are reaped.
-            if not store.reap():
-                break
+            store.reap_until(
+                lambda: (
+                    not (cap_bytes and client.cost_bytes + bytes_ > cap_bytes)
+                    and not (persistent and member.purse.bytes + bytes_ > client.allotment_bytes)
+                )
+            )
         if persistent and member.purse.bytes + bytes_ > client.allotment_bytes:
             return False
         if cap_bytes and client.cost_bytes + bytes_ > cap_bytes:

@@ -26,7 +26,17 @@ from hypervisor.arena import MEMBERS_MAX, NOBODY, SLOTS, MemberRecord
 from hypervisor.auth import Grants, Role
 from hypervisor.pools import SHARERS_MAX, Client, Member, Pool
 from hypervisor.store import Store
-from ipc.abi import ANY_UUID, GuestId, PoolFlag, PoolId, Reason, ReplyFlag
+from ipc.abi import (
+    ANY_UUID,
+    POOL_PRIORITY_MASK,
+    POOL_PRIORITY_SHIFT,
+    GuestId,
+    PoolFlag,
+    PoolId,
+    Priority,
+    Reason,
+    ReplyFlag,
+)
 from ipc.limits import POOLS_PER_GUEST
 
 SLOT_EVICTION_PAGES: Final = 512
@@ -123,12 +133,20 @@ class Memberships:
         member.writer = role is Role.WRITER
         member.client.apply_settings()
 
+    def prioritise(self, pool: Pool, priority: Priority) -> None:
+        """Another priority than the one that the pool was made with."""
+        mask = POOL_PRIORITY_MASK << POOL_PRIORITY_SHIFT
+        pool.flags = pool.flags & ~mask | priority << POOL_PRIORITY_SHIFT
+        pool.priority = priority
+        self._arena.set_pool_flags(pool.number, pool.flags)
+
     # --- leaving
 
     def leave(self, member: Member) -> None:
         """A guest gives its id of a pool back."""
         client, pool = member.client, member.pool
         del client.members[member.pool_id]
+        client.settings.pool_weights.pop(str(member.pool_id), None)
         stayers = pool.sharers()
         if pool.shared:
             stayers.remove(member)

@@ -1,16 +1,10 @@
-"""Guests, pools and objects, and how a handle finds its page.
+"""Guests and pools, and how a handle finds its page (`objects` has the lower half of the way).
 
   client.members[pool id] -> member.pool.objects[oid] -> object.leaf(index >> 6)[index & 63] -> page
 
 A *member* is one guest's part in one pool: its id for it, its rights, and the pages that it put
 there, which are charged to it.  A private pool has one member; a shared pool up to 64, and beside
 them what is left of members that have gone (`heir`), paid for by one that stayed.
-
-A leaf is an `array('i')` of up to 64 page numbers, -1 where there is no page: a radix tree of
-height one over a dictionary, because a page may cost no Python object of its own.  A leaf is only
-as long as its highest page needs (in powers of two), and one without pages is dropped at once: a
-guest that touches one page in each leaf must not make the hypervisor grow for ever.  Most files
-are below 64 pages, so leaf 0 has a slot of its own and the dictionary exists for larger objects.
 
 A page number below the number of frames is a raw page in the frame of that number; the numbers
 above are entries (`entries`).
@@ -21,14 +15,13 @@ charged for all of them, and a leaving sharer took the objects with it that it h
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from hypervisor.accounting import Account
 from hypervisor.arena import SLOT_SHIFT
 from hypervisor.compression import Compressor
+from hypervisor.objects import Objects
 from hypervisor.sharing import Sharing, domain_of
 from ipc.abi import (
     PAGE_BYTES,
@@ -44,80 +37,11 @@ if TYPE_CHECKING:
     from hypervisor.eviction import EvictionPolicy
     from hypervisor.reuse import ReuseSampler
 
-LEAF_PAGES: Final = 64
-NO_PAGE: Final = -1
-NO_PAGES: Final = tuple(array("i", [NO_PAGE]) * n for n in range(LEAF_PAGES + 1))
-"""NO_PAGES[n] is a leaf of n places without a page; shared, never written."""
-
 SHARERS_MAX: Final = 64
 """Members of a shared pool at a time."""
 
 RAW_COST_BYTES: Final = PAGE_BYTES
 """What a page with a frame of its own is charged."""
-
-_LEAF_LENGTHS: Final = tuple(1 << max(0, n - 1).bit_length() for n in range(LEAF_PAGES + 1))
-
-
-class TmemObject:
-    """The pages of one object id.  A `doomed` one was flushed, or its pool was destroyed, and waits
-    to be reaped; nobody finds it by its oid any more."""
-
-    __slots__ = ("_low", "_rest", "doomed", "number", "oid", "pages", "pool")
-
-    def __init__(self, number: int, pool: Pool, oid: bytes) -> None:
-        self.number = number
-        self.pool = pool
-        self.oid = oid
-        self.pages = 0
-        self.doomed = False
-        self._low: array[int] | None = None
-        self._rest: dict[int, array[int]] | None = None
-
-    def leaf(self, leaf_number: int) -> array[int] | None:
-        if leaf_number == 0:
-            return self._low
-        return None if self._rest is None else self._rest.get(leaf_number)
-
-    def leaf_for(self, leaf_number: int, places: int) -> array[int]:
-        """The leaf, made or lengthened to hold at least `places` pages."""
-        leaf = self.leaf(leaf_number)
-        if leaf is None:
-            leaf = array("i", NO_PAGES[_LEAF_LENGTHS[places]])
-            if leaf_number == 0:
-                self._low = leaf
-            else:
-                if self._rest is None:
-                    self._rest = {}
-                self._rest[leaf_number] = leaf
-        elif len(leaf) < places:
-            leaf.extend(NO_PAGES[_LEAF_LENGTHS[places] - len(leaf)])
-        return leaf
-
-    def drop_leaf(self, leaf_number: int) -> None:
-        if leaf_number == 0:
-            self._low = None
-        elif self._rest is not None:
-            del self._rest[leaf_number]
-
-    def leaves(self) -> Iterator[tuple[int, array[int]]]:
-        """(leaf number, leaf) of all leaves; safe while leaves are dropped."""
-        if self._low is not None:
-            yield 0, self._low
-        if self._rest is not None:
-            yield from list(self._rest.items())
-
-    def first_leaf(self) -> tuple[int, array[int]]:
-        """Any leaf; precondition: the object has pages."""
-        if self._low is not None:
-            return 0, self._low
-        assert self._rest
-        return next(iter(self._rest.items()))
-
-    def find(self, index: int) -> int:
-        """The number of a page, NO_PAGE if it is not there."""
-        leaf = self.leaf(index >> 6)
-        place = index & 63
-        return NO_PAGE if leaf is None or place >= len(leaf) else leaf[place]
 
 
 class Pool:
@@ -149,7 +73,7 @@ class Pool:
         self.exclusive = not self.persistent and not self.shared
         """A get takes the page out."""
         self.priority = Priority(flags >> POOL_PRIORITY_SHIFT & POOL_PRIORITY_MASK)
-        self.objects: dict[bytes, TmemObject] = {}
+        self.objects = Objects()
         self.pages = 0
         self.members: dict[int, Member] = {}
         self.only: Member | None = None
@@ -219,7 +143,7 @@ class Member:
         self.pages = 0
         self.cost_bytes = 0
         self.purse = client.purses[pool.persistent]
-        self.weight = 100
+        self.weight = client.settings.pool_weights.get(str(pool_id), 100)
         """Among the pools of its guest."""
         self.target_bytes = 0
         self.policy: EvictionPolicy | None = None
@@ -259,6 +183,8 @@ class Settings:
     group: str = ""
     """Its trust group; without a name it trusts nobody, and shares with nobody under GROUP."""
     frozen: bool = False
+    pool_weights: dict[str, int] = field(default_factory=dict)
+    """By pool id, as text; forgotten when the guest leaves."""
 
 
 class Client:

@@ -29,7 +29,8 @@ from hypervisor.arena import (
 )
 from hypervisor.frames import CONTENT, EPHEMERAL, PERSISTENT, TABLE
 from hypervisor.machine import Machine
-from hypervisor.pools import LEAF_PAGES, RAW_COST_BYTES, Member, Pool, TmemObject
+from hypervisor.objects import LEAF_PAGES, TmemObject
+from hypervisor.pools import RAW_COST_BYTES, Member, Pool
 from hypervisor.store import Store
 from ipc.abi import GuestId, PoolFlag, PoolId
 from ipc.errors import InvariantError

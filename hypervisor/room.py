@@ -103,4 +103,5 @@ def _readiness(member: Member) -> tuple[bool, int, int]:
 
 def _protected(client: Client, asking: Client | None) -> bool:
     """Others can't take what is within a reservation."""
-    return client is not asking and client.cost_bytes <= client.settings.reserve_bytes
+    reserve_bytes = client.settings.reserve_bytes
+    return client is not asking and 0 < reserve_bytes >= client.cost_bytes

@@ -55,7 +55,7 @@ _STEPS_MOST: Final = 32
 """Steps of a curve that the knapsack looks at; smaller ones are taken together."""
 
 _MARGIN_SHARE: Final = 1 / 64
-_MARGIN_PAGES: Final = 32
+_MARGIN_PAGES: Final = 16
 """Added to every size, with the curve's own error: one page short of a cliff is all short, and
 a sampler knows depths no better than the extents that it saw."""
 

@@ -87,6 +87,11 @@ class Server:
         self._cpu_read_ns = time.process_time_ns()
         self._cpu_overhead_ns = self._cpu_read_ns
         self._started = time.monotonic()
+        # First the administrator's door: who has attached may be asked about at once.
+        self._administration = Administration(
+            machine, is_attached=self._is_attached, changed=changed
+        )
+        self._control = Control(run_directory, self._poll, self._handlers, self._administer)
         self.sessions = Sessions(
             machine,
             run_directory,
@@ -98,10 +103,6 @@ class Server:
             now_seconds=time.monotonic,
             random_bytes=os.urandom,
         )
-        self._administration = Administration(
-            machine, is_attached=self.sessions.is_attached, changed=changed
-        )
-        self._control = Control(run_directory, self._poll, self._handlers, self._administer)
         self._supervisor_pidfd = -1
         if supervisor_pid is not None:
             self._watch_supervisor(supervisor_pid)
@@ -219,6 +220,9 @@ class Server:
         ended_ns = now_ns()
         count.served(ended_ns - started_ns)
         return ended_ns
+
+    def _is_attached(self, client: Client) -> bool:
+        return self.sessions.is_attached(client)
 
     def _witness(self, client: Client, event: str, reason: str, detail: str) -> None:
         """A guest broke a rule or was denied."""

@@ -28,7 +28,8 @@ from hypervisor.eviction import make_policy
 from hypervisor.eviction.links import Links
 from hypervisor.fill import candidates
 from hypervisor.frames import EPHEMERAL, PERSISTENT, Frames
-from hypervisor.pools import LEAF_PAGES, NO_PAGES, RAW_COST_BYTES, Client, Member, Pool, TmemObject
+from hypervisor.objects import LEAF_PAGES, NO_PAGES, TmemObject
+from hypervisor.pools import RAW_COST_BYTES, Client, Member, Pool
 from hypervisor.reuse import SAMPLE_MASK, ReuseSampler
 from hypervisor.room import EVICTION_BATCH_PAGES, Victims
 from ipc.abi import EXTENT_PAGES_MAX, PAGE_BYTES, CallFlag
@@ -36,6 +37,11 @@ from ipc.window import Window
 
 REAP_SLICE_PAGES: Final = 512
 """Doomed pages freed between two turns of the server."""
+_RUN_WORK: Final = 12
+"""Pages of a run that take as long to free as there being a run, an entry or an object."""
+_POOL_WORK: Final = 32
+_SLICES_A_CALL: Final = 4
+"""Slices that a call which finds no room reaps before it does without."""
 
 _MASKS: Final = tuple((1 << n) - 1 for n in range(EXTENT_PAGES_MAX + 1))
 _FREE_STATES: Final = tuple(array("Q", [0]) * n for n in range(EXTENT_PAGES_MAX + 1))
@@ -102,7 +108,8 @@ class Store:
         self.free_object_numbers: list[int] = []
         self.doomed = False
         """Something waits to be reaped: a plain attribute, the server reads it every turn."""
-        self.doomed_objects: dict[int, TmemObject] = {}
+        self.doomed_objects: list[TmemObject] = []
+        """Those without pages were evicted meanwhile."""
         self.doomed_pools: deque[Pool] = deque()
         self.free_pool_numbers = list(range(POOLS_MAX - 1, -1, -1))
         self.evicted_pages: Callable[[int], None] = lambda _pages: None
@@ -514,15 +521,18 @@ class Store:
 
     def flush_object(self, pool: Pool, oid: bytes) -> int:
         """Disown an object; the number of pages that it had."""
-        found = pool.objects.pop(oid, None)
+        found = pool.objects.pop(oid)
         if found is None:
             return 0
+        self._doom_object(found)
+        self.doomed = True
+        return found.pages
+
+    def _doom_object(self, found: TmemObject) -> None:
         self.arena.kill_object(found.number)
         found.doomed = True
-        self.doomed_objects[found.number] = found
-        self.doomed = True
-        pool.pages -= found.pages
-        return found.pages
+        found.pool.pages -= found.pages
+        self.doomed_objects.append(found)
 
     def doom_pool(self, pool: Pool) -> None:
         """Disown a pool that no client refers to any more."""
@@ -533,43 +543,68 @@ class Store:
     # --- making room
 
     def reap(self, limit_pages: int = REAP_SLICE_PAGES) -> int:
-        """Free up to about `limit_pages` doomed pages; how many."""
-        freed = 0
-        while freed < limit_pages:
+        """Free up to about `limit_pages` doomed pages, as many as they are if they lie together and
+        fewer if each takes work of its own; how many."""
+        freed = work = 0
+        while work < limit_pages:
             found = self._next_doomed()
             if found is None:
-                self.doomed = False
-                break
-            while found.pages and freed < limit_pages:
-                leaf_number, leaf = found.first_leaf()
-                pages = found.pages
-                self._remove(found, leaf_number, leaf, 0, self._runs(leaf), REMOVED)
-                freed += pages - found.pages
+                if not self.doomed_pools:
+                    self.doomed = False
+                    break
+                self._close_pool(self.doomed_pools.popleft())
+                work += _POOL_WORK
+                continue
+            runs = self._runs(found.take_leaf())
+            work += _RUN_WORK * len(runs)
+            for at, length, first in runs:
+                self._release(found, first, length, REMOVED, 0, at)
+                found.pages -= length
+                freed += length
+                work += length if first < self._entry_base else _RUN_WORK * length
+            if not found.pages:
+                self._drop_object(found)
+                work += _RUN_WORK
         return freed
+
+    def reap_until(self, enough: Callable[[], bool]) -> None:
+        """Reap for a call that needs what doomed pages hold: until it is enough, or nothing waits,
+        or it would take too long.  Doomed pages need not give anything that the call needs."""
+        for _ in range(_SLICES_A_CALL):
+            if enough() or not self.doomed:
+                return
+            self.reap()
 
     def take_pool_number(self) -> int | None:
         """A pool record that is free; None if all are taken, or wait with a doomed pool's pages."""
         return self.free_pool_numbers.pop() if self.free_pool_numbers else None
 
     def _next_doomed(self) -> TmemObject | None:
-        for found in self.doomed_objects.values():
-            return found
-        while self.doomed_pools:
-            pool = self.doomed_pools[0]
-            for found in pool.objects.values():
+        """An object that waits; None if at most empty pools do."""
+        while self.doomed_objects:
+            found = self.doomed_objects[-1]
+            if found.pages:
                 return found
-            self.doomed_pools.popleft()
-            for member in list(pool.members.values()):
-                self.close_member(member)
-            self.arena.free_pool(pool.number)
-            self.free_pool_numbers.append(pool.number)
-        return None
+            self.doomed_objects.pop()
+        if not self.doomed_pools or not self.doomed_pools[0].objects:
+            return None
+        found = self.doomed_pools[0].objects.take()
+        self._doom_object(found)
+        # All pools in turn: who gave up a small one need not wait for another's large one.
+        self.doomed_pools.rotate(-1)
+        return found
+
+    def _close_pool(self, pool: Pool) -> None:
+        """A doomed pool without objects is no more."""
+        for member in list(pool.members.values()):
+            self.close_member(member)
+        self.arena.free_pool(pool.number)
+        self.free_pool_numbers.append(pool.number)
 
     def make_room(self, count: int, asking: Client | None) -> None:
         """Free frames until `count` are free or nothing may be evicted: doomed pages first."""
         frames = self.frames
-        while frames.free < count and self.reap(max(count - frames.free, EXTENT_PAGES_MAX)):
-            pass
+        self.reap_until(lambda: frames.free >= count)
         while frames.free < count:
             member = self.victims.choose(asking, self.state)
             if member is None or not self.evict(
@@ -717,9 +752,7 @@ class Store:
 
     def _drop_object(self, owner: TmemObject) -> None:
         self.arena.free_object(owner.number)
-        if owner.doomed:
-            del self.doomed_objects[owner.number]
-        else:
+        if not owner.doomed:
             del owner.pool.objects[owner.oid]
         self.objects[owner.number] = None
         self.free_object_numbers.append(owner.number)
