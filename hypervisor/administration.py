@@ -202,7 +202,7 @@ class Administration:
             if victim is not None:
                 gone = store.evict(victim, min(64, wanted - (store.frames.free - free_before)))
             if not gone:
-                exhausted = True
+                exhausted = not store.doomed
                 break
             flushed += gone
         freed = store.frames.free - free_before

@@ -117,7 +117,7 @@ def test_rule_1_private_ephemeral_get_removes_the_page(guest: Guest) -> None:
 
     assert guest.get(EPHEMERAL, 7, 0) == ["a"]
     assert guest.get(EPHEMERAL, 7, 0) == [None]
-    assert guest.client.members[EPHEMERAL].pool.objects == {}
+    assert not guest.client.members[EPHEMERAL].pool.objects
 
 
 def test_rule_3_persistent_get_keeps_the_page(guest: Guest) -> None:
