@@ -7,13 +7,14 @@ CODE := ipc fs hypervisor guests tools tests
 
 TIME ?= 60
 N ?= 500
+STEPS ?= 1000000
 # What pytest runs: `make test T=tests/t0_ipc` for one layer.
 T ?= tests
 # Each worker may hold a cluster's worth of the kernel's 256 message queues, so their number is bounded.
 WORKERS ?= auto --maxprocesses=4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench fuzz crash-restart lock clean
+.PHONY: help setup demo test lint format bench fuzz model crash-restart lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -43,6 +44,9 @@ bench: setup  ## Measure against a C queue, memcpy, Redis, memcached and lmdb
 
 fuzz: setup  ## Feed arbitrary bytes to the parser and the machine for TIME=60 seconds
 	$(BIN)/python -m tests.fuzz --seconds $(TIME)
+
+model: setup  ## Run random histories against the oracle for STEPS=1000000 steps (SEED=n)
+	$(BIN)/python -m tests.support.longrun --steps $(STEPS) $(if $(SEED),--seed $(SEED))
 
 crash-restart: setup  ## Kill and restart the hypervisor under load N=500 times
 	$(BIN)/python -m tools.crash_restart --restarts $(N)

@@ -27,6 +27,7 @@ from hypervisor.sharing import Sharing
 from ipc.abi import PAGE_BYTES, REPLY, REQUEST, Op, oid_from_int, pool_flag_word
 from ipc.window import Window, anonymous_window
 from tests.support.kills import RECOVERERS, WRITERS, images_of, killed_at
+from tests.support.oracle import held_pages
 
 FRAMES = 96
 ARENA_BYTES = -(-layout(FRAMES).end // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -85,23 +86,11 @@ class Rig:
 
     def contents(self) -> Contents:
         """All pages, read without removing any."""
-        store = self.machine.store
-        found: Contents = {}
-        for pool in self.machine.memberships.all_pools(self.machine.clients):
-            for oid, one in pool.objects.items():
-                for leaf_number, leaf in one.leaves():
-                    for place, number in enumerate(leaf):
-                        if number < 0:
-                            continue
-                        key = pool.number, int.from_bytes(oid, "little"), leaf_number * 64 + place
-                        found[key] = (
-                            store.contents.read(number)
-                            if number >= store.entries.base
-                            else bytes(
-                                store.arena.data[number * PAGE_BYTES : (number + 1) * PAGE_BYTES]
-                            )
-                        )
-        return found
+        return {
+            (pool.number, oid, index): page
+            for pool in self.machine.memberships.all_pools(self.machine.clients)
+            for (oid, index), page in held_pages(pool, self.machine).items()
+        }
 
     def is_ephemeral(self, pool_number: int) -> bool:
         pools = self.machine.memberships.all_pools(self.machine.clients)
