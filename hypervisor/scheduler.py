@@ -43,7 +43,7 @@ GAIN_LEAST: Final = 0.02
 """Targets stay if new ones promise less than this part more."""
 
 SAMPLES_LEAST: Final = 32
-PERIODS_LEAST: Final = 8
+PERIODS_LEAST: Final = 3
 """A member with fewer samples and fewer periods than that is not judged."""
 
 _UNITS_WORK: Final = 2048
@@ -169,15 +169,16 @@ def steps_of(member: MemberState, factor: float, limit_bytes: int) -> list[Step]
 
 
 def _with_hope(steps: Sequence[Step], hope: float, limit_bytes: int) -> list[Step]:
-    """The steps, and on top what pages may bring of which nothing is known yet, the same for every
-    byte."""
+    """The steps, and on top what pages may bring of which nothing is known yet: less for each byte
+    more, so that guests with equal hopes get equal parts and not one of them all."""
     sizes = {limit_bytes * part // _HOPE_PARTS for part in range(1, _HOPE_PARTS + 1)}
     known = dict(steps)
     worth = 0.0
     hopeful = []
     for size in sorted(sizes | known.keys()):
         worth = known.get(size, worth)
-        hopeful.append((size, worth + hope * size / max(limit_bytes, 1)))
+        part = size / max(limit_bytes, 1)
+        hopeful.append((size, worth + hope * part * (2 - part)))
     return hopeful
 
 

@@ -1,0 +1,1 @@
+"""Experiments: questions about policies, answered by running the real parts in one process."""
