@@ -249,7 +249,7 @@ class Administration:
     def _destroy(self, record: Record) -> Record:
         client = self._guest(record.get("guest"))
         pool_id = record.get("pool")
-        if pool_id is not None and pool_id not in client.members:
+        if pool_id is not None and not (isinstance(pool_id, int) and pool_id in client.members):
             raise OperatorError(f"guest {client.name} has no pool {pool_id!r}")
         members = list(client.members.values())
         chosen = [member for member in members if pool_id in (None, member.pool_id)]
