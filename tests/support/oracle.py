@@ -561,6 +561,11 @@ class World:
         for name in GUESTS:
             if name not in clients:
                 self.join(name)
+                continue
+            # A pool that was made and never answered for.
+            known_ids = {self.ids.get((name, part)) for part in PARTS}
+            for pool_id in set(clients[name].members) - known_ids:
+                self.call(name, Op.DESTROY_POOL, pool_id)
 
     def settle(self, owner: str, known: Known, intent: Intent | None) -> None:
         """Take for true what is there after a death, if it may be."""
