@@ -1,4 +1,4 @@
-"""Who is entitled to how much: weights, reservations, caps; and whose page goes for a new one.
+"""Who is entitled to how much: weights, reservations and caps (whose page goes: `room`).
 
     weight       a guest's part of what is not reserved, against the weights of the others
     reservation  bytes that nobody else's put can take from it, used for pages of either kind
@@ -12,10 +12,10 @@ be called back.
 
 Differences from Xen.  Its quota test compared the wrong way round from 2009 on: it divided all
 pages by the client's own and all weight by the client's own, and took the larger for a surplus, so
-a client with half of the weight and a tenth of the pages was "over".  `is_over_share` is that test
-as it was meant.  Caps were stored there and never enforced; reservations did not exist.  Weight 0
-meant "no quota" and was the default, so weights did nothing.  Here weight 0 means no part: such a
-guest has its reservation, and beyond it what nobody else has a use for.
+a client with half of the weight and a tenth of the pages was "over".  Caps were stored there and
+never enforced; reservations did not exist.  Weight 0 meant "no quota" and was the default, so
+weights did nothing.  Here weight 0 means no part: such a guest has its reservation, and beyond it
+what nobody else has a use for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol, TypeVar
 
 
 class Priority(IntEnum):
@@ -112,94 +111,22 @@ def allotment_bytes(terms: Terms, everyone: Iterable[Terms], arena_bytes: int) -
     `everyone` are the terms of all guests, this one included.  The allotments of all are never more
     than the arena, unless reservations alone are.
     """
+    return allotments([terms], everyone, arena_bytes)[0]
+
+
+def allotments(
+    some: Iterable[Terms], everyone: Iterable[Terms], arena_bytes: int
+) -> list[int]:
+    """`allotment_bytes` of each of some: the sums over everyone are taken once, since this is done
+    whenever a guest comes or goes."""
     weights = reserves = 0
     for one in everyone:
         weights += one.weight
         reserves += one.reserve_bytes
     unreserved = max(arena_bytes - reserves, 0)
-    part = unreserved * terms.weight // weights if weights else 0
-    allotment = min(terms.reserve_bytes + part, arena_bytes)
-    return min(allotment, terms.cap_bytes) if terms.cap_bytes else allotment
-
-
-def is_over_share(own: int, everyones: int, weight: int, weights: int) -> bool:
-    """Whether someone holds a larger part of what all hold than its weight is of all weights."""
-    return own * weights > everyones * weight
-
-
-class Owner(Protocol):
-    """A guest, as the choice of a victim sees it."""
-
-    @property
-    def cost_bytes(self) -> int:
-        """Charged to it for pages of both kinds."""
-
-    @property
-    def reserve_bytes(self) -> int:
-        """Not to be taken for others."""
-
-
-class Holding(Protocol):
-    """A member's ephemeral pages, as the choice of a victim sees them."""
-
-    @property
-    def owner(self) -> Owner:
-        """Whose they are."""
-
-    @property
-    def ephemeral_bytes(self) -> int:
-        """Charged for pages that can be evicted."""
-
-    @property
-    def target_bytes(self) -> int | None:
-        """None: no targets are set."""
-
-    @property
-    def priority(self) -> int:
-        """Higher goes later."""
-
-
-H = TypeVar("H", bound=Holding)
-
-
-def surplus_bytes(owner: Owner) -> int:
-    """What may be taken from a guest for others; 0 or less if it is within its reservation."""
-    return owner.cost_bytes - owner.reserve_bytes
-
-
-def overage_bytes(holding: Holding) -> int:
-    """How far a member is over its target; negative under it.  All it has, without a target."""
-    return holding.ephemeral_bytes - (holding.target_bytes or 0)
-
-
-def evictable(holdings: Iterable[H], caller: Owner | None) -> list[H]:
-    """Members whose pages may go so that `caller` can put one (None: nobody's put, the arena
-    shrinks).  Guests within their reservation are left alone; if there are no others, the caller
-    replaces pages of its own."""
-    own: list[H] = []
-    open_to_all: list[H] = []
-    for holding in holdings:
-        if holding.ephemeral_bytes > 0:
-            owner = holding.owner
-            if owner.cost_bytes > owner.reserve_bytes:
-                open_to_all.append(holding)
-            elif owner is caller:
-                own.append(holding)
-    return open_to_all or own
-
-
-def victim(holdings: Iterable[H], caller: Owner | None) -> H | None:
-    """The member that loses pages next: of those over their target the one with the lowest
-    priority and then the furthest over; if nobody is over, the one with the least room to its
-    target.  None if there is nothing to take.
-
-    Without targets there is no such choice: ask `evictable` and take the oldest page.
-    """
-    best: H | None = None
-    best_rank = (False, 0, 0)
-    for holding in evictable(holdings, caller):
-        over = overage_bytes(holding)
-        rank = (over > 0, -holding.priority, over)
-        if best is None or rank > best_rank:
-            best, best_rank = holding, rank
-    return best
+    found = []
+    for terms in some:
+        part = unreserved * terms.weight // weights if weights else 0
+        allotment = min(terms.reserve_bytes + part, arena_bytes)
+        found.append(min(allotment, terms.cap_bytes) if terms.cap_bytes else allotment)
+    return found

@@ -2,7 +2,7 @@
 
 One pure function, `targets`.  A target takes nothing away by itself: while there is room everybody
 may hold more, and when there is none the member furthest over its target loses pages (module
-`entitlement`).  So the targets add up to all there is, and memory of an idle guest is used.
+`room`).  So the targets add up to all there is, and memory of an idle guest is used.
 
     greedy      no targets: the oldest page goes, whosesoever it is (Xen with its default weights)
     static      by weight, reservation and cap alone

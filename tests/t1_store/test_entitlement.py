@@ -1,8 +1,6 @@
-"""Shares, allotments and victims, with numbers."""
+"""Shares and allotments, with numbers."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
@@ -10,67 +8,15 @@ from hypothesis import strategies as st
 
 from hypervisor.entitlement import (
     Claim,
-    Priority,
     Terms,
     allotment_bytes,
-    evictable,
-    is_over_share,
     share_bytes,
-    victim,
 )
 
 MIB = 1 << 20
 
 
-@dataclass
-class Guest:
-    cost_bytes: int
-    reserve_bytes: int = 0
-
-
-@dataclass
-class Member:
-    name: str
-    owner: Guest
-    ephemeral_bytes: int
-    target_bytes: int | None = 0
-    priority: int = Priority.NORMAL
-
-
-def guest_with(
-    name: str,
-    ephemeral: int,
-    target: int | None,
-    *,
-    persistent: int = 0,
-    reserve: int = 0,
-    priority: Priority = Priority.NORMAL,
-) -> Member:
-    """A guest with one member."""
-    return Member(name, Guest(ephemeral + persistent, reserve), ephemeral, target, priority)
-
-
 # --- shares
-
-
-def test_xens_quota_test_the_right_way_round() -> None:
-    """Half of the weight and a tenth of the pages is under; half and nine tenths is over.
-
-    Xen compared (all pages / own pages) with (all weight / own weight): 10 > 2 was "over".
-    """
-    assert not is_over_share(own=10, everyones=100, weight=50, weights=100)
-    assert is_over_share(own=90, everyones=100, weight=50, weights=100)
-    assert not is_over_share(own=50, everyones=100, weight=50, weights=100)
-
-
-def test_xens_inverted_victim() -> None:
-    """The same two clients with their weight shares as targets: the larger one loses the page."""
-    shares = share_bytes(100, [Claim(50), Claim(50)])
-    small = guest_with("small", 10, shares[0])
-    large = guest_with("large", 90, shares[1])
-
-    assert victim([small, large], small.owner) is large
-    assert victim([small, large], large.owner) is large
 
 
 @pytest.mark.parametrize(
@@ -162,78 +108,3 @@ def test_weight_zero_is_no_part() -> None:
 def test_allotments_of_all_are_never_more_than_the_arena(everyone: list[Terms], arena: int) -> None:
     """So a guest within its allotment is never refused for another guest's persistent pages."""
     assert sum(allotment_bytes(terms, everyone, arena) for terms in everyone) <= arena
-
-
-# --- victims
-
-
-def test_the_member_furthest_over_its_target_loses_pages() -> None:
-    """Over by 5, by 20 and under by 50."""
-    members = [
-        guest_with("a", 105, 100),
-        guest_with("b", 40, 20),
-        guest_with("c", 500, 550),
-    ]
-
-    assert victim(members, None) is members[1]
-
-
-def test_of_those_over_their_targets_low_priority_goes_first() -> None:
-    """Far over with high priority is safe while a low one is over by a page."""
-    high = guest_with("high", 900, 100, priority=Priority.HIGH)
-    low = guest_with("low", 101, 100, priority=Priority.LOW)
-
-    assert victim([high, low], None) is low
-
-
-def test_a_low_priority_does_not_lose_what_it_is_entitled_to() -> None:
-    """At its target it is left alone while another is over."""
-    high = guest_with("high", 101, 100, priority=Priority.HIGH)
-    low = guest_with("low", 100, 100, priority=Priority.LOW)
-
-    assert victim([high, low], None) is high
-
-
-def test_when_nobody_is_over_the_nearest_to_its_target_loses() -> None:
-    """The targets may not yet add up to what is held."""
-    members = [guest_with("a", 10, 100), guest_with("b", 95, 100)]
-
-    assert victim(members, None) is members[1]
-
-
-def test_a_reservation_is_not_taken_for_others() -> None:
-    """Within it, persistent pages included, a guest loses nothing, however far over its target."""
-    reserved = guest_with("reserved", 50, 0, persistent=30, reserve=80)
-    other = guest_with("other", 10, 100)
-
-    assert victim([reserved, other], other.owner) is other
-    assert victim([reserved], other.owner) is None
-    assert evictable([reserved], other.owner) == []
-
-
-def test_a_guest_within_its_reservation_replaces_its_own_pages_last() -> None:
-    """Only if there is nobody else to take from."""
-    reserved = guest_with("reserved", 50, 0, reserve=80)
-    other = guest_with("other", 10, 100)
-
-    assert victim([reserved, other], reserved.owner) is other
-    assert victim([reserved], reserved.owner) is reserved
-
-
-def test_pages_beyond_a_reservation_may_go() -> None:
-    """One byte is enough."""
-    reserved = guest_with("reserved", 81, 0, reserve=80)
-
-    assert victim([reserved], None) is reserved
-
-
-def test_nothing_to_evict_is_nobody() -> None:
-    """Members without ephemeral pages are never named."""
-    assert victim([guest_with("a", 0, 100, persistent=70)], None) is None
-
-
-def test_without_targets_all_that_may_go_are_named() -> None:
-    """Then the oldest page goes, and the store knows it."""
-    members = [guest_with("a", 10, None), guest_with("b", 20, None), guest_with("c", 0, None)]
-
-    assert evictable(members, None) == members[:2]

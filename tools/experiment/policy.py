@@ -68,7 +68,7 @@ class Plan:
         return self.arena_frames // 4
 
 
-QUICK: Final = Plan(arena_frames=1024, guest_frames=128, turns=240, parts=12)
+QUICK: Final = Plan(arena_frames=1024, guest_frames=128, turns=300, parts=12)
 
 
 # --- workloads: page numbers, without end
