@@ -7,6 +7,7 @@ CODE := ipc fs hypervisor guests tools tests
 
 TIME ?= 60
 N ?= 500
+SEEDS ?= 1000
 STEPS ?= 1000000
 # What pytest runs: `make test T=tests/t0_ipc` for one layer.
 T ?= tests
@@ -14,7 +15,7 @@ T ?= tests
 WORKERS ?= auto --maxprocesses=4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench fuzz model crash-restart lock clean
+.PHONY: help setup demo test lint format bench fuzz sim model crash-restart lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -47,6 +48,9 @@ fuzz: setup  ## Feed arbitrary bytes to the parser and the machine for TIME=60 s
 
 model: setup  ## Run random histories against the oracle for STEPS=1000000 steps (SEED=n)
 	$(BIN)/python -m tests.support.longrun --steps $(STEPS) $(if $(SEED),--seed $(SEED))
+
+sim: setup  ## Simulate SEEDS=1000 clusters with faults, each in one process (SEED=first)
+	@$(BIN)/tmem sim $(or $(SEED),1) --seeds $(SEEDS)
 
 crash-restart: setup  ## Kill and restart the hypervisor under load N=500 times
 	$(BIN)/python -m tools.crash_restart --restarts $(N)

@@ -22,7 +22,8 @@ from tools.sim.ledger import require
 from tools.sim.programs import make_page
 
 if TYPE_CHECKING:
-    from tools.sim.cluster import Cluster, Life
+    from tools.sim.cluster import Cluster
+    from tools.sim.lives import Life
 
 _FILES: Final = 6
 _FILE_PAGES: Final = 40

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import mmap
 import random
-import zlib
-from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
 from hypervisor.arena import Arena, format_arena
 from hypervisor.auth import Grants
@@ -23,7 +21,7 @@ from hypervisor.invariants import check
 from hypervisor.machine import Machine
 from hypervisor.pools import Settings
 from hypervisor.recovery import recover
-from ipc.abi import REQUEST, Op, Reason, Reply, Status
+from ipc.abi import REQUEST, Op
 from ipc.channel import Channel
 from ipc.errors import Disconnected, OperatorError
 from ipc.local import Fault, LocalChannel
@@ -31,68 +29,13 @@ from ipc.window import Window, anonymous_window
 from tools.sim.administrator import Administrator
 from tools.sim.faults import Faults
 from tools.sim.ledger import Call, Ledger
+from tools.sim.lives import GuestMaker, Killed, Life
+from tools.sim.trace import Trace, describe
 
-LINES_KEPT: Final = 40
-"""The last lines, told with a failure."""
 _NESTED_MAX: Final = 3
 _ARENAS_BYTES: Final = (512 << 10, 640 << 10, 1 << 20, 2 << 20)
 _DOWN_EVENTS_MAX: Final = 12
 _KEY_MASK: Final = (1 << 63) - 1
-
-_OP_NAMES: Final = {
-    Op.NEW_POOL: "pool",
-    Op.DESTROY_POOL: "leave",
-    Op.PUT_PAGE: "put",
-    Op.GET_PAGE: "get",
-    Op.FLUSH_PAGE: "flush",
-    Op.FLUSH_OBJECT: "forget",
-    Op.PUT_BATCH: "put*",
-    Op.GET_BATCH: "get*",
-    Op.FLUSH_BATCH: "flush*",
-    Op.VERSION: "version",
-}
-
-
-class Killed(Exception):
-    """Unwinds a guest that died while it was in a call."""
-
-
-class Guest(Protocol):
-    """What lives in a guest; made anew for each of its lives."""
-
-    def step(self) -> None:
-        """Do one thing, and find one's own data right."""
-        ...
-
-    def end(self) -> None:
-        """Exit in good order."""
-        ...
-
-    def bury(self) -> None:
-        """Give back what a dead guest leaves in this process."""
-        ...
-
-
-class Life:
-    """One process of a guest: its attachment, and what it waits for."""
-
-    def __init__(self, name: str, number: int, pid: int) -> None:
-        self.name = name
-        self.number = number
-        self.pid = pid
-        self.guest: Guest | None = None
-        self.channel: LocalChannel | None = None
-        self.dead = False
-        self.in_call = 0
-        self.fault = Fault.NONE
-        self.last_reply: tuple[Call, Reply, list[bytes]] | None = None
-
-    def __str__(self) -> str:
-        at = f"@{self.channel.generation}" if self.channel is not None else ""
-        return f"{self.name}.{self.number}{at}"
-
-
-GuestMaker = Callable[["Cluster", Life, random.Random], Guest]
 
 
 class Cluster:
@@ -107,9 +50,7 @@ class Cluster:
         self.random = random.Random(f"cluster {seed}")
         self.seed = seed
         self.makers = makers
-        self._emit = emit
-        self.lines: deque[str] = deque(maxlen=LINES_KEPT)
-        self.digest = 0
+        self.trace = Trace(emit)
         self.events = 0
         self.calls = 0
         self.restarts = 0
@@ -134,7 +75,7 @@ class Cluster:
         format_arena(self._mapping)
         self.machine: Machine | None = None
         self.administrator = Administrator(self, random.Random(f"administrator {seed}"))
-        self._note(f"policy={self.policy} scheduling={self.scheduling} {self.faults}")
+        self.note("-", f"policy={self.policy} scheduling={self.scheduling} {self.faults}")
         self.start()
         self.administrator.grant_all(list(makers))
 
@@ -153,24 +94,9 @@ class Cluster:
         self.calendar_ns += 1000
         return self.calendar_ns
 
-    def _note(self, text: str, who: str = "-", fault: str = "") -> None:
-        machine = self.machine
-        if machine is None:
-            state = "f down"
-        else:
-            pages = [0, 0]
-            for client in machine.clients.values():
-                for member in client.charged():
-                    pages[member.pool.persistent] += member.pages
-            state = f"e {pages[0]:>3} p {pages[1]:>3} f {machine.store.frames.free:>3}"
-        line = f"{self.events:>9} {who:<10} {text:<58} {state} {fault}".rstrip()
-        self.lines.append(line)
-        self.digest = zlib.crc32(line.encode(), self.digest)
-        self._emit(line)
-
-    def note(self, who: str, text: str) -> None:
-        """A line for something that is no call."""
-        self._note(text, who)
+    def note(self, who: str, text: str, fault: str = "") -> None:
+        """A line."""
+        self.trace.add(self.events, who, text, self.machine, fault)
 
     # --- the hypervisor
 
@@ -192,7 +118,7 @@ class Cluster:
             if life is None or life.pid != client.pid:
                 machine.depart(client)
                 self.ledger.depart(client.name)
-        self._note(f"start generation={machine.generation}", "hypervisor")
+        self.note("hypervisor", f"start generation={machine.generation}")
 
     def crash(self) -> None:
         """The hypervisor dies; all channels break."""
@@ -212,7 +138,7 @@ class Cluster:
                 life.channel.close()
                 life.channel = None
         self._start_at = self.events + self.random.randrange(_DOWN_EVENTS_MAX)
-        self._note("crash, arena lost" if lost else "crash", "hypervisor")
+        self.note("hypervisor", "crash, arena lost" if lost else "crash")
 
     def connect(self, life: Life) -> Channel:
         """As `ipc.attach.connect` does."""
@@ -237,7 +163,7 @@ class Cluster:
             generation=machine.generation,
             resumed=resumed,
         )
-        self._note("attach, resumed" if resumed else "attach", str(life))
+        self.note(str(life), "attach, resumed" if resumed else "attach")
         return life.channel
 
     def detach(self, life: Life, channel: Channel) -> None:
@@ -246,7 +172,7 @@ class Cluster:
         if life.channel is channel and self.machine is not None:
             self.machine.depart(self.machine.clients[life.name])
             self.ledger.depart(life.name)
-            self._note("detach", str(life))
+            self.note(str(life), "detach")
             life.channel = None
 
     # --- calls
@@ -272,29 +198,14 @@ class Cluster:
         fault = life.fault
         reply = self.ledger.settle(life.name, call, message, window)
         told = "" if fault is Fault.NONE else fault.name.partition("_")[0]
-        self._note(self._describe(life, call, reply), str(life), told)
+        book = self.ledger.books.get(
+            (life.name, call.pool if call.op != Op.NEW_POOL else reply.value)
+        )
+        self.note(str(life), describe(call, reply, book), told)
         life.last_reply = call, reply, [bytes(window.slot(entry[2])) for entry in call.entries]
         if fault is Fault.LOSE_REPLY:
             self.crash()
         return message
-
-    def _describe(self, life: Life, call: Call, reply: Reply) -> str:
-        book = self.ledger.books.get((life.name, call.pool))
-        kind = book.kind if book is not None else "--"
-        status = (Reason(reply.reason) if reply.reason else Status(reply.status)).name.lower()
-        what, served = "", ""
-        if call.op == Op.NEW_POOL:
-            made = self.ledger.books.get((life.name, reply.value))
-            what = f"{reply.value}:{made.kind}" if made is not None and not reply.reason else ""
-        elif call.entries:
-            _, (oid, index), _, _ = call.entries[0]
-            name = f"{int.from_bytes(oid[:4], 'little')}:{index:#x}+{call.count}"
-            what = f"{call.pool}:{kind:<4} {name:<16}"
-            served = f"{reply.map.bit_count()}/{call.count}"
-        elif call.op == Op.FLUSH_OBJECT:
-            what = f"{call.pool}:{kind:<4} {int.from_bytes(call.oid[:4], 'little'):<16}"
-            served = str(reply.value)
-        return f"{_OP_NAMES[call.op]:<7} {what:<23} {served:>6} {status}"
 
     def _meanwhile(self, life: Life) -> None:
         """A call of this guest is late: others go first."""
@@ -354,7 +265,7 @@ class Cluster:
             machine.balance.retarget()
             done = 0
             what = "retarget"
-        self._note(f"{what:<7} {done}", "idle")
+        self.note("idle", f"{what:<7} {done}")
 
     def _run_guest(self, name: str) -> None:
         life = self.lives.get(name)
@@ -382,7 +293,7 @@ class Cluster:
         self._pids += 1
         number = self._lives_of[name]
         life = self.lives[name] = Life(name, number, self._pids)
-        self._note("born", str(life))
+        self.note(str(life), "born")
         rng = random.Random(f"{name} {number} {self.seed}")
         life.in_call += 1
         try:
@@ -396,7 +307,7 @@ class Cluster:
         """A guest dies now, wherever it is; the hypervisor sees its process end."""
         life.dead = True
         self.deaths += 1
-        self._note("dies in a call" if life.in_call else "dies", str(life))
+        self.note(str(life), "dies in a call" if life.in_call else "dies")
         if life.channel is not None:
             life.channel.close()
             life.channel = None

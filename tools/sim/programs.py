@@ -21,7 +21,8 @@ from tools.sim.administrator import SHARED_EPHEMERAL, SHARED_PERSISTENT
 from tools.sim.ledger import Key, require
 
 if TYPE_CHECKING:
-    from tools.sim.cluster import Cluster, Life
+    from tools.sim.cluster import Cluster
+    from tools.sim.lives import Life
 
 ABSENT: Final = b""
 _OBJECTS: Final = 4

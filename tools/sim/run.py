@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from tools.sim.caches import CacheUser, KernelUser
-from tools.sim.cluster import Cluster, GuestMaker
+from tools.sim.cluster import Cluster
+from tools.sim.lives import GuestMaker
 from tools.sim.programs import Program
 
 EVENTS: Final = 300
@@ -70,14 +71,14 @@ def run_seed(
             cluster.step()
         cluster.finish()
     except Exception:  # noqa: BLE001 - whatever it is, the seed is to be told
-        lines = [] if cluster is None else list(cluster.lines)
+        lines = [] if cluster is None else list(cluster.trace.lines)
         outcome.failure = "\n".join([*lines, traceback.format_exc().rstrip()])
     finally:
         logging.disable(logging.NOTSET)
         if cluster is not None:
             cluster.abandon()
     if cluster is not None:
-        outcome.digest = cluster.digest
+        outcome.digest = cluster.trace.digest
         outcome.events = cluster.events
         outcome.calls = cluster.calls
         outcome.restarts = cluster.restarts
