@@ -52,3 +52,33 @@ def test_a_fault_is_a_hypervisor_that_died_around_a_call(fault: Fault, executed:
     with pytest.raises(Disconnected):
         channel.call(request(3, Op.FLUSH_PAGE))
     assert executed == len(calls)
+
+
+@pytest.mark.parametrize(
+    ("fault", "order"),
+    [
+        (Fault.LATE_REQUEST, ["others", "call"]),
+        (Fault.LATE_REPLY, ["call", "others"]),
+    ],
+    ids=str,
+)
+def test_a_late_call_lets_others_go_first(fault: Fault, order: list[str]) -> None:
+    """Before it is executed, or before its reply is read; what ends the channel then ends it."""
+    seen = []
+
+    def call(message: bytes, window: Window) -> bytes:
+        seen.append("call")
+        return serve(message, window)
+
+    def others() -> None:
+        seen.append("others")
+        if len(seen) > 2:
+            channel.close()
+
+    channel = LocalChannel(call, faults=iter([fault, fault]), meanwhile=others)
+
+    channel.call(request(1, Op.FLUSH_PAGE))
+    assert seen == order
+    with pytest.raises(Disconnected):
+        channel.call(request(2, Op.FLUSH_PAGE))
+    assert len(seen) == (3 if fault is Fault.LATE_REQUEST else 4)

@@ -12,6 +12,7 @@ import pytest
 from hypervisor.membership import Memberships
 from hypervisor.store import Store
 from ipc.errors import ExitCode
+from tests.support.tools import need_tool
 from tools.cli import main
 from tools.sim.run import guests_of, run_seed
 
@@ -27,6 +28,7 @@ ONCE_FAILED: tuple[int, ...] = ()
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_every_promise_holds(group: int) -> None:
     """Whatever is late, lost or dies."""
+    need_tool("mke2fs")
     for seed in range(group, SEEDS, GROUPS):
         outcome = run_seed(seed, EVENTS)
         assert not outcome.failure, f"tmem sim {seed} --events {EVENTS}\n{outcome.failure}"
@@ -36,6 +38,7 @@ def test_every_promise_holds(group: int) -> None:
 @pytest.mark.parametrize("seed", [3, KERNEL_SEED])
 def test_seed_is_one_history_in_every_process(seed: int) -> None:
     """Line for line; no order depends on Python's hash seed."""
+    need_tool("mke2fs")
     command = [sys.executable, "-m", "tools", "sim", str(seed), "--events", "150", "--verbose"]
     first, second = (
         subprocess.run(
@@ -57,6 +60,7 @@ def test_broken_promise_tells_the_seed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And how to see it again; the exit code is 1."""
+    need_tool("mke2fs")
     monkeypatch.setattr(Memberships, "apply_grant", lambda _self, _member: None)
 
     assert main(["sim", "1", "--seeds", "4"]) == ExitCode.VIOLATED
@@ -68,6 +72,7 @@ def test_broken_promise_tells_the_seed(
 
 def test_loss_and_staleness_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A get that takes a page out and leaves it; the ledger knows without looking inside."""
+    need_tool("mke2fs")
     remove = Store._remove
 
     def keep_one(self: Store, *arguments: object) -> None:
