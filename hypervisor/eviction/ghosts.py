@@ -45,6 +45,10 @@ class Ghosts:
         self._old: dict[int, int] = {}
         self._order: list[int] = []
 
+    @property
+    def leaves(self) -> int:
+        return len(self._young) + len(self._old)
+
     def add(self, key: int, place: int, count: int) -> None:
         """Remember `count` pages of a leaf from `place` on."""
         run = _RUNS[count][place]
@@ -84,9 +88,7 @@ class Ghosts:
         The work is bounded: a limit that has fallen far is reached in several calls.
         """
         forgotten = 0
-        while (
-            self.pages > pages or len(self._young) + len(self._old) > leaves
-        ) and forgotten < FORGET_MAX:
+        while (self.pages > pages or self.leaves > leaves) and forgotten < FORGET_MAX:
             if not self._order:
                 self._old = self._young
                 self._young = {}

@@ -133,7 +133,7 @@ class S3Fifo:
             limit = min(count, RUN_MAX)
             excess = self._main_pages - main_named - main_max
             if self._small_pages > small_named and excess <= 0:
-                run = self._search_small(small_last, limit)
+                run = self._search_small(small_last, limit, -excess)
                 if run is None:
                     continue
                 small_last = run[0] + run[1] - 1
@@ -215,9 +215,12 @@ class S3Fifo:
 
     # --- going
 
-    def _search_small(self, last: int, limit: int) -> Run | None:
+    def _search_small(self, last: int, limit: int, room: int) -> Run | None:
         """Victims behind `last`; pages that were used enough on the way move to the main queue.
-        None if all did."""
+
+        None if all did; a single one if more did than there was `room` for, since the next victim
+        is then to come from the main queue.
+        """
         links = self._links
         following, marks = links.following, links.marks
         while (first := last + following[last]) != self._small:
@@ -231,6 +234,9 @@ class S3Fifo:
             self._small_pages -= length
             links.remove(first, length)
             self._into_main(first, length, MAIN)
+            room -= length
+            if room < 0:
+                limit = 1
         return None
 
     def _search_main(self, last: int, limit: int) -> Run:

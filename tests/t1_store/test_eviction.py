@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from hypervisor.eviction import POLICIES, EvictionPolicy, Links, make_policy
 from hypervisor.eviction.clock import SPARED_MAX
 from hypervisor.eviction.ghosts import FORGET_MAX, Ghosts
+from hypervisor.eviction.hinted import Hinted
 from hypervisor.eviction.links import BLOCK_NUMBERS
+from hypervisor.eviction.s3fifo import S3Fifo
 from hypervisor.frames import RUN_MAX
 from ipc.abi import CallFlag
 from ipc.errors import InvariantError, OperatorError
@@ -136,7 +138,7 @@ def policy(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("admission", [True, False])
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_a_policy_does_what_its_model_does(
@@ -369,6 +371,26 @@ def test_without_admission_there_is_no_probation(name: str) -> None:
 
     assert not made.wants_keys
     assert made.victims(20) == [(5, 5), (20, 5), (0, 5)]
+
+
+@pytest.mark.parametrize("name", ["s3fifo", "hinted"])
+def test_what_is_remembered_is_bounded(name: str) -> None:
+    """By pages, and what the reference does not remember by leaves too: those cost memory."""
+    filled = Filled(name, 100, capacity=100)
+    policy = filled.policy
+    assert isinstance(policy, S3Fifo)
+    for key in range(1000, 3000):
+        policy.taken(0, 1, key, 0)
+        policy.inserted(0, 1, key + 5000, 0, 0)
+    for key in range(10_000, 12_000):
+        (first, _) = policy.victims(1)[0]
+        policy.evicted(first, 1, key, 0)
+        policy.inserted(first, 1, key + 5000, 0, CallFlag.ACTIVE if key % 2 else 0)
+
+    assert policy._taken.leaves in (49, 50, 51)
+    assert policy._ghosts.leaves in (90, 91)
+    if isinstance(policy, Hinted):
+        assert policy._main_ghosts.leaves in (25, 26)
 
 
 # --- what they are made of
