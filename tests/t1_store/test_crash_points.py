@@ -26,8 +26,8 @@ from hypervisor.recovery import recover
 from hypervisor.sharing import Sharing
 from ipc.abi import PAGE_BYTES, REPLY, REQUEST, Op, oid_from_int, pool_flag_word
 from ipc.window import Window, anonymous_window
+from tests.support.expectations import held_pages
 from tests.support.kills import RECOVERERS, WRITERS, images_of, killed_at
-from tests.support.oracle import held_pages
 
 FRAMES = 96
 ARENA_BYTES = -(-layout(FRAMES).end // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -22,7 +22,8 @@ from hypervisor.machine import Machine
 from ipc.abi import REPLY, CallFlag, Op, Priority
 from ipc.limits import WINDOW_SLOTS
 from tests.support import longrun
-from tests.support.oracle import GUESTS, INDEX_LAST, PARTS, Entry, Mismatch, World
+from tests.support.expectations import GUESTS, INDEX_LAST, PARTS, Entry, Mismatch
+from tests.support.oracle import World
 
 SEEDS = 12
 STEPS = 1200
