@@ -462,3 +462,42 @@ def test_many_members_are_served_nearly_as_well() -> None:
     few = brought(snapshot(*curves))
     many = brought(snapshot(*curves, *curves, total=2 * TOTAL))
     assert many > 0.95 * 2 * few
+
+
+# --- what is not known yet
+
+
+def busy(puts: float, trial: float = 0.0) -> Curve:
+    """A guest that has begun to put pages, none of which was asked for yet."""
+    return Curve(
+        gets=puts,
+        puts=puts,
+        samples=1000,
+        periods=20,
+        recent_gets=puts,
+        recent_puts=puts,
+        trial=trial,
+    )
+
+
+def test_guests_that_have_just_become_busy_get_room_in_equal_parts() -> None:
+    """Nobody can know yet which of them will want its pages back."""
+    sizes = pages_of(snapshot(busy(500.0), busy(520.0), IDLE))
+
+    assert 0.8 < sizes[0] / sizes[1] < 1.25
+    assert sum(sizes[:2]) > 9000
+
+
+def test_hope_ends_when_an_arena_has_been_put() -> None:
+    """What nothing came of gives way to a loop that needs all."""
+    loop = cliff(9800, 100.0)
+
+    assert pages_of(snapshot(busy(5000.0), loop))[1] < 9800
+    assert pages_of(snapshot(busy(5000.0, trial=1.0), loop))[1] >= 9800
+
+
+def test_a_guest_that_has_gone_quiet_gives_way() -> None:
+    """Its curve still remembers the hits of a while ago, its last period does not."""
+    was = replace(cliff(6000, 900.0), recent_gets=9.0)
+
+    assert pages_of(snapshot(was, cliff(6000, 300.0)))[1] >= 6000
