@@ -83,12 +83,14 @@ class Administrator:
         From all guests nothing is taken that is within a reservation, from one guest everything.
         """
         pages = freed_bytes = released_bytes = fruitless = 0
-        while freed_bytes < size_bytes and fruitless < _FRUITLESS_SLICES_MAX:
-            answer = self.ask("flush", guest=guest, size_bytes=size_bytes - freed_bytes)
+        while fruitless < _FRUITLESS_SLICES_MAX:
+            # Once enough is free there is still memory to be handed over, slice by slice.
+            left_bytes = max(0, size_bytes - freed_bytes)
+            answer = self.ask("flush", guest=guest, size_bytes=left_bytes)
             pages += answer["flushed_pages"]
             freed_bytes += answer["freed_bytes"]
             released_bytes += answer["released_bytes"]
-            fruitless = 0 if answer["freed_bytes"] else fruitless + 1
+            fruitless = 0 if answer["freed_bytes"] or not left_bytes else fruitless + 1
             if not answer["more"]:
                 break
         return Flushed(pages, freed_bytes, released_bytes)
