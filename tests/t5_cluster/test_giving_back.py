@@ -25,8 +25,10 @@ def shmem_bytes() -> int:
 
 @pytest.mark.cluster
 def test_flush_all_returns_the_memory_to_the_host(cluster_name: str, tmp_path: Path) -> None:
-    """Ephemeral memory is free in the arena, no more allocated in the segment, and the kernel's; what
-    is persistent stays and is right."""
+    """Ephemeral memory is free in the arena, not allocated in the segment, and the kernel's again.
+
+    What is persistent stays and is right.
+    """
     with running_hypervisor(cluster_name, tmp_path, ARENA_BYTES) as hypervisor:
         guest = hypervisor.attach("guest")
         ephemeral, persistent = (guest.new_pool(persist=persist) for persist in (False, True))
