@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import cast
 
 from hypervisor.entitlement import Claim, share_bytes
-from hypervisor.pools import Client, Member, Settings
+from hypervisor.eviction import EvictionPolicy
+from hypervisor.pools import Client, Member, Pool, Settings
 from hypervisor.room import Victims
-from ipc.abi import Priority
+from ipc.abi import POOL_PRIORITY_SHIFT, GuestId, PoolFlag, PoolId, Priority
 
 
 class Line:
@@ -21,34 +21,30 @@ class Line:
         return self._oldest
 
 
-@dataclass
-class Guest:
-    """A client, as far as victims are chosen by it."""
-
-    cost_bytes: int
-    settings: Settings
+def guest(*, reserve: int = 0, priority: Priority = Priority.NORMAL) -> Client:
+    """A guest without pools."""
+    settings = Settings(reserve_bytes=reserve, priority=priority)
+    return Client(GuestId(1), "guest", 1, 1, 0, settings)
 
 
-@dataclass
-class Pool:
-    """Its rank among the pools of its guest."""
-
-    priority: Priority = Priority.NORMAL
-
-
-@dataclass
-class Part:
-    """A member, as far as victims are chosen by it."""
-
-    client: Guest
-    cost_bytes: int
-    target_bytes: int
-    pool: Pool = field(default_factory=Pool)
-    policy: Line = field(default_factory=lambda: Line(1))
-
-    @property
-    def pages(self) -> int:
-        return self.cost_bytes
+def pool_of(
+    client: Client,
+    cost: int,
+    target: int = 0,
+    *,
+    flags: int = 0,
+    priority: Priority = Priority.NORMAL,
+    oldest: int = 1,
+) -> Member:
+    """A pool of a guest; a page costs a byte here."""
+    number = len(client.members)
+    pool = Pool(number, flags | priority << POOL_PRIORITY_SHIFT, b"")
+    member = Member(pool, client, 0, PoolId(number))
+    client.members[number] = member
+    member.policy = cast("EvictionPolicy", Line(oldest))
+    member.charge(cost, cost)
+    member.aim(target)
+    return member
 
 
 def part(
@@ -59,19 +55,22 @@ def part(
     reserve: int = 0,
     priority: Priority = Priority.NORMAL,
     oldest: int = 1,
-) -> Part:
-    """The only pool of a guest; a page costs a byte here."""
-    settings = Settings(reserve_bytes=reserve, priority=priority)
-    return Part(Guest(cost + persistent, settings), cost, target, policy=Line(oldest))
+) -> Member:
+    """The only ephemeral pool of a guest."""
+    client = guest(reserve=reserve, priority=priority)
+    if persistent:
+        pool_of(client, persistent, flags=PoolFlag.PERSIST)
+    return pool_of(client, cost, target, oldest=oldest)
 
 
-def chosen(parts: list[Part], asking: Part | None = None, mode: str = "static") -> Part | None:
+def chosen(
+    parts: list[Member], asking: Member | None = None, mode: str = "static"
+) -> Member | None:
     """Whose page goes; the state word of page n is n."""
     victims = Victims(mode)
     for one in parts:
-        victims.add(cast("Member", one))
-    client = None if asking is None else cast("Client", asking.client)
-    return cast("Part | None", victims.choose(client, lambda page: page))
+        victims.add(one)
+    return victims.choose(None if asking is None else asking.client, lambda page: page)
 
 
 def test_xens_inverted_victim() -> None:
@@ -143,9 +142,9 @@ def test_pages_beyond_a_reservation_may_go() -> None:
 
 def test_of_a_guests_pools_the_one_of_low_priority_goes_first() -> None:
     """Among those over their targets; the neighbour's pools are not compared with."""
-    guest = Guest(200, Settings())
-    important = Part(guest, 100, 10, Pool(Priority.HIGH))
-    plain = Part(guest, 60, 50)
+    owner = guest()
+    important = pool_of(owner, 100, 10, priority=Priority.HIGH)
+    plain = pool_of(owner, 60, 50)
     neighbour = part(90, 100, priority=Priority.LOW)
 
     assert chosen([important, plain, neighbour]) is plain
