@@ -13,18 +13,24 @@ period is a number of evicted pages: while nothing is evicted nobody needs a tar
 clock in here.  What a guest can do as often as it likes, making and leaving pools, costs no such
 look: a new member begins with its part of the guest's allotment.
 
+To divide anew takes 10 ms with a few guests and 100 with many, so at the end of a period it is only
+begun: `dividing` is what is left to do, a piece at a time between two turns of the server, and
+`compute` may take as long as it likes elsewhere.  Nobody waits for it; until it is done the old
+targets hold.
+
 Samplers are bounded: so many in all, so many a guest, each as large as the arena deserves.  A
 member without one keeps its share by weight.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final
 
 from hypervisor.curve import Curve
 from hypervisor.entitlement import Priority as Rank
-from hypervisor.entitlement import Terms, allotment_bytes
+from hypervisor.entitlement import Terms, allotments
 from hypervisor.pools import Client, Member, Settings
 from hypervisor.reuse import ReuseSampler
 from hypervisor.room import RANKS
@@ -52,8 +58,24 @@ _PUNCH_RUNS: Final = 4096
 """Frames looked at, and holes made, in one slice of giving memory back."""
 
 
+_PIECE_MEMBERS: Final = 64
+"""Members described, or told their targets, in one piece of a division."""
+
+Answers = dict[int, int | None]
+
+
+def compute_now(snapshot: Snapshot) -> Callable[[], Answers | None]:
+    """The targets, at once."""
+    answers = targets(snapshot)
+    return lambda: answers
+
+
 class Balance:
-    """Feeds the scheduler from one store and its clients."""
+    """Feeds the scheduler from one store and its clients.
+
+    `compute` begins to compute targets; what it returns tells them, or None as long as they are not
+    there.  With `in_pieces` whoever drives the machine calls `divide` until nothing is left.
+    """
 
     def __init__(self, store: Store, clients: dict[str, Client]) -> None:
         self._store = store
@@ -65,6 +87,10 @@ class Balance:
             max(store.frames.count // _FRAMES_PER_EXTENT, _EXTENTS_LEAST), _EXTENTS_MOST
         )
         self._punch_at: int | None = None
+        self.compute: Callable[[Snapshot], Callable[[], Answers | None]] = compute_now
+        self.in_pieces = False
+        self.dividing: Iterator[None] | None = None
+        """A division that was begun; a plain attribute, the server reads it every turn."""
         self.periods = 0
         store.evicted_pages = self._count_evicted
 
@@ -86,7 +112,7 @@ class Balance:
         if member.policy is not None:
             client = member.client
             parts = sum(one.policy is not None for one in client.members.values())
-            member.target_bytes = client.allotment_bytes // parts
+            member.aim(client.allotment_bytes // parts)
             self._set_capacity(member)
 
     def recovered(self) -> None:
@@ -135,19 +161,23 @@ class Balance:
 
     def _count_evicted(self, pages: int) -> None:
         self._evicted += pages
-        if self._evicted >= self._period_pages << self._doublings:
+        if self._evicted >= self._period_pages << self._doublings and self.dividing is None:
             self._evicted = 0
             self.periods += 1
             members = self._store.victims.members.values()
             for sampler in {id(one.sampler): one.sampler for one in members}.values():
                 if sampler is not None:
                     sampler.advance()
-            before = [member.target_bytes for member in members]
-            self.retarget()
-            if before != [member.target_bytes for member in members]:
-                self._doublings = 0
-            elif self._doublings < _PERIOD_DOUBLINGS_MAX:
-                self._doublings += 1
+            if self.in_pieces:
+                self.dividing = self._division(self.compute)
+                return
+            for _ in self._division(self.compute):
+                pass
+
+    def divide(self) -> None:
+        """A piece of the division that was begun."""
+        if self.dividing is not None and next(self.dividing, self) is self:
+            self.dividing = None
 
     @property
     def _total_bytes(self) -> int:
@@ -158,49 +188,79 @@ class Balance:
         """Set every allotment, as it is to be when guests come and go; their terms."""
         terms = {name: _terms(client.settings) for name, client in self._clients.items()}
         total_bytes = self._total_bytes
-        for name, client in self._clients.items():
-            client.allotment_bytes = allotment_bytes(terms[name], terms.values(), total_bytes)
+        found = allotments(terms.values(), terms.values(), total_bytes)
+        for client, allotment_bytes in zip(self._clients.values(), found, strict=True):
+            client.allotment_bytes = allotment_bytes
         return terms
 
     def retarget(self) -> None:
-        """Set every allotment and target."""
-        store = self._store
-        terms = self.allot()
-        total_bytes = self._total_bytes
-        members = list(store.victims.members.values())
-        here = {client.number for client in self._clients.values()}
-        snapshot = Snapshot(
-            Scheduling(self.mode),
-            total_bytes,
-            tuple(
-                GuestState(
-                    client.number,
-                    terms[name],
-                    client.purses[True].bytes,
-                    Rank(RANKS[client.settings.priority]),
-                )
-                for name, client in self._clients.items()
-            ),
-            tuple(
-                MemberState(
-                    number,
-                    member.client.number,
-                    self._curve(member),
-                    weight=member.weight,
-                    priority=Rank(RANKS[member.pool.priority]),
-                    held_pages=member.pages,
-                    held_bytes=member.cost_bytes,
-                    target_bytes=member.target_bytes if self.periods else None,
-                )
-                for number, member in enumerate(members)
-                # What a guest that has left held goes first.
-                if member.client.number in here and self._is_open(member)
-            ),
-        )
-        answers = targets(snapshot)
+        """Set every allotment and target, now."""
+        self.dividing = None
+        doublings = self._doublings
+        for _ in self._division(compute_now):
+            pass
+        self._doublings = doublings
+
+    def _division(
+        self, compute: Callable[[Snapshot], Callable[[], Answers | None]]
+    ) -> Iterator[None]:
+        """Set every allotment and target, in pieces; guests and members may come and go between
+        two of them."""
+        members = list(self._store.victims.members.values())
+        states = []
         for number, member in enumerate(members):
-            member.target_bytes = answers.get(number) or 0
-            self._set_capacity(member)
+            states.append(self._describe(number, member))
+            if number % _PIECE_MEMBERS == _PIECE_MEMBERS - 1:
+                yield
+        terms = self.allot()
+        ask = compute(
+            Snapshot(
+                Scheduling(self.mode),
+                self._total_bytes,
+                tuple(
+                    GuestState(
+                        client.number,
+                        terms[name],
+                        client.purses[True].bytes,
+                        Rank(RANKS[client.settings.priority]),
+                    )
+                    for name, client in self._clients.items()
+                ),
+                # What a guest that has left held goes first.
+                tuple(
+                    state
+                    for state, member in zip(states, members, strict=True)
+                    if member.client.number == state.guest and self._is_open(member)
+                ),
+            )
+        )
+        while (answers := ask()) is None:
+            yield
+        changed = False
+        for number, member in enumerate(members):
+            if self._store.victims.members.get(id(member)) is member:
+                target_bytes = answers.get(number) or 0
+                changed = changed or target_bytes != member.target_bytes
+                member.aim(target_bytes)
+                self._set_capacity(member)
+            if number % _PIECE_MEMBERS == _PIECE_MEMBERS - 1:
+                yield
+        if changed:
+            self._doublings = 0
+        elif self._doublings < _PERIOD_DOUBLINGS_MAX:
+            self._doublings += 1
+
+    def _describe(self, number: int, member: Member) -> MemberState:
+        return MemberState(
+            number,
+            member.client.number,
+            self._curve(member),
+            weight=member.weight,
+            priority=Rank(RANKS[member.pool.priority]),
+            held_pages=member.pages,
+            held_bytes=member.cost_bytes,
+            target_bytes=member.target_bytes if self.periods else None,
+        )
 
     def _set_capacity(self, member: Member) -> None:
         assert member.policy is not None
@@ -211,7 +271,10 @@ class Balance:
 
     def _is_open(self, member: Member) -> bool:
         """The pool is not doomed, or the guest pays for it otherwise."""
-        return member.heir or member.client.members.get(member.pool_id) is member
+        client = member.client
+        if self._clients.get(client.name) is not client:
+            return False
+        return member.heir or client.members.get(member.pool_id) is member
 
     # --- memory for the host
 

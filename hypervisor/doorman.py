@@ -15,7 +15,9 @@ favourite's request queue, which wakes the server like a request would.
 
 Nothing is lost between the two: the kick stays in the queue until it is read, and a queue too full
 for it is not one that the server sleeps in.  A guest that sends a KICK itself costs one look
-around.  The doorman runs no other code and touches no state of the machine.
+around.  One that takes kicks out of its own queue gains nothing: the doorman looks whether the
+server has come, and else sends it a signal until it does.  The doorman runs no other code and
+touches no state of the machine.
 """
 
 from __future__ import annotations
@@ -24,8 +26,12 @@ import os
 import select
 import signal
 import threading
+from typing import Final
 
 from ipc.channel import Port
+
+_INSIST_SECONDS: Final = 0.002
+"""After that a kick that nobody came for is thought to be lost."""
 
 
 class Doorman:
@@ -37,6 +43,7 @@ class Doorman:
         self.poll = self._all.poll
         self.somebody_waits = False
         self._favourite: Port | None = None
+        self._server = threading.get_ident()
         self._lock = threading.Lock()
         self._watching = False
         self._closing = False
@@ -75,7 +82,10 @@ class Doorman:
         # Signals are the main thread's: they must interrupt its wait, not this one.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while True:
-            self._armed.acquire()
+            while not self._armed.acquire(timeout=_INSIST_SECONDS):
+                if not self._insist():
+                    self._armed.acquire()
+                    break
             self._others.poll()
             with self._lock:
                 self._watching = False
@@ -84,6 +94,14 @@ class Doorman:
                 if self._favourite is not None:
                     self.somebody_waits = True
                     self._favourite.kick()
+
+    def _insist(self) -> bool:
+        """Whether the server still waits though it was kicked."""
+        with self._lock:
+            if self._favourite is None or not self.somebody_waits:
+                return False
+            signal.pthread_kill(self._server, signal.SIGURG)
+            return True
 
     def close(self) -> None:
         with self._lock:

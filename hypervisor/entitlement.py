@@ -114,9 +114,7 @@ def allotment_bytes(terms: Terms, everyone: Iterable[Terms], arena_bytes: int) -
     return allotments([terms], everyone, arena_bytes)[0]
 
 
-def allotments(
-    some: Iterable[Terms], everyone: Iterable[Terms], arena_bytes: int
-) -> list[int]:
+def allotments(some: Iterable[Terms], everyone: Iterable[Terms], arena_bytes: int) -> list[int]:
     """`allotment_bytes` of each of some: the sums over everyone are taken once, since this is done
     whenever a guest comes or goes."""
     weights = reserves = 0

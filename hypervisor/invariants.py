@@ -261,6 +261,13 @@ def _check_records(machine: Machine) -> None:
 def _check_clients(machine: Machine) -> None:
     doomed = machine.store.doomed_pools
     for client in machine.clients.values():
+        aimed = client.purses[False].target_bytes
+        if aimed != sum(
+            member.target_bytes
+            for member in machine.store.victims.members.values()
+            if member.client is client
+        ):
+            _fail(f"guest {client.name} counts targets of {aimed} bytes")
         for pool_id, member in client.members.items():
             if member.pool_id != pool_id or member.client is not client or member.heir:
                 _fail(f"guest {client.name} has a wrong pool {pool_id}")

@@ -165,7 +165,7 @@ class Memberships:
         if not member.pages:
             self._close(member)
             return
-        member.pass_to(heir)
+        self._store.bequeath(member, heir)
         self._publish(member)
         heir.inherited.append(member)
 

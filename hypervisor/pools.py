@@ -89,12 +89,13 @@ class Pool:
 
 
 class Purse:
-    """Bytes that one guest is charged for pages of one kind."""
+    """Bytes that one guest is charged for pages of one kind, and the targets of its members."""
 
-    __slots__ = ("bytes",)
+    __slots__ = ("bytes", "target_bytes")
 
     def __init__(self) -> None:
         self.bytes = 0
+        self.target_bytes = 0
 
 
 class Member:
@@ -158,12 +159,21 @@ class Member:
         self.cost_bytes += cost_bytes
         self.purse.bytes += cost_bytes
 
+    def aim(self, target_bytes: int) -> None:
+        """Set the target."""
+        self.purse.target_bytes += target_bytes - self.target_bytes
+        self.target_bytes = target_bytes
+
     def pass_to(self, client: Client) -> None:
-        """The guest has left; another one pays from now on."""
+        """The guest has left; another one pays from now on.  Among the possible victims it must be
+        entered anew."""
+        target_bytes = self.target_bytes
+        self.aim(0)
         self.purse.bytes -= self.cost_bytes
         self.client = client
         self.purse = client.purses[self.pool.persistent]
         self.purse.bytes += self.cost_bytes
+        self.aim(target_bytes)
         self.heir = True
         self.may_get = self.may_put = False
 

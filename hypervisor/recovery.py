@@ -129,7 +129,7 @@ def _recover_members(
         memberships.free_records.remove(record.number)
         machine.store.open_member(member)
         if heir:
-            member.pass_to(client)
+            machine.store.bequeath(member, client)
             client.inherited.append(member)
             machine.store.arena.publish_member(
                 record._replace(heir=True, guest=client.number, pool_id=PoolId(0))

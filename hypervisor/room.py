@@ -20,13 +20,14 @@ Pages of persistent pools are in no policy and never chosen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final
 
 from hypervisor.pools import Client, Member
 from ipc.abi import Priority
 
 GREEDY: Final = "greedy"
+_OLDEST_AMONG: Final = 256
 EVICTION_BATCH_PAGES: Final = 32
 """Pages evicted before the choice of a victim is looked at again; fewer when less is needed."""
 
@@ -34,18 +35,31 @@ RANKS: Final = {Priority.LOW: 0, Priority.NORMAL: 1, Priority.HIGH: 2}
 
 
 class Victims:
-    """Chooses; `members` are all parts that guests have in ephemeral pools."""
+    """Chooses; `members` are all parts that guests have in ephemeral pools.
+
+    A choice looks at each guest once and then at the members of one, because a guest may have 64
+    pools: with thousands of members, a look at each of them would take longer than the eviction.
+    """
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
         self.members: dict[int, Member] = {}
         """By id(), because a member is as good as the next one."""
+        self._clients: dict[int, tuple[Client, dict[int, Member]]] = {}
+        """By id() of the guest that pays."""
+        self._hand = 0
 
     def add(self, member: Member) -> None:
         self.members[id(member)] = member
+        client = member.client
+        self._clients.setdefault(id(client), (client, {}))[1][id(member)] = member
 
     def remove(self, member: Member) -> None:
         del self.members[id(member)]
+        members = self._clients[id(member.client)][1]
+        del members[id(member)]
+        if not members:
+            del self._clients[id(member.client)]
 
     def choose(self, asking: Client | None, state_of: Callable[[int], int]) -> Member | None:
         """The member whose pages go next, None if nothing may be evicted.
@@ -53,22 +67,21 @@ class Victims:
         `asking` is the guest that needs room (None: the host), which may be taken below its own
         reservation; `state_of` tells a page's state word, and so its age.
         """
-        candidates = [member for member in self.members.values() if member.pages]
         if self.mode == GREEDY:
-            return self._oldest(self._unprotected(candidates, asking), state_of)
-        clients = {id(member.client): member.client for member in candidates}
-        over = dict.fromkeys(clients, 0)
-        for member in self.members.values():
-            if id(member.client) in over:
-                over[id(member.client)] += member.cost_bytes - member.target_bytes
-        open_clients = [one for one in clients.values() if not _protected(one, asking)]
-        if not open_clients:
+            return self._oldest(asking, state_of)
+        victim: dict[int, Member] | None = None
+        highest = (False, 0, 0)
+        for client, members in self._clients.values():
+            purse = client.purses[False]
+            if not purse.bytes or _protected(client, asking):
+                continue
+            over = purse.bytes - purse.target_bytes
+            rank = over > 0, -RANKS[client.settings.priority], over
+            if victim is None or rank > highest:
+                victim, highest = members, rank
+        if victim is None:
             return None
-        victim = max(
-            open_clients,
-            key=lambda one: (over[id(one)] > 0, -RANKS[one.settings.priority], over[id(one)]),
-        )
-        return max((member for member in candidates if member.client is victim), key=_readiness)
+        return max((member for member in victim.values() if member.pages), key=_readiness)
 
     def choose_of(self, client: Client) -> Member | None:
         """The member of one guest whose pages go next, whatever its reservation."""
@@ -78,13 +91,17 @@ class Victims:
             default=None,
         )
 
-    def _unprotected(self, members: Iterable[Member], asking: Client | None) -> list[Member]:
-        return [member for member in members if not _protected(member.client, asking)]
-
-    def _oldest(self, members: list[Member], state_of: Callable[[int], int]) -> Member | None:
+    def _oldest(self, asking: Client | None, state_of: Callable[[int], int]) -> Member | None:
+        """The member with the oldest page, of `_OLDEST_AMONG` members in turn if there are more."""
         oldest = None
         lowest = 0
-        for member in members:
+        looked_at = 0
+        members = list(self.members.values())
+        start = self._hand if self._hand < len(members) else 0
+        for at in range(start - len(members), start):
+            member = members[at]
+            if not member.pages or _protected(member.client, asking):
+                continue
             assert member.policy is not None
             front = member.policy.front()
             if front < 0:
@@ -92,6 +109,10 @@ class Victims:
             state = state_of(front)
             if oldest is None or state < lowest:
                 oldest, lowest = member, state
+            looked_at += 1
+            if looked_at >= _OLDEST_AMONG:
+                self._hand = (at + 1) % len(members)
+                break
         return oldest
 
 

@@ -31,6 +31,7 @@ from hypervisor.accounting import Account
 from hypervisor.administration import Administration
 from hypervisor.audit import Audit
 from hypervisor.control import Control
+from hypervisor.divider import Divider
 from hypervisor.doorman import Doorman
 from hypervisor.machine import Machine
 from hypervisor.pools import Client
@@ -54,6 +55,8 @@ _IDLE_CPU_NS: Final = 20_000_000
 _IDLE_SLICE_PAGES: Final = 16
 FAULTS_MAX: Final = 256
 """Broken rules after which a guest is detached, unless the cluster says otherwise."""
+_DIVIDING_SECONDS: Final = 0.001
+"""How often to ask whether targets were computed, while nobody calls."""
 _ROUNDS_ALONE: Final = 8
 """Rounds in a row with the same single caller before the server waits in its queue."""
 
@@ -77,6 +80,9 @@ class Server:
         self._faults_max = faults_max
         self._audit = Audit(run_directory / "log", time.time)
         machine.witness = self._witness
+        self._divider = Divider()
+        machine.balance.compute = self._divider.compute
+        machine.balance.in_pieces = True
         self._poll = Doorman()
         self._rings = Rings(self._serve)
         self._calls = 0
@@ -124,6 +130,7 @@ class Server:
         a million objects would stop every guest for a second."""
         signal.signal(signal.SIGTERM, lambda *_: self.stop())
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGURG, lambda *_: None)  # the doorman's: it ends a wait
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -138,6 +145,7 @@ class Server:
         rings = self._rings
         serving = self.sessions.serving
         store = self._machine.store
+        balance = self._machine.balance
         last: Session | None = None
         rounds_alone = 0
         rounds = 1
@@ -145,7 +153,8 @@ class Server:
             if rings.watched:
                 rings.spin(rounds)
             busy = bool(rings.watched or store.doomed)
-            events = poll(0 if busy else _IDLE_SECONDS, _EVENTS_MAX)
+            patience_seconds = _IDLE_SECONDS if balance.dividing is None else _DIVIDING_SECONDS
+            events = poll(0 if busy else patience_seconds, _EVENTS_MAX)
             session = None
             for fd, _ in events:
                 session = serving.get(fd)
@@ -155,9 +164,12 @@ class Server:
                     handler = self._handlers.get(fd)
                     # None: an earlier event of this round closed it.
                     if handler is not None:
+                        self._calls += 1
                         handler()
             if store.doomed:
                 store.reap()
+            if balance.dividing is not None:
+                balance.divide()
             if self._calls >= self._tidy_at or not (events or busy) or self._offenders:
                 self._tidy()
                 if not (events or busy):
@@ -169,7 +181,7 @@ class Server:
                 last = session
                 continue
             rounds_alone += 1
-            if rounds_alone >= _ROUNDS_ALONE and not store.doomed:
+            if rounds_alone >= _ROUNDS_ALONE and not store.doomed and balance.dividing is None:
                 return session
         return None
 
@@ -182,6 +194,10 @@ class Server:
             self._serve(session, message, started_ns)
             if rang and session.ring is not None:
                 self._rings.watch(session.ring, session)
+        else:
+            # A kick, or a request that its sender took back: it pays for the look.
+            self._calls += 1
+            session.guest.account.operations[0].served(now_ns() - started_ns)
 
     def _serve_favourite(self, session: Session) -> None:
         """Wait in one guest's queue until anybody else wants something."""
@@ -199,6 +215,8 @@ class Server:
             serve(session, message, now_ns())
             if self._calls >= self._tidy_at:
                 self._tidy()
+                if self._machine.balance.dividing is not None:
+                    break
             if self._offenders or rang:
                 break
         doorman.unfavour()
@@ -298,6 +316,7 @@ class Server:
         self.sessions.close()
         self._control.close()
         self._audit.close()
+        self._divider.close()
         if self._supervisor_pidfd >= 0:
             os.close(self._supervisor_pidfd)
         self._poll.close()

@@ -133,9 +133,18 @@ class Store:
         if not member.pool.shared:
             member.pool.only = member
 
+    def bequeath(self, member: Member, heir: Client) -> None:
+        """Another guest pays for a member's pages from now on."""
+        if member.policy is not None:
+            self.victims.remove(member)
+        member.pass_to(heir)
+        if member.policy is not None:
+            self.victims.add(member)
+
     def close_member(self, member: Member) -> None:
         """A member without pages is no more."""
         assert not member.pages
+        member.aim(0)
         if member.policy is not None:
             member.policy.close()
             self.victims.remove(member)

@@ -45,6 +45,9 @@ YIELDS_MAX: Final = 50
 else wants it."""
 SLOW_YIELD_NS: Final = 1_000_000
 """A yield that takes this long gave a whole time slice to somebody who computes."""
+STRETCH_NS: Final = 200_000
+"""The hypervisor serves rings for this long, and the round to its end, before it looks at the
+queues again."""
 BACK_OFF_CALLS_MIN: Final = 32
 """After a slow yield a side sleeps at once for this many calls."""
 BACK_OFF_CALLS_MAX: Final = 4096

@@ -64,6 +64,7 @@ from ipc.limits import (
     BACK_OFF_CALLS_MIN,
     PATIENCE_SECONDS,
     SLOW_YIELD_NS,
+    STRETCH_NS,
     YIELDS_MAX,
 )
 from ipc.mqueue import KICK, QueueChannel, QueuePair
@@ -295,11 +296,12 @@ class Rings(Generic[Caller]):
         self.watched = [entry for entry in self.watched if entry[0] is not pair]
 
     def spin(self, rounds: int) -> None:
-        """Rounds of one look at each guest and one yield; ends early, and rests, when nobody has
-        called for long or a yield was slow."""
+        """Rounds of one look at each guest and one yield; ends early when the calls took long, and
+        rests when nobody has called for long or a yield was slow."""
         serve = self._serve
         watched = self.watched
         moment = now_ns()
+        end = moment + STRETCH_NS
         for _ in range(rounds):
             called = False
             for pair, caller in watched:
@@ -321,6 +323,9 @@ class Rings(Generic[Caller]):
             if moment - before > SLOW_YIELD_NS:
                 self._back_off.slow(self._rounds)
                 self.rest()
+                return
+            if moment > end:
+                # Others have been waiting: those who call through queues, or ask to attach.
                 return
 
     def rest(self) -> None:
