@@ -42,6 +42,7 @@ format: setup  ## Format the code and mend what can be mended
 
 bench: setup  ## Measure against a C queue, memcpy, Redis, memcached and lmdb
 	$(BIN)/python -m tools.bench
+	$(BIN)/python -m tools.bench.eviction
 
 fuzz: setup  ## Feed arbitrary bytes to the parser and the machine for TIME=60 seconds
 	$(BIN)/python -m tests.fuzz --seconds $(TIME)

@@ -48,6 +48,7 @@ class Hinted(S3Fifo):
         super().__init__(links, admission=admission)
         self._low = links.new_list()
         self._main_ghosts = Ghosts()
+        self._ghosts_of[MAIN] = self._main_ghosts
         self._share = _SHARE_MIN
 
     @property
@@ -70,7 +71,6 @@ class Hinted(S3Fifo):
         if self.wants_keys:
             limit = max(self.capacity_pages, self.pages)
             self._main_ghosts.trim(limit, limit // _GHOST_PAGES_PER_LEAF)
-            self._remember(self._main_ghosts, MAIN, first, count, key, place)
         super().evicted(first, count, key, place)
 
     def victims(self, count: int, /) -> list[Run]:

@@ -18,6 +18,8 @@ With one page a leaf and pages that stay on a get, hits are the same, one by one
 * A page may be *taken* out by a use (tmem's exclusive get), which the reference does not know.  It
   is remembered apart from the ghosts, where no stream can push it out, and when it is put again it
   comes into the main queue: the guest has used it at least twice.
+* A run of neighbours is not cut because half of it would do to bring the queues into proportion: an
+  extent that goes whole leaves room for one.
 * One search spares at most SPARED_MAX pages, then the oldest page goes, used or not.
 """
 
@@ -68,6 +70,7 @@ class S3Fifo:
         self._main_pages = 0
         self._ghosts = Ghosts()
         self._taken = Ghosts()
+        self._ghosts_of = {SMALL: self._ghosts}
         self._has_evicted = False
         self._spare = 0
         self._unpromoted = bytes(range(self.promoting_uses))
@@ -105,7 +108,7 @@ class S3Fifo:
         self._has_evicted = True
         if self.wants_keys:
             self._trim_ghosts()
-            self._remember(self._ghosts, SMALL, first, count, key, place)
+            self._leave_ghosts(first, count, key, place)
         self.removed(first, count)
 
     def removed(self, first: int, count: int, /) -> None:
@@ -131,16 +134,13 @@ class S3Fifo:
         small_named = main_named = 0
         while count > 0:
             limit = min(count, RUN_MAX)
-            excess = self._main_pages - main_named - main_max
-            if self._small_pages > small_named and excess <= 0:
-                run = self._search_small(small_last, limit, -excess)
+            if self._small_pages > small_named and self._main_pages - main_named <= main_max:
+                run = self._search_small(small_last, limit)
                 if run is None:
                     continue
                 small_last = run[0] + run[1] - 1
                 small_named += run[1]
             elif self._main_pages > main_named:
-                if self._small_pages > small_named:
-                    limit = min(limit, excess)
                 run = self._search_main(main_last, limit)
                 main_last = run[0] + run[1] - 1
                 main_named += run[1]
@@ -215,12 +215,9 @@ class S3Fifo:
 
     # --- going
 
-    def _search_small(self, last: int, limit: int, room: int) -> Run | None:
+    def _search_small(self, last: int, limit: int) -> Run | None:
         """Victims behind `last`; pages that were used enough on the way move to the main queue.
-
-        None if all did; a single one if more did than there was `room` for, since the next victim
-        is then to come from the main queue.
-        """
+        None if all did."""
         links = self._links
         following, marks = links.following, links.marks
         while (first := last + following[last]) != self._small:
@@ -234,9 +231,6 @@ class S3Fifo:
             self._small_pages -= length
             links.remove(first, length)
             self._into_main(first, length, MAIN)
-            room -= length
-            if room < 0:
-                limit = 1
         return None
 
     def _search_main(self, last: int, limit: int) -> Run:
@@ -264,16 +258,17 @@ class S3Fifo:
         if tenths > self.capacity_pages * _GHOST_TENTHS and tenths > self.pages * _GHOST_TENTHS:
             self._ghosts.trim(max(self.capacity_pages, self.pages) * _GHOST_TENTHS // 10)
 
-    def _remember(
-        self, ghosts: Ghosts, queue: int, first: int, count: int, key: int, place: int
-    ) -> None:
-        """Those pages that are in this queue leave ghosts."""
+    def _leave_ghosts(self, first: int, count: int, key: int, place: int) -> None:
+        """Evicted pages are remembered, if their queue's are."""
         queues = self._links.marks[first : first + count].translate(_QUEUE)
-        at = queues.find(queue)
-        while at >= 0:
-            length = count - at - len(queues[at:].lstrip(bytes((queue,))))
-            ghosts.add(key, place + at, length)
-            at = queues.find(queue, at + length)
+        while queues:
+            others = queues.lstrip(queues[:1])
+            length = len(queues) - len(others)
+            ghosts = self._ghosts_of.get(queues[0])
+            if ghosts is not None:
+                ghosts.add(key, place, length)
+            place += length
+            queues = others
 
     def _queues(self) -> list[tuple[int, int, int]]:
         """(sentinel, mark, pages) of each queue."""

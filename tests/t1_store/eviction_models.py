@@ -6,6 +6,7 @@ compare with; the rule that bounds one search's work is left out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 
 from ipc.abi import CallFlag
@@ -45,6 +46,7 @@ class ModelFifo:
 
     def __init__(self, _admission: bool) -> None:
         self.capacity_pages = 0
+        self.are_neighbours: Callable[[Page, Page], bool] = lambda _one, _other: False
         self.line: list[Page] = []
 
     def listed(self) -> list[Page]:
@@ -111,6 +113,7 @@ class ModelS3Fifo:
         self.ghosts = ModelGhosts()
         self.gone = ModelGhosts()
         self.has_evicted = False
+        self.are_neighbours: Callable[[Page, Page], bool] = lambda _one, _other: False
 
     def listed(self) -> list[Page]:
         return self.small + self.main
@@ -165,16 +168,17 @@ class ModelS3Fifo:
 
     def victims(self, count: int) -> list[Page]:
         total = len(self.small) + len(self.main)
+        main_max = total - self.small_max(total)
         named: list[Page] = []
         small_at = main_at = 0
-        while len(named) < min(count, total):
-            excess = len(self.main) - main_at - (total - self.small_max(total))
-            if small_at < len(self.small) and excess <= 0:
+        while (left := min(count, total) - len(named)) > 0:
+            if small_at < len(self.small) and len(self.main) - main_at <= main_max:
                 while small_at < len(self.small):
                     page = self.small[small_at]
                     if self.uses[page] < self.promoting_uses:
-                        named.append(page)
-                        small_at += 1
+                        run = self.run(self.small[small_at:], self.promoting_uses, left)
+                        named += run
+                        small_at += len(run)
                         break
                     self.small.remove(page)
                     self.enter(self.main, [page], 0)
@@ -182,9 +186,19 @@ class ModelS3Fifo:
                 while self.uses[page := self.main[main_at]]:
                     self.main.remove(page)
                     self.enter(self.main, [page], self.uses[page] - 1)
-                named.append(page)
-                main_at += 1
+                run = self.run(self.main[main_at:], 1, left)
+                named += run
+                main_at += len(run)
         return named
+
+    def run(self, line: list[Page], uses: int, limit: int) -> list[Page]:
+        """The first page, and what may go with it: neighbours that were used no more than that."""
+        run = line[:1]
+        for page in line[1 : min(limit, 64)]:
+            if self.uses[page] >= uses or not self.are_neighbours(run[-1], page):
+                break
+            run.append(page)
+        return run
 
 
 class ModelHinted(ModelS3Fifo):

@@ -38,6 +38,7 @@ class Pair:
         self.model: Model = MODELS[policy](admission)
         self.number: dict[Page, int] = {}
         self.page: dict[int, Page] = {}
+        self.model.are_neighbours = lambda one, other: self.number[other] == self.number[one] + 1
 
     def runs(self, pages: list[Page]) -> list[list[Page]]:
         """Cut into runs that are neighbours in number and in one leaf."""
