@@ -288,7 +288,7 @@ class _Division:
             least = max(worth[-1] / _STEPS_MOST, self.small)
             for used in range(use[0][1] + 1, len(worth)):
                 rise = worth[used] - worth[use[-1][1]]
-                if rise >= least or (rise > 0 and worth[used] == worth[-1]):
+                if rise > 0 and (rise >= least or worth[used] == worth[-1]):
                     use.append((used - free, used))
             uses.append(use)
             offers.append([(charged, worth[used]) for charged, used in use])
