@@ -30,12 +30,13 @@ SPARE_PAGES: Final = 4096
 class Cluster:
     """One hypervisor; `close` leaves nothing behind, whatever happened to the process."""
 
-    def __init__(self, frames: int) -> None:
+    def __init__(self, frames: int, *, eviction: str = "clock") -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="tmem-bench-"))
         spec = HypervisorSpec(
             f"bench{os.getpid()}",
             self.directory,
             layout(frames).end,
+            eviction=eviction,
             supervisor_pid=os.getpid(),
         )
         # Spawned, so that it shares no memory with the benchmark and starts with a clean heap.
