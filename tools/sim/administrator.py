@@ -68,7 +68,8 @@ class Administrator:
             self.ask(verb="set", guest=guest, sharing=scope, group=rng.choice(("", "red", "blue")))
         elif choice == 4:
             cap = rng.choice((0, 0, 20, 60)) * PAGE_BYTES
-            reserve = rng.choice((0, 4, 8)) * PAGE_BYTES
+            reserve = min(self._reservable(guest), rng.choice((0, 8, 40)) * PAGE_BYTES)
+            reserve = min(reserve, cap) if cap else reserve
             priority = rng.choice(("low", "normal", "normal", "high"))
             self.ask(
                 verb="set", guest=guest, cap_bytes=cap, reserve_bytes=reserve, priority=priority
@@ -92,6 +93,17 @@ class Administrator:
             self._destroy(rng.choice(here))
         elif here:
             self._set_pool(rng.choice(here))
+
+    def _reservable(self, guest: str) -> int:
+        """Bytes that the others have not reserved."""
+        machine = self._cluster.machine
+        assert machine is not None
+        taken = sum(
+            settings.reserve_bytes
+            for name, settings in self._cluster.settings.items()
+            if name != guest
+        )
+        return machine.store.frames.count * PAGE_BYTES - taken
 
     def _freeze(self, here: list[str]) -> None:
         rng = self._random

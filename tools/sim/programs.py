@@ -29,8 +29,8 @@ _OBJECTS: Final = 4
 _INDEXES: Final = (0, 0, 30, 58, 2**32 - 72)
 """Near each other, so that pages are met again; across a leaf of 64; at the end of an object."""
 _COUNTS: Final = (1, 1, 1, 2, 3, 8, 24, 64)
-_POOL_WEIGHTS: Final = (4, 1, 3, 2)
-"""Private ephemeral and persistent, shared ephemeral and persistent."""
+_POOL_WEIGHTS: Final = ((4, 1, 3, 2), (4, 1, 3, 2), (1, 6, 1, 3), (6, 1, 1, 1), (1, 1, 6, 6))
+"""How often private ephemeral and persistent, shared ephemeral and persistent pools are used."""
 _HINTS: Final = (
     0,
     0,
@@ -118,6 +118,8 @@ class Program:
         self._life = life
         self._random = rng
         self._calls: Hypercalls | None = None
+        self._weights = rng.choice(_POOL_WEIGHTS)
+        self._hoards = rng.random() < 0.4
         self._pools = [
             Belief(persist=persist, shared=shared)
             for shared in (False, True)
@@ -199,7 +201,7 @@ class Program:
 
     def _act(self, calls: Hypercalls) -> None:
         rng = self._random
-        pool = rng.choices(self._pools, _POOL_WEIGHTS)[0]
+        pool = rng.choices(self._pools, self._weights)[0]
         if pool.number is None:
             self._new_pool(calls, pool)
             return
@@ -212,7 +214,7 @@ class Program:
             oid, index = rng.choice(known)
             index = min(index, 2**32 - count)
         choice = rng.random()
-        if pool.persist and choice < 0.15:
+        if pool.persist and not self._hoards and choice < 0.15:
             # Else persistent pages soon take all there is.
             self._flush_object(calls, pool, oid)
         elif choice < 0.38:

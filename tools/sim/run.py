@@ -48,7 +48,7 @@ def guests_of(seed: int) -> dict[str, GuestMaker]:
     """What lives in the cluster of a seed."""
     rng = random.Random(f"guests {seed}")
     makers: dict[str, GuestMaker] = {}
-    for number in range(rng.randrange(2, 6)):
+    for number in range(rng.randrange(1, 6)):
         makers[f"app{number}"] = Program
     for number in range(rng.randrange(3)):
         makers[f"cache{number}"] = CacheUser
