@@ -200,6 +200,8 @@ class Store:
         pool = member.pool
         target = pool.objects.get(oid)
         if target is None:
+            if not self._has_object_number():
+                return self.put(member, oid, index, 1, window, slot, flags)
             target = self._new_object(pool, oid)
         place = index & 63
         leaf = target.leaf(index >> 6)
@@ -309,6 +311,8 @@ class Store:
         """Store pages from window slots; (bits of the pages stored, bits of older pages that were
         dropped because the new one did not fit).  Raises NoObjectNumber with nothing changed but
         pages evicted."""
+        if not self._has_object_number() and member.pool.objects.get(oid) is None:
+            self._free_object_number(member.client)
         encodes = member.client.encodes
         filled = _MASKS[count] if encodes else candidates(window.words, slot, count)
         frames = self.frames
@@ -623,6 +627,20 @@ class Store:
             if frames.free < count and self.contents.compressed.pages:
                 # Pages went that shared their frames with others: move these together.
                 self.contents.compact(EVICTION_BATCH_PAGES, limit=0.0)
+
+    def _has_object_number(self) -> bool:
+        return bool(self.free_object_numbers) or len(self.objects) < self.arena.frames_count
+
+    def _free_object_number(self, client: Client) -> None:
+        """Try to: of doomed objects first, then of the guest's own ephemeral pages.  Pages that
+        take less than a frame can use all numbers up while there is memory left."""
+        self.reap_until(lambda: bool(self.free_object_numbers))
+        for _ in range(_SLICES_A_CALL):
+            if self.free_object_numbers:
+                return
+            member = self.victims.choose_of(client)
+            if member is None or not self.evict(member, EVICTION_BATCH_PAGES):
+                return
 
     def evict(self, member: Member, pages: int) -> int:
         """Drop up to about so many of a member's ephemeral pages; how many went."""
