@@ -24,6 +24,9 @@ def page_of(word: str) -> bytes:
         return seed.randbytes(PAGE_BYTES)
     if kind == "lean":
         return seed.randbytes(700).ljust(PAGE_BYTES, b"\0")
+    if kind == "prose":
+        words = [seed.randbytes(seed.randrange(3, 9)) for _ in range(24)]
+        return b"".join(seed.choice(words) for _ in range(PAGE_BYTES))[:PAGE_BYTES]
     return word.encode().ljust(PAGE_BYTES)
 
 
@@ -39,13 +42,18 @@ def spans(numbers: Iterable[int]) -> str:
 
 
 def handles(pages: Iterable[tuple[int, int]]) -> str:
-    """`1:0..3 2:5`."""
+    """`1:0..3 2:5 2:7`, and `0..31:0` for page 0 of many objects."""
     objects: dict[int, list[int]] = {}
     for oid, index in pages:
         objects.setdefault(oid, []).append(index)
-    return " ".join(
-        f"{oid}:{part}" for oid in sorted(objects) for part in spans(objects[oid]).split()
-    )
+    alike: list[tuple[list[int], str]] = []
+    for oid in sorted(objects):
+        where = spans(objects[oid])
+        if alike and alike[-1][1] == where and alike[-1][0][-1] == oid - 1:
+            alike[-1][0].append(oid)
+        else:
+            alike.append(([oid], where))
+    return " ".join(f"{spans(oids)}:{part}" for oids, where in alike for part in where.split())
 
 
 def words_of(words: list[str]) -> str:

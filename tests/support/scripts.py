@@ -19,8 +19,9 @@ block to block, and its invariants are walked after every command.
 
 `a/e` is the pool that guest `a` calls `e`; a page is OBJECT:INDEX or OBJECT:INDEX+COUNT.  One word
 for several pages is numbered: `put a/e 7:0+3 x` puts x0, x1 and x2.  Words name contents: `zero`,
-`fill:x` (same-filled), `noise:x` (does not shrink), `lean:x` (shrinks to a fifth), and any other is
-a text.  What was evicted by a command follows it, indented.
+`fill:x` (same-filled), `noise:x` (does not shrink), `lean:x` (shrinks to a fifth), `prose:x`
+(shrinks more, the harder one tries), and any other is a text.  What was evicted by a command
+follows it, indented.
 
     machine frames=N policy=P scheduling=S admission=off   first, if at all
     guest G / depart G
