@@ -62,6 +62,8 @@ LZ4_BEST: Final = 3
 """Codec of an LZ4 page that LZ4HC would not make smaller: it is not tried again."""
 
 _LOW: Final = 0xFFFFFFFF
+_TABLES_A_LOOK: Final = 8
+"""Tables of entries that one slice of recompression looks through: 0.2 ms."""
 _TIMED_EVERY: Final = 16
 """One put in so many is timed, and counts for all of them: a CPU clock costs 0.6 us to read."""
 
@@ -99,10 +101,12 @@ class Contents:
         self.slabs = Slabs(arena, frames)
         self.shared = SharedContents(int.from_bytes(secret[:8], "little"))
         self._members: dict[int, Member] = {}
-        self._next_member = 0
+        self._free_members: list[int] = []
+        """Numbers that are used again: a guest could else count them up to where they end."""
         self._chains = array("I")
         """By content: its youngest entry."""
-        self._content_of_frame: dict[int, int] = {}
+        self._content_of_frame = array("i")
+        """-1 where there is none; of no length until there is one."""
         self.member_at: Callable[[int], Member] = _nobody
         self.filled = Saving()
         self.compressed = Saving()
@@ -112,19 +116,21 @@ class Contents:
         self.moved = 0
         """Objects that compaction moved."""
         self._cursor = 0
+        self._fruitless = 0
         self._puts = 0
 
     # --- members and guests
 
     def admit(self, member: Member) -> None:
         """A member may put pages from now on."""
-        member.number = self._next_member
+        free = self._free_members
+        member.number = free.pop() if free else len(self._members)
         self._members[member.number] = member
-        self._next_member += 1
 
     def dismiss(self, member: Member) -> None:
         """It is no more."""
         del self._members[member.number]
+        self._free_members.append(member.number)
 
     def retire(self, client: Client) -> None:
         """A guest leaves: nobody who comes under its name later matches what it stored."""
@@ -168,12 +174,16 @@ class Contents:
             content = self.shared.find(digest)
             if content >= 0:
                 location = self.shared.location[content]
-                if self._bytes_at(location) == page:
+                if self._bytes_at(location) != page:
+                    # A chance match of digests: this page stays alone.
+                    digest = -1
+                elif self.shared.is_crowded(content, member.number):
+                    # This page is the first of a second copy.
+                    self.shared.hide(content)
+                else:
                     number = self._share(member, content, object_number, index, state)
                     self.sharing.cpu_ns += _TIMED_EVERY * (now_ns() - started_ns)
                     return number
-                # A chance match of digests: this page stays alone.
-                digest = -1
             looked_up_ns = now_ns()
             self.sharing.cpu_ns += _TIMED_EVERY * (looked_up_ns - started_ns)
             started_ns = looked_up_ns
@@ -324,7 +334,7 @@ class Contents:
             self.slabs.free(place)
             return
         frame = place >> 8
-        del self._content_of_frame[frame]
+        self._content_of_frame[frame] = -1
         self._arena.state[frame] = 0
         self._frames.give(frame)
 
@@ -337,6 +347,8 @@ class Contents:
             mark = SHARED_MARK | content
             self.slabs.write(place, mark.to_bytes(BACK_BYTES, "little"))
         else:
+            if not self._content_of_frame:
+                self._content_of_frame.extend(array("i", [-1]) * self._frames.count)
             self._content_of_frame[place >> 8] = content
         while len(self._chains) <= content:
             self._chains.append(0)
@@ -422,13 +434,14 @@ class Contents:
         self.shared.move(content, location)
 
     def recompress(self, sequence: int, age_puts: int, tries_max: int) -> int:
-        """Try to make compressed pages smaller whose put is `age_puts` calls ago; tries made.
+        """Try to make compressed pages smaller whose put is `age_puts` calls ago; tries made, or 1
+        if some tables were looked at in vain, and 0 if that was true of all of them.
 
         A cursor goes round all entries, so that every page has its turn.
         """
         tries = 0
         tables = self._entries.blocks()
-        for step in range(len(tables)):
+        for step in range(min(len(tables), _TABLES_A_LOOK)):
             block = tables[(self._cursor + step) % len(tables)]
             for number, state, _ in self._entries.of_block(block):
                 # Read now: a page before this one may share its content, and have moved it.
@@ -442,8 +455,14 @@ class Contents:
                     tries += 1
                     if tries >= tries_max:
                         self._cursor = (self._cursor + step) % len(tables)
+                        self._fruitless = 0
                         return tries
-        return tries
+        self._cursor += _TABLES_A_LOOK
+        self._fruitless = 0 if tries else self._fruitless + _TABLES_A_LOOK
+        if tries or self._fruitless < len(tables):
+            return max(tries, 1)
+        self._fruitless = 0
+        return 0
 
     def _shrink(self, number: int, location: int) -> None:
         started_ns = self._now_ns()
@@ -566,7 +585,9 @@ class Contents:
 
     def _shared_frames(self, *, persistent: bool) -> int:
         count = 0
-        for content in self._content_of_frame.values():
+        for content in self._content_of_frame:
+            if content < 0:
+                continue
             holder = next(iter(self.shared.holders(content)))
             count += self._members[holder].pool.persistent == persistent
         return count
@@ -626,7 +647,7 @@ class Contents:
         for content, numbers in named.items():
             if set(self._entries_of(content)) != numbers:
                 raise InvariantError(f"the chain of content {content} is wrong")
-        if frames != set(self._content_of_frame):
+        if frames != {n for n, content in enumerate(self._content_of_frame) if content >= 0}:
             raise InvariantError("content frames and their entries differ")
         if frames != {n for n, kind in enumerate(self._frames.kinds) if kind == CONTENT}:
             raise InvariantError("content frames and their marks differ")

@@ -64,6 +64,11 @@ _DOMAIN_MASK: Final = (1 << 64 - _HASH_BITS) - 1
 _LOAD: Final = 1.5
 """Contents a bucket."""
 _BUCKETS_LEAST_BITS: Final = 6
+REFS_MAX: Final = 1024
+HOLDERS_MAX: Final = 32
+"""Of one content; beyond, a second copy is made, as Linux does for merged pages since 4.13
+(max_page_sharing, there 256)."""
+_PART: Final = 4096
 _NOBODY: Final = -1
 _SEVERAL: Final = -2
 
@@ -102,7 +107,8 @@ class SharedContents:
         """The next content in the bucket, or the next free number."""
         self._holder = array("i")
         """The member that has all references, or _SEVERAL."""
-        self._holders: dict[int, dict[int, int]] = {}
+        self._holders: list[dict[int, dict[int, int]]] = []
+        """A dictionary for each `_PART` contents: one for all would grow by a million at once."""
         self._free = _NOBODY
         self._heads = array("i", [_NOBODY]) * (1 << _BUCKETS_LEAST_BITS)
         self._mask = (1 << _BUCKETS_LEAST_BITS) - 1
@@ -162,9 +168,9 @@ class SharedContents:
             self.refs.append(0)
             self._next.append(_NOBODY)
             self._holder.append(_NOBODY)
-        bucket = self._bucket(digest)
-        self._next[content] = self._heads[bucket]
-        self._heads[bucket] = content
+            if content // _PART == len(self._holders):
+                self._holders.append({})
+        self._link(content, digest)
         self.count += 1
         if self.count > _LOAD * len(self._heads):
             self._split()
@@ -174,7 +180,29 @@ class SharedContents:
         """The same bytes are elsewhere now, or in another form."""
         self.location[content] = location
 
-    def _remove(self, content: int) -> None:
+    def is_crowded(self, content: int, member: int) -> bool:
+        """So many refer to it that a reference more would make calls too long: each one costs a
+        step when the bytes move, each holder one whenever a reference comes or goes."""
+        if self.refs[content] >= REFS_MAX:
+            return True
+        if self._holder[content] != _SEVERAL:
+            return False
+        holders = self._holders[content // _PART][content]
+        return len(holders) >= HOLDERS_MAX and member not in holders
+
+    def hide(self, content: int) -> None:
+        """It keeps its references and is not found any more: the next equal page is stored anew."""
+        self._unlink(content)
+        digest = self.unmatched_digest()
+        self._digest[content] = digest
+        self._link(content, digest)
+
+    def _link(self, content: int, digest: int) -> None:
+        bucket = self._bucket(digest)
+        self._next[content] = self._heads[bucket]
+        self._heads[bucket] = content
+
+    def _unlink(self, content: int) -> None:
         bucket = self._bucket(self._digest[content])
         at = self._heads[bucket]
         if at == content:
@@ -183,6 +211,9 @@ class SharedContents:
             while self._next[at] != content:
                 at = self._next[at]
             self._next[at] = self._next[content]
+
+    def _remove(self, content: int) -> None:
+        self._unlink(content)
         self._next[content] = self._free
         self._free = content
         self._holder[content] = _NOBODY
@@ -240,8 +271,8 @@ class SharedContents:
             return [(member, held_bytes)]
         if holder != _SEVERAL:
             self._holder[content] = _SEVERAL
-            self._holders[content] = {holder: refs}
-        counts = self._holders[content]
+            self._holders[content // _PART][content] = {holder: refs}
+        counts = self._holders[content // _PART][content]
         before = dict(counts)
         counts[member] = counts.get(member, 0) + 1
         return _differences(held_bytes, before, refs, held_bytes, counts, refs + 1)
@@ -257,13 +288,13 @@ class SharedContents:
                 return []
             self._remove(content)
             return [(member, -held_bytes)]
-        counts = self._holders[content]
+        counts = self._holders[content // _PART][content]
         before = dict(counts)
         counts[member] -= 1
         if not counts[member]:
             del counts[member]
         if len(counts) == 1:
-            del self._holders[content]
+            del self._holders[content // _PART][content]
             (self._holder[content],) = counts
         return _differences(held_bytes, before, refs, held_bytes, counts, refs - 1)
 
@@ -277,7 +308,7 @@ class SharedContents:
         """References by member."""
         holder = self._holder[content]
         if holder == _SEVERAL:
-            return dict(self._holders[content])
+            return dict(self._holders[content // _PART][content])
         return {holder: self.refs[content]} if holder != _NOBODY else {}
 
     # --- what is known about them
@@ -286,7 +317,7 @@ class SharedContents:
     def metadata_bytes(self) -> int:
         """What all of this takes in Python."""
         arrays = (self.location, self.refs, self._digest, self._next, self._holder, self._heads)
-        dicts = (self._holders, *self._holders.values())
+        dicts = [*self._holders, *(one for part in self._holders for one in part.values())]
         return sum(map(sys.getsizeof, arrays)) + sum(map(sys.getsizeof, dicts))
 
     def check(self, live: dict[int, tuple[int, dict[int, int]]]) -> None:
@@ -310,7 +341,7 @@ class SharedContents:
             if self.refs[content] != sum(holders.values()) or not self.refs[content]:
                 _fail(f"content {content} counts {self.refs[content]} references")
         several = {content for content, (_, holders) in live.items() if len(holders) > 1}
-        if self._holders.keys() != several:
+        if {content for part in self._holders for content in part} != several:
             _fail("holders are kept of contents that have one holder or none")
         if self.references != sum(self.refs):
             _fail("references are miscounted")
