@@ -74,7 +74,8 @@ class World(CheckedMachine):
             oid, index = rng.choice(lately)
             index -= rng.randrange(count)
         else:
-            oid = rng.randrange(6)
+            # Few objects, so that steps meet; now and then one of many, so that numbers run out.
+            oid = rng.randrange(6) if rng.random() < 0.9 else rng.randrange(400)
             index = rng.choice(
                 (rng.randrange(100), rng.randrange(100), INDEX_LAST - rng.randrange(99))
             )
@@ -150,7 +151,7 @@ class World(CheckedMachine):
 
     def administer(self, name: str, part: int) -> None:
         rng = self.random
-        choice = rng.randrange(11)
+        choice = rng.randrange(12)
         kind = KIND_OF[part]
         self.say(f"administrator {choice} {name} {part}")
         if choice == 0:
@@ -168,7 +169,7 @@ class World(CheckedMachine):
             cap = rng.choice((0, 0, 60, 200)) * PAGE_BYTES
             reserve = rng.choice((0, 10, 40)) * PAGE_BYTES
             self.ask(verb="set", guest=name, cap_bytes=cap, reserve_bytes=reserve)
-        elif choice == 5 and kind in UUIDS:
+        elif choice in (5, 10) and kind in UUIDS:
             uuid = UUIDS[kind].hex()
             if self.role(name, kind) is not None and rng.random() < 0.3:
                 self.ask(verb="auth", action="deny", guest=name, uuid=uuid)
