@@ -10,6 +10,7 @@ from hypervisor.arena import (
     FRAMES_MIN,
     Arena,
     GuestRecord,
+    MemberRecord,
     format_arena,
     frames_that_fit,
     layout,
@@ -88,3 +89,29 @@ def test_the_generation_goes_up_with_each_start() -> None:
     arena = private_arena(1 << 20)
 
     assert [arena.next_generation(), Arena(arena.mapping).next_generation()] == [1, 2]
+
+
+def test_member_records_turn_into_heirs_and_go() -> None:
+    """Word and guest change by one store; the rest of a record stays."""
+    arena = private_arena(1 << 20)
+    record = MemberRecord(1023, False, GuestId(3), 4095, PoolId(63), 255)
+    arena.publish_member(record)
+    arena.publish_member(record._replace(number=0, slot=7))
+
+    assert Arena(arena.mapping).read_members() == [record._replace(number=0, slot=7), record]
+    heir = record._replace(heir=True, guest=GuestId(9), pool_id=PoolId(0))
+    arena.publish_member(heir)
+    arena.free_member(0)
+    assert Arena(arena.mapping).read_members() == [heir]
+
+
+def test_punched_frames_read_as_zeros_and_neighbours_stay() -> None:
+    """What is given back to the host is gone, and nothing else."""
+    arena = private_arena(1 << 20)
+    arena.data[:] = b"x" * len(arena.data)
+
+    assert arena.punch(3, 2) == 2 * 4096
+
+    expected = bytearray(b"x" * len(arena.data))
+    expected[3 * 4096 : 5 * 4096] = bytes(2 * 4096)
+    assert arena.data.tobytes() == bytes(expected)
