@@ -40,9 +40,11 @@ format: setup  ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-bench: setup  ## Measure against a C queue, memcpy, Redis, memcached and lmdb
+bench: setup  ## Measure everything: peers in C, Redis, memcached, lmdb; options, policies, bounds, the demo
 	$(BIN)/python -m tools.bench
-	$(BIN)/python -m tools.bench.eviction
+	@for part in options "options --demo --repetitions 1" pages eviction scheduling bounded giveback; do \
+	    echo; echo "tools.bench.$$part"; $(BIN)/python -m tools.bench.$$part || exit; \
+	done
 
 fuzz: setup  ## Feed arbitrary bytes to the parser and the machine for TIME=60 seconds
 	$(BIN)/python -m tests.fuzz --seconds $(TIME)
