@@ -13,7 +13,7 @@ see only those that the guest's own cache could not answer.
 The small queue's part begins at a tenth and moves between that and a half.  A page that comes back
 soon after it was evicted on probation says that probation is too short; one that was evicted from
 the main queue says that the main queue is.  That is ARC's idea (Megiddo and Modha, 2003), taken
-slowly: at a third of its pace, and what comes back from the main queue starts on probation again,
+slowly: at a tenth of its pace, and what comes back from the main queue starts on probation again,
 as in S3-FIFO, or a loop that is a little too long would wash the main queue out.  It mends what
 S3-FIFO is worst at, a working set that moves.
 
@@ -26,7 +26,7 @@ from typing import Final
 
 from hypervisor.eviction.ghosts import Ghosts
 from hypervisor.eviction.links import Links
-from hypervisor.eviction.s3fifo import LOW, MAIN, S3Fifo
+from hypervisor.eviction.s3fifo import LOW, MAIN, PAGES_PER_LEAF, S3Fifo
 from hypervisor.frames import RUN_MAX, Run
 from ipc.abi import CallFlag
 
@@ -34,9 +34,7 @@ _LOW: Final = int(CallFlag.LOW)
 _HIGH: Final = int(CallFlag.HIGH)
 _SHARE_MIN: Final = 0.1
 _SHARE_MAX: Final = 0.5
-_PACE: Final = 0.3
-_GHOST_PAGES_PER_LEAF: Final = 4
-"""Ghosts of the main queue are only counted: they may be remembered in fewer leaves."""
+_PACE: Final = 0.1
 
 
 class Hinted(S3Fifo):
@@ -70,7 +68,7 @@ class Hinted(S3Fifo):
     def evicted(self, first: int, count: int, key: int, place: int, /) -> None:
         if self.wants_keys:
             limit = max(self.capacity_pages, self.pages)
-            self._main_ghosts.trim(limit, limit // _GHOST_PAGES_PER_LEAF)
+            self._main_ghosts.trim(limit, limit // PAGES_PER_LEAF)
         super().evicted(first, count, key, place)
 
     def victims(self, count: int, /) -> list[Run]:

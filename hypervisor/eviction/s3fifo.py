@@ -38,11 +38,13 @@ MAIN: Final = 4
 LOW: Final = 8
 """A mark is a queue and the number of uses, 0 to 3.  LOW is for `hinted`."""
 
+PAGES_PER_LEAF: Final = 2
+"""What the reference does not remember is remembered in half as many leaves as there may be pages:
+lone pages would cost more than they are worth."""
+
 _SMALL_SHARE: Final = 10
 _GHOST_TENTHS: Final = 9
 _TAKEN_MIN: Final = 64
-_TAKEN_PAGES_PER_LEAF: Final = 2
-"""What was taken is remembered for as many pages as there may be, in half as many leaves."""
 
 _USED: Final = bytes(mark if mark & 3 == 3 else mark + 1 for mark in range(256))
 _SPARED: Final = bytes(max(mark - 1, mark & ~3) for mark in range(256))
@@ -100,7 +102,7 @@ class S3Fifo:
     def taken(self, first: int, count: int, key: int, place: int, /) -> None:
         if self.wants_keys:
             limit = max(self.capacity_pages, self.pages, _TAKEN_MIN)
-            self._taken.trim(limit, limit // _TAKEN_PAGES_PER_LEAF)
+            self._taken.trim(limit, limit // PAGES_PER_LEAF)
             self._taken.add(key, place, count)
         self.removed(first, count)
 

@@ -232,10 +232,10 @@ class ModelHinted(ModelS3Fifo):
     def recall(self, pages: list[Page], limit: int) -> list[Page]:
         small = self.ghosts.take(pages)
         ratio = self.main_ghosts.pages / (self.ghosts.pages + 1)
-        self.learn(0.3 * (len(small) * max(1.0, ratio)) / limit)
+        self.learn(0.1 * (len(small) * max(1.0, ratio)) / limit)
         main = self.main_ghosts.take(pages)
         ratio = self.ghosts.pages / (self.main_ghosts.pages + 1)
-        self.learn(0.3 * (-len(main) * max(1.0, ratio)) / limit)
+        self.learn(0.1 * (-len(main) * max(1.0, ratio)) / limit)
         return small + self.gone.take(pages)
 
     def learn(self, step: float) -> None:
@@ -246,7 +246,7 @@ class ModelHinted(ModelS3Fifo):
 
     def evicted(self, pages: list[Page]) -> None:
         if self.admission:
-            self.main_ghosts.trim(self.limit(), self.limit() // 4)
+            self.main_ghosts.trim(self.limit(), self.limit() // 2)
             self.main_ghosts.add([page for page in pages if page in self.main])
         super().evicted(pages)
 

@@ -391,7 +391,7 @@ def test_what_is_remembered_is_bounded(name: str) -> None:
     assert policy._taken.leaves in (49, 50, 51)
     assert policy._ghosts.leaves in (90, 91)
     if isinstance(policy, Hinted):
-        assert policy._main_ghosts.leaves in (25, 26)
+        assert policy._main_ghosts.leaves in (50, 51)
 
 
 # --- what they are made of
