@@ -62,7 +62,15 @@ def _all_pools(machine: Machine) -> list[Pool]:
 def _check_pools(store: Store, pools: list[Pool]) -> Owned:
     """Page number -> (object, index) of every page that a leaf names."""
     owned: Owned = {}
+    leaves: dict[int, int] = {}
+    waiting = [found for found in store.doomed_objects if found.pages]
+    for found in [*(one for pool in pools for one in pool.objects.values()), *waiting]:
+        leaves[id(found.pool)] = leaves.get(id(found.pool), 0) + sum(1 for _ in found.leaves())
+    if store.leaves != sum(leaves.values()) or store.leaves > store.arena.frames_count:
+        _fail(f"{store.leaves} leaves are counted, {sum(leaves.values())} found")
     for pool in pools:
+        if pool.leaves != leaves.get(id(pool), 0):
+            _fail(f"pool {pool.number} counts {pool.leaves} leaves")
         pages = 0
         for oid, found in pool.objects.items():
             if found.pool is not pool or found.oid != oid or found.doomed:
@@ -70,11 +78,10 @@ def _check_pools(store: Store, pools: list[Pool]) -> Owned:
             pages += _check_object(store, found, owned)
         if pages != pool.pages:
             _fail(f"pool {pool.number} counts {pool.pages} of {pages} pages")
-    for found in store.doomed_objects:
+    for found in waiting:
         if not found.doomed:
             _fail(f"doomed object {found.number} is not")
-        if found.pages:
-            _check_object(store, found, owned)
+        _check_object(store, found, owned)
     return owned
 
 

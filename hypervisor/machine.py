@@ -261,8 +261,9 @@ class Machine:
             else:
                 bitmap, dropped = self.store.put(member, oid, index, count, window, slot, flags)
         except NoObjectNumber:
-            account.refuse(Reason.NO_OBJECT_SLOT, count)
-            return Status.ENOMEM, Reason.NO_OBJECT_SLOT, 0, 0, 0
+            return self._put_some(
+                member, account, oid, index, count, window, slot, flags, full=True
+            )
         done = bitmap.bit_count()
         account.done += done
         if done == count:
@@ -324,9 +325,12 @@ class Machine:
         window: Window,
         slot: int,
         flags: int,
+        *,
+        full: bool = False,
     ) -> Answer:
         """A put of a guest that is frozen or at its limit, page by page: what is charged to it and
-        only replaced is taken, what is new may be refused."""
+        only replaced is taken, what is new may be refused.  `full`: it needs a leaf that it can't
+        have, so what is new is refused."""
         store = self.store
         bitmap = 0
         first_refusal = 0
@@ -335,6 +339,8 @@ class Machine:
             reason = 0
             if member.client.settings.frozen:
                 reason = 0 if number != NO_PAGE else Reason.FROZEN
+            elif full and number == NO_PAGE:
+                reason = Reason.NO_OBJECT_SLOT
             elif not self._is_own(member, number) and not self._may_hold(member, 1):
                 reason = Reason.OVER_ALLOTMENT
             if not reason:

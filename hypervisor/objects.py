@@ -61,20 +61,20 @@ class TmemObject:
         part = self._rest.get(leaf_number >> _HALF_BITS)
         return None if part is None else part.get(leaf_number)
 
-    def leaf_for(self, leaf_number: int, places: int) -> array[int]:
-        """The leaf, made or lengthened to hold at least `places` pages."""
-        leaf = self.leaf(leaf_number)
-        if leaf is None:
-            leaf = array("i", NO_PAGES[_LEAF_LENGTHS[places]])
-            if leaf_number == 0:
-                self._low = leaf
-            else:
-                if self._rest is None:
-                    self._rest = {}
-                self._rest.setdefault(leaf_number >> _HALF_BITS, {})[leaf_number] = leaf
-        elif len(leaf) < places:
-            leaf.extend(NO_PAGES[_LEAF_LENGTHS[places] - len(leaf)])
+    def new_leaf(self, leaf_number: int, places: int) -> array[int]:
+        """A leaf that is not there, made to hold at least `places` pages; whoever asks counts."""
+        leaf = array("i", NO_PAGES[_LEAF_LENGTHS[places]])
+        if leaf_number == 0:
+            self._low = leaf
+        else:
+            if self._rest is None:
+                self._rest = {}
+            self._rest.setdefault(leaf_number >> _HALF_BITS, {})[leaf_number] = leaf
         return leaf
+
+    def lengthen(self, leaf: array[int], places: int) -> None:
+        """Let a shorter leaf hold at least `places` pages."""
+        leaf.extend(NO_PAGES[_LEAF_LENGTHS[places] - len(leaf)])
 
     def drop_leaf(self, leaf_number: int) -> None:
         if leaf_number == 0:

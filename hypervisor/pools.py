@@ -53,6 +53,7 @@ class Pool:
     __slots__ = (
         "exclusive",
         "flags",
+        "leaves",
         "members",
         "number",
         "objects",
@@ -75,6 +76,8 @@ class Pool:
         self.priority = Priority(flags >> POOL_PRIORITY_SHIFT & POOL_PRIORITY_MASK)
         self.objects = Objects()
         self.pages = 0
+        self.leaves = 0
+        """Those of doomed objects too."""
         self.members: dict[int, Member] = {}
         self.only: Member | None = None
 

@@ -232,7 +232,13 @@ class _Pages:
             self._drop(number)
             return
         place = index & (LEAF_PAGES - 1)
-        leaf = owner.leaf_for(index >> 6, place + 1)
+        leaf = owner.leaf(index >> 6)
+        if leaf is None:
+            leaf = owner.new_leaf(index >> 6, place + 1)
+            owner.pool.leaves += 1
+            store.leaves += 1
+        elif place >= len(leaf):
+            owner.lengthen(leaf, place + 1)
         other = leaf[place]
         if other < 0:
             owner.pages += 1

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Final
 
 from hypervisor.pools import Client, Member
-from ipc.abi import Priority
+from ipc.abi import PAGE_BYTES, Priority
 
 GREEDY: Final = "greedy"
 _OLDEST_AMONG: Final = 256
@@ -91,6 +91,21 @@ class Victims:
             default=None,
         )
 
+    def choose_by_leaves(self) -> Member | None:
+        """The member whose pages go because there are too many leaves: that with the most, of the
+        guest that has the most beyond its part of all that may be."""
+        victim: dict[int, Member] | None = None
+        most = 0
+        for client, members in self._clients.values():
+            if client.purses[False].bytes:
+                leaves = sum(_leaves(member) for member in members.values())
+                over = leaves - client.allotment_bytes // PAGE_BYTES
+                if victim is None or over > most:
+                    victim, most = members, over
+        if victim is None:
+            return None
+        return max((member for member in victim.values() if member.pages), key=_leaves)
+
     def _oldest(self, asking: Client | None, state_of: Callable[[int], int]) -> Member | None:
         """The member with the oldest page, of `_OLDEST_AMONG` members in turn if there are more."""
         oldest = None
@@ -120,6 +135,20 @@ def _readiness(member: Member) -> tuple[bool, int, int]:
     """Of the pools of one guest the one with the highest gives pages first."""
     over = member.cost_bytes - member.target_bytes
     return over > 0, -RANKS[member.pool.priority], over
+
+
+def _leaves(member: Member) -> int:
+    """Its part of the leaves of its pool: any sharer may have made them."""
+    pool = member.pool
+    return pool.leaves // max(1, sum(not one.heir for one in pool.members.values()))
+
+
+def may_have_leaf(client: Client) -> bool:
+    """Whether a guest may have one leaf more of persistent pages: it has its part of them, as of
+    the frames.  Else one guest could take all of them with pages that cost next to nothing, and
+    nobody could put into a new object any more."""
+    leaves = sum(_leaves(member) for member in client.members.values() if member.policy is None)
+    return leaves < client.allotment_bytes // PAGE_BYTES
 
 
 def _protected(client: Client, asking: Client | None) -> bool:

@@ -31,7 +31,7 @@ from hypervisor.frames import EPHEMERAL, PERSISTENT, Frames
 from hypervisor.objects import LEAF_PAGES, NO_PAGES, TmemObject
 from hypervisor.pools import RAW_COST_BYTES, Client, Member, Pool
 from hypervisor.reuse import SAMPLE_MASK, ReuseSampler
-from hypervisor.room import EVICTION_BATCH_PAGES, Victims
+from hypervisor.room import EVICTION_BATCH_PAGES, Victims, may_have_leaf
 from ipc.abi import EXTENT_PAGES_MAX, PAGE_BYTES, CallFlag
 from ipc.window import Window
 
@@ -68,7 +68,7 @@ def leaf_key(oid: bytes, leaf_number: int) -> int:
 
 
 class NoObjectNumber(Exception):
-    """Every object number is in use; only reaping or eviction gives one back."""
+    """There are as many leaves as may be, or the guest has its part of them."""
 
 
 class Store:
@@ -106,6 +106,8 @@ class Store:
         self.sequence = 0
         self.objects: list[TmemObject | None] = []
         self.free_object_numbers: list[int] = []
+        self.leaves = 0
+        """Of all objects, doomed ones too."""
         self.doomed = False
         """Something waits to be reaped: a plain attribute, the server reads it every turn."""
         self.doomed_objects: list[TmemObject] = []
@@ -199,14 +201,16 @@ class Store:
             return self.put(member, oid, index, 1, window, slot, flags)
         pool = member.pool
         target = pool.objects.get(oid)
-        if target is None:
-            if not self._has_object_number():
-                return self.put(member, oid, index, 1, window, slot, flags)
-            target = self._new_object(pool, oid)
         place = index & 63
-        leaf = target.leaf(index >> 6)
-        if leaf is None or place >= len(leaf):
-            leaf = target.leaf_for(index >> 6, place + 1)
+        leaf = None if target is None else target.leaf(index >> 6)
+        if leaf is None or target is None:
+            if pool.persistent or self.leaves >= self.arena.frames_count:
+                return self.put(member, oid, index, 1, window, slot, flags)
+            if target is None:
+                target = self._new_object(pool, oid)
+            leaf = self._new_leaf(target, index >> 6, place + 1)
+        elif place >= len(leaf):
+            target.lengthen(leaf, place + 1)
         frame = frames.take(PERSISTENT if pool.persistent else EPHEMERAL)
         self._data[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES] = window.slots[
             slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES
@@ -311,8 +315,13 @@ class Store:
         """Store pages from window slots; (bits of the pages stored, bits of older pages that were
         dropped because the new one did not fit).  Raises NoObjectNumber with nothing changed but
         pages evicted."""
-        if not self._has_object_number() and member.pool.objects.get(oid) is None:
-            self._free_object_number(member.client)
+        found = member.pool.objects.get(oid)
+        first_leaf, last_leaf = index >> 6, index + count - 1 >> 6
+        missing = int(found is None or found.leaf(first_leaf) is None)
+        if last_leaf != first_leaf:
+            missing += found is None or found.leaf(last_leaf) is None
+        if missing:
+            self._allow_leaves(member, missing)
         encodes = member.client.encodes
         filled = _MASKS[count] if encodes else candidates(window.words, slot, count)
         frames = self.frames
@@ -378,7 +387,11 @@ class Store:
     ) -> None:
         """Store `count` pages; precondition: as many frames are free, and `remaining` more for the
         rest of the call, and entries for those whose bit is set in `encode`."""
-        leaf = target.leaf_for(leaf_number, place + count)
+        leaf = target.leaf(leaf_number)
+        if leaf is None:
+            leaf = self._new_leaf(target, leaf_number, place + count)
+        elif place + count > len(leaf):
+            target.lengthen(leaf, place + count)
         old = leaf[place : place + count]
         key = self.leaf_key(target.oid, leaf_number) if member.keyed else 0
         first_place = place
@@ -569,6 +582,7 @@ class Store:
                 work += _POOL_WORK
                 continue
             runs = self._runs(found.take_leaf())
+            self._count_leaf_gone(found.pool)
             work += _RUN_WORK * len(runs)
             for at, length, first in runs:
                 self._release(found, first, length, REMOVED, 0, at)
@@ -628,19 +642,37 @@ class Store:
                 # Pages went that shared their frames with others: move these together.
                 self.contents.compact(EVICTION_BATCH_PAGES, limit=0.0)
 
-    def _has_object_number(self) -> bool:
-        return bool(self.free_object_numbers) or len(self.objects) < self.arena.frames_count
+    def _allow_leaves(self, member: Member, count: int) -> None:
+        """A call may make as many leaves; raises NoObjectNumber if not.
 
-    def _free_object_number(self, client: Client) -> None:
-        """Try to: of doomed objects first, then of the guest's own ephemeral pages.  Pages that
-        take less than a frame can use all numbers up while there is memory left."""
-        self.reap_until(lambda: bool(self.free_object_numbers))
+        There are at most as many leaves as frames, and so never more objects than object numbers.
+        Pages of a frame each keep to that by themselves; those that take less could use all numbers
+        up, and the host's memory for their leaves, while they cost next to nothing.
+        """
+        if member.policy is None:
+            self.reap_until(lambda: may_have_leaf(member.client))
+            if not may_have_leaf(member.client):
+                raise NoObjectNumber
+        leaves_max = self.arena.frames_count - count
+        if self.leaves > leaves_max:
+            self.reap_until(lambda: self.leaves <= leaves_max)
         for _ in range(_SLICES_A_CALL):
-            if self.free_object_numbers:
+            if self.leaves <= leaves_max:
                 return
-            member = self.victims.choose_of(client)
-            if member is None or not self.evict(member, EVICTION_BATCH_PAGES):
-                return
+            victim = self.victims.choose_by_leaves()
+            if victim is None or not self.evict(victim, EVICTION_BATCH_PAGES):
+                break
+        if self.leaves > leaves_max:
+            raise NoObjectNumber
+
+    def _new_leaf(self, target: TmemObject, leaf_number: int, places: int) -> array[int]:
+        self.leaves += 1
+        target.pool.leaves += 1
+        return target.new_leaf(leaf_number, places)
+
+    def _count_leaf_gone(self, pool: Pool) -> None:
+        self.leaves -= 1
+        pool.leaves -= 1
 
     def evict(self, member: Member, pages: int) -> int:
         """Drop up to about so many of a member's ephemeral pages; how many went."""
@@ -734,8 +766,10 @@ class Store:
         if not owner.doomed:
             owner.pool.pages -= gone
         if not owner.pages:
+            self._count_leaf_gone(owner.pool)
             self._drop_object(owner)
         elif leaf == NO_PAGES[len(leaf)]:
+            self._count_leaf_gone(owner.pool)
             owner.drop_leaf(leaf_number)
 
     def _release(
@@ -764,13 +798,13 @@ class Store:
                 self.frames.release(number, length)
 
     def _new_object(self, pool: Pool, oid: bytes) -> TmemObject:
+        """Precondition: `_allow_leaves`, so there is a number."""
         if self.free_object_numbers:
             number = self.free_object_numbers.pop()
-        elif len(self.objects) < self.arena.frames_count:
-            number = len(self.objects)
-            self.objects.append(None)
         else:
-            raise NoObjectNumber
+            number = len(self.objects)
+            assert number < self.arena.frames_count
+            self.objects.append(None)
         made = TmemObject(number, pool, oid)
         self.objects[number] = made
         pool.objects[oid] = made

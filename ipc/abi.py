@@ -101,7 +101,7 @@ class Op(IntEnum):
     uses: flags count pool index oid slot token
     map: the pages that were stored.
     DONE: all of them.
-    ENOMEM: NO_MEMORY, OVER_ALLOTMENT, or NO_OBJECT_SLOT (then nothing was stored).
+    ENOMEM: NO_MEMORY, OVER_ALLOTMENT, or NO_OBJECT_SLOT.
     ENOSPC: DUPLICATE_FLUSHED.
     EFROZEN: FROZEN (a page that is there already is replaced all the same).
     EPERM: NOT_WRITER.
@@ -193,7 +193,7 @@ class Reason(IntEnum):
     TOO_MANY_POOLS = 6  # this guest has 64 pools, or all guests together 4096
     SHARED_DENIED = 7  # the administrator has not allowed this guest on this uuid, or no longer
     OVER_ALLOTMENT = 8  # the guest's persistent pages use up its share, or all its pages its cap
-    NO_OBJECT_SLOT = 9  # there are as many objects as frames
+    NO_OBJECT_SLOT = 9  # a new object, or part of one, and no room to keep track of it
     NOT_WRITER = 10  # the guest may only get from this shared pool
     TOO_MANY_SHARERS = 11  # the shared pool has 64 members, or there are 1024 memberships in all
     SHARED_NEEDS_UUID = 12  # a shared pool can't have the uuid "none"
