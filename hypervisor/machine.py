@@ -31,8 +31,10 @@ from hypervisor.auth import Grants
 from hypervisor.balance import Balance
 from hypervisor.membership import Memberships
 from hypervisor.objects import NO_PAGE
+from hypervisor.pages import LeafKey, StoreOptions, leaf_key
 from hypervisor.pools import Client, Member, Settings
-from hypervisor.store import LeafKey, NoObjectNumber, Store, leaf_key
+from hypervisor.reclaim import NoObjectNumber
+from hypervisor.store import Store
 from ipc.abi import (
     ABI_REVISION,
     PAGE_BYTES,
@@ -98,15 +100,8 @@ class Machine:
         now_ns: Callable[[], int] = lambda: 0,
         leaf_key: LeafKey = leaf_key,
     ) -> None:
-        self.store = Store(
-            arena,
-            policy,
-            admission=admission,
-            scheduling=scheduling,
-            secret=secret,
-            now_ns=now_ns,
-            leaf_key=leaf_key,
-        )
+        options = StoreOptions(policy, admission, scheduling, secret, now_ns, leaf_key)
+        self.store = Store(arena, options)
         self.policy_name = policy
         self.generation = arena.next_generation()
         self.settings = {} if settings is None else settings

@@ -110,6 +110,7 @@ class Server:
             self._rings if ring else None,
             now_seconds=time.monotonic,
             random_bytes=os.urandom,
+            refused=self._note_refusal,
         )
         self._supervisor_pidfd = -1
         if supervisor_pid is not None:
@@ -247,6 +248,10 @@ class Server:
     def _witness(self, client: Client, event: str, reason: str, detail: str) -> None:
         """A guest broke a rule or was denied."""
         self._audit.record(client.name, event, reason=reason, detail=detail)
+
+    def _note_refusal(self, name: str, why: str) -> None:
+        """Somebody may not attach.  It goes where lines are limited: anybody can knock."""
+        self._audit.record(name, "refused", why=why)
 
     def _detach_offenders(self) -> None:
         """Guests that broke too many rules go; no call of theirs is being served."""

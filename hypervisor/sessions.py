@@ -18,6 +18,7 @@ import logging
 import os
 import select
 import socket
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -37,6 +38,8 @@ from ipc.window import create_window
 
 log = logging.getLogger(__name__)
 
+_TOO_MANY: Final = "too many guests attach at once; try again"
+_BARRED: Final = "your process was detached: it broke too many rules"
 BARRED_MAX: Final = 1024
 """Expelled processes remembered before those that have ended are forgotten."""
 
@@ -46,7 +49,17 @@ Handler = Callable[[], None]
 class Session:
     """An attachment; `client` and `pair` are None until the guest has said who it is."""
 
-    __slots__ = ("client", "connection", "deadline", "guest", "pair", "peer", "port", "ring")
+    __slots__ = (
+        "client",
+        "connection",
+        "deadline",
+        "guest",
+        "pair",
+        "peer",
+        "port",
+        "ring",
+        "token_digest",
+    )
 
     guest: Client
     port: Port
@@ -54,10 +67,13 @@ class Session:
     ring: RingPair | None
     """The pair once more if it is one of a ring."""
 
-    def __init__(self, connection: socket.socket, deadline: float) -> None:
+    token_digest: bytes
+    """Of the token that it came with, once it has said who it is."""
+
+    def __init__(self, connection: socket.socket, peer: attach.Peer, deadline: float) -> None:
         self.connection = connection
         self.deadline = deadline
-        self.peer: attach.Peer | None = None
+        self.peer = peer
         self.client: Client | None = None
         self.pair: QueuePair | None = None
         self.ring = None
@@ -66,7 +82,7 @@ class Session:
 class Sessions:
     """Owns the attach socket.  `handlers` maps each descriptor it watches in `poll` to what to do
     when it is readable; `serving` maps request queues' descriptors to sessions.  A guest that asks
-    for a ring gets one unless `rings` is None."""
+    for a ring gets one unless `rings` is None; `refused` is told of each handshake that failed."""
 
     def __init__(
         self,
@@ -80,6 +96,7 @@ class Sessions:
         *,
         now_seconds: Callable[[], float],
         random_bytes: Callable[[int], bytes],
+        refused: Callable[[str, str], None],
     ) -> None:
         self._machine = machine
         self._run_directory = run_directory
@@ -90,12 +107,15 @@ class Sessions:
         self._rings = rings
         self._now_seconds = now_seconds
         self._random_bytes = random_bytes
+        self._refused = refused
         self.serving: dict[int, Session] = {}
         self._by_client: dict[str, Session] = {}
         self._pidfds: dict[str, int] = {}
         self._pending: dict[int, Session] = {}
         self._barred: set[tuple[int, int]] = set()
         """Process id and start of guests that were expelled."""
+        self._barred_tokens: dict[str, bytes] = {}
+        """By name; as many as were ever enrolled."""
         self._listener = attach.listen(run_directory)
         self._watch(self._listener.fileno(), self._accept)
         for client in list(machine.clients.values()):
@@ -139,14 +159,31 @@ class Sessions:
             connection, _ = self._listener.accept()
         except OSError:
             return
-        if len(self._pending) >= HANDSHAKES_MAX:
-            attach.send_refusal(connection, "too many guests attach at once; try again")
+        try:
+            peer = attach.identify(connection)
+        except (attach.HandshakeError, OSError):
             connection.close()
             return
+        if len(self._pending) >= HANDSHAKES_MAX and not self._make_way(peer.pid):
+            attach.send_refusal(connection, _TOO_MANY)
+            connection.close()
+            os.close(peer.pidfd)
+            return
         connection.setblocking(False)
-        session = Session(connection, self._now_seconds() + HANDSHAKE_SECONDS)
+        session = Session(connection, peer, self._now_seconds() + HANDSHAKE_SECONDS)
         self._pending[connection.fileno()] = session
         self._watch(connection.fileno(), lambda: self._advance(session))
+
+    def _make_way(self, pid: int) -> bool:
+        """Give up the oldest handshake of the process that has the most, if that leaves it as many
+        as this one will have; one that only opens doors then keeps nobody out."""
+        held = Counter(session.peer.pid for session in self._pending.values())
+        greediest, most = held.most_common(1)[0]
+        if held[pid] + 1 >= most:
+            return False
+        oldest = next(one for one in self._pending.values() if one.peer.pid == greediest)
+        self._abandon(oldest, _TOO_MANY)
+        return True
 
     def expire(self) -> None:
         """Drop handshakes that take too long."""
@@ -172,10 +209,13 @@ class Sessions:
         untrusted_message = session.connection.recv(HELLO_BYTES + 1)
         if not untrusted_message:
             raise attach.HandshakeError("the guest hung up")
-        session.peer = peer = attach.identify(session.connection)
+        peer = session.peer
         hello = attach.decode_hello(untrusted_message)
         if not attach.is_enrolled(self._run_directory, hello, peer.uid):
             raise attach.HandshakeError(f"guest {hello.name} is not enrolled with this token")
+        session.token_digest = attach.token_digest(hello.token)
+        if self._barred_tokens.get(hello.name) == session.token_digest:
+            raise attach.HandshakeError(_BARRED)
         client, resumed = self._client_for(hello.name, peer)
         session.client = client
         window = create_window()
@@ -200,7 +240,7 @@ class Sessions:
         if start_ticks is None:
             raise attach.HandshakeError("your process is gone")
         if (peer.pid, start_ticks) in self._barred:
-            raise attach.HandshakeError("your process was detached: it broke too many rules")
+            raise attach.HandshakeError(_BARRED)
         client = self._machine.clients.get(name)
         if client is not None:
             if (client.pid, client.start_ticks) == (peer.pid, start_ticks):
@@ -216,7 +256,7 @@ class Sessions:
     def _confirm(self, session: Session) -> None:
         untrusted_message = session.connection.recv(CONFIRM_BYTES + 1)
         client, pair, peer = session.client, session.pair, session.peer
-        assert client is not None and pair is not None and peer is not None
+        assert client is not None and pair is not None
         if untrusted_message != CONFIRM.pack(CONFIRM_MAGIC, client.number):
             raise attach.HandshakeError("this is no CONFIRM")
         if self._machine.clients.get(client.name) is not client:
@@ -247,11 +287,11 @@ class Sessions:
     def _abandon(self, session: Session, why: str) -> None:
         """Give a handshake up and tell the peer."""
         client = session.client
-        log.info("guest=%s event=refused why=%r", client.name if client else "?", why)
+        self._refused(client.name if client else "?", why)
         attach.send_refusal(session.connection, why)
         self._pending.pop(session.connection.fileno(), None)
         self._close(session)
-        if session.peer is not None and session.peer.pidfd >= 0:
+        if session.peer.pidfd >= 0:
             os.close(session.peer.pidfd)
         if client is not None and self._was_made_for_nothing(client):
             self._machine.depart(client)
@@ -294,8 +334,13 @@ class Sessions:
         log.info("guest=%s event=%s pid=%d", client.name, event, client.pid)
 
     def expel(self, client: Client) -> None:
-        """Detach a guest that broke too many rules; its process may not attach again."""
+        """Detach a guest that broke too many rules.  Its process may not attach again, nor may any
+        other with the same token, be it one that it has forked: whoever wants the guest back starts
+        it, and so enrols it, anew."""
         self._barred.add((client.pid, client.start_ticks))
+        session = self._by_client.get(client.name)
+        if session is not None:
+            self._barred_tokens[client.name] = session.token_digest
         if len(self._barred) > BARRED_MAX:
             self._barred = {
                 (pid, start) for pid, start in self._barred if process_start(pid) == start
