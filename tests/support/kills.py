@@ -13,27 +13,30 @@ enough to die once.
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hypervisor import (
-    arena,
-    contents,
-    entries,
-    membership,
-    recovery,
-    slab,
-    spans,
-    store,
-)
+import hypervisor
 from hypervisor.arena import Arena
 
-WRITERS = {module.__file__ for module in (arena, store, entries, contents, slab, spans, membership)}
-"""Files of the modules that write to the segment while guests are served."""
-RECOVERERS = WRITERS | {recovery.__file__}
+_HOME = Path(hypervisor.__file__).parent
+_READERS = ("administration", "boot", "invariants", "recovery", "snapshot")
+
+
+def _uses_the_arena(path: Path) -> bool:
+    return path.stem == "arena" or re.search(r"arena\.[a-z]", path.read_text()) is not None
+
+
+WRITERS: set[str | None] = {
+    str(path) for path in _HOME.glob("*.py") if path.stem not in _READERS and _uses_the_arena(path)
+}
+"""Files of the modules that may write to the segment while guests are served."""
+RECOVERERS = WRITERS | {str(_HOME / "recovery.py")}
 
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
