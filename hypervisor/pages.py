@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from hypervisor.arena import HINTS_MASK, SLOT_SHIFT, Arena
-from hypervisor.contents import Contents
 from hypervisor.entries import Entries
 from hypervisor.eviction import make_policy
 from hypervisor.eviction.links import Links
 from hypervisor.frames import Frames
+from hypervisor.inventory import Inventory
 from hypervisor.objects import LEAF_PAGES, NO_PAGES, TmemObject
 from hypervisor.pools import RAW_COST_BYTES, Client, Member, Pool
 from hypervisor.room import Victims
@@ -74,7 +74,7 @@ class Pages:
         self.frames = Frames(arena.frames_count)
         self.links = Links(arena.frames_count)
         self.entries = Entries(arena, self.frames, self.links)
-        self.contents = Contents(arena, self.frames, self.entries, options.secret, options.now_ns)
+        self.contents = Inventory(arena, self.frames, self.entries, options.secret, options.now_ns)
         self.contents.member_at = self._member_at
         self._entry_base = self.entries.base
         self.policy_name = options.policy
