@@ -168,11 +168,15 @@ class Pages:
         place: int,
         runs: list[Run],
         why: int,
+        key: int = -1,
     ) -> None:
         """Pages of a leaf are no more: `runs` are all that there are between `place`, from which
-        they count, and the end of the last run."""
+        they count, and the end of the last run.  `key` is the leaf's, -1 if it was not computed."""
         gone = 0
-        key = self.leaf_key(owner.oid, leaf_number) if why != REMOVED else 0
+        if key < 0:
+            only = owner.pool.only
+            known = why == REMOVED or (only is not None and not only.keyed)
+            key = 0 if known else self.leaf_key(owner.oid, leaf_number)
         for at, length, first in runs:
             self._release(owner, first, length, why, key, place + at)
             gone += length
@@ -193,6 +197,17 @@ class Pages:
     ) -> None:
         """Pages of one leaf stop being live, in the segment first (arena A1), and are no longer
         charged."""
+        only = owner.pool.only
+        if only is not None and count == 1 and first < self._entry_base and why == TAKEN:
+            # A single page that its guest takes back: what most calls of one page come to.
+            assert only.policy is not None
+            only.policy.taken(first, 1, key, place)
+            only.pages -= 1
+            only.cost_bytes -= RAW_COST_BYTES
+            only.purse.bytes -= RAW_COST_BYTES
+            self._state_column[first] = 0
+            self.frames.give(first)
+            return
         for member, number, length in self._by_member(owner.pool, first, count):
             if member.policy is not None:
                 if why == TAKEN:

@@ -46,6 +46,7 @@ class Store(Reclaim):
         """`get` of one page: whether it was there."""
         pool = member.pool
         keep = flags & _KEEP or not pool.exclusive
+        key = -1
         if member.sampler is not None:
             key = self.leaf_key(oid, index >> 6)
             if key & SAMPLE_MASK < member.sampler.threshold:
@@ -68,7 +69,7 @@ class Store(Reclaim):
         else:
             slots[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES] = self.contents.read(number)
         if not keep:
-            self._remove(found, index >> 6, leaf, place, [(0, 1, number)], TAKEN)
+            self._remove(found, index >> 6, leaf, place, [(0, 1, number)], TAKEN, key)
         elif not pool.persistent:
             self._use(pool, number, 1)
         return True
@@ -146,6 +147,7 @@ class Store(Reclaim):
             place = (index + at) & 63
             leaf_number = (index + at) >> 6
             wanted = min(count - at, LEAF_PAGES - place)
+            key = -1
             if member.sampler is not None:
                 key = self.leaf_key(oid, leaf_number)
                 if key & SAMPLE_MASK < member.sampler.threshold:
@@ -155,7 +157,7 @@ class Store(Reclaim):
                 runs = self._runs(leaf[place : place + wanted])
                 bitmap |= self._copy_out(runs, window.slots, slot + at) << at
                 if exclusive and runs:
-                    self._remove(found, leaf_number, leaf, place, runs, TAKEN)
+                    self._remove(found, leaf_number, leaf, place, runs, TAKEN, key)
                 elif not pool.persistent:
                     for _, length, first in runs:
                         self._use(pool, first, length)
