@@ -57,6 +57,7 @@ PARAMETERS: Final = {
     "seed": Parameter(int, "seed of everything random"),
     "name": Parameter(str, "name of the cluster"),
     "eviction": Parameter(str, "which page goes first: fifo, clock, s3fifo or hinted"),
+    "transport": Parameter(str, "how calls travel: auto, ring or mqueue"),
     "scheduling": Parameter(str, "how guests share the arena: greedy, static or scheduled"),
     "compress": Parameter(_switch, "on or off: compress the pages of all guests"),
     "group": Parameter(str, "group in which all guests' equal pages may be one"),
@@ -106,7 +107,7 @@ def _kind(key: str) -> str:
 def _cluster(values: dict[str, Any]) -> dict[str, Any]:
     count = values["n"]
     names = guest_names(count)
-    hypervisor = {key: values[key] for key in ("eviction", "scheduling") if key in values}
+    hypervisor = {key: values[key] for key in ("eviction", "scheduling", "transport") if key in values}
     settings: dict[str, Any] = {}
     if "compress" in values:
         settings["compress"] = values["compress"]
