@@ -323,20 +323,20 @@ class Machine:
         *,
         full: bool = False,
     ) -> Answer:
-        """A put of a guest that is frozen or at its limit, page by page: what is charged to it and
-        only replaced is taken, what is new may be refused.  `full`: it needs a leaf that it can't
-        have, so what is new is refused."""
+        """A put of a guest that is frozen or at its limit, page by page: what is only replaced is
+        taken as long as that costs the guest nothing more, what is new may be refused.  `full`: it
+        needs a leaf that it can't have, so what is new is refused."""
         store = self.store
         bitmap = 0
         first_refusal = 0
         for at in range(count):
             number = self._find(member, oid, index + at)
             reason = 0
-            if member.client.settings.frozen:
-                reason = 0 if number != NO_PAGE else Reason.FROZEN
-            elif full and number == NO_PAGE:
+            if number == NO_PAGE and member.client.settings.frozen:
+                reason = Reason.FROZEN
+            elif number == NO_PAGE and full:
                 reason = Reason.NO_OBJECT_SLOT
-            elif not self._is_own(member, number) and not self._may_hold(member, 1):
+            elif not self._may_replace(member, number) and not self._may_hold(member, 1):
                 reason = Reason.OVER_ALLOTMENT
             if not reason:
                 stored = dropped = 0
@@ -365,8 +365,18 @@ class Machine:
         found = member.pool.objects.get(oid)
         return NO_PAGE if found is None else found.find(index)
 
-    def _is_own(self, member: Member, number: int) -> bool:
-        return number != NO_PAGE and self.store.member_of(member.pool, number) is member
+    def _may_replace(self, member: Member, number: int) -> bool:
+        """Whether another page may take the place of this one though there is no room for one more:
+        it is the member's own and costs as much as any, or the guest is within its limits until
+        then.  Else it could fill the arena with pages that cost nothing and replace them."""
+        if number == NO_PAGE or self.store.member_of(member.pool, number) is not member:
+            return False
+        client = member.client
+        if number < self.store.entries.base:
+            return True
+        if member.policy is None and member.purse.bytes > client.allotment_bytes:
+            return False
+        return not 0 < client.settings.cap_bytes < client.cost_bytes
 
     def _flush(
         self, client: Client, account: OpCount, pool_id: int, oid: bytes, index: int, count: int

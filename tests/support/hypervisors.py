@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hypervisor.server import FAULTS_MAX
 from ipc import attach
 from ipc.abi import REQUEST, Op, Reply, oid_from_int, pool_flag_word
 from ipc.attach import CONTROL_SOCKET
@@ -24,7 +25,7 @@ _PROGRAM = """
 import sys
 from pathlib import Path
 from hypervisor.boot import HypervisorSpec, run
-cluster, directory, arena_bytes, eviction, supervisor, transport = sys.argv[1:]
+cluster, directory, arena_bytes, eviction, supervisor, transport, faults_max = sys.argv[1:]
 supervisor_pid = int(supervisor) or None
 run(
     HypervisorSpec(
@@ -34,6 +35,7 @@ run(
         eviction,
         supervisor_pid=supervisor_pid,
         transport=transport,
+        faults_max=int(faults_max),
     )
 )
 """
@@ -50,12 +52,14 @@ class RunningHypervisor:
         arena_bytes: int,
         eviction: str = "clock",
         transport: str = "auto",
+        faults_max: int = FAULTS_MAX,
     ) -> None:
         self.cluster = cluster
         self.run_directory = run_directory
         self.arena_bytes = arena_bytes
         self.eviction = eviction
         self.transport = transport
+        self.faults_max = faults_max
         self.supervisor_pid = 0
         self.process: subprocess.Popen[str]
         self._tokens: dict[str, bytes] = {}
@@ -68,6 +72,7 @@ class RunningHypervisor:
             self.eviction,
             str(self.supervisor_pid),
             self.transport,
+            str(self.faults_max),
         ]
         self.process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, *arguments],
@@ -138,9 +143,12 @@ def running_hypervisor(
     arena_bytes: int = 4 << 20,
     eviction: str = "clock",
     transport: str = "auto",
+    faults_max: int = FAULTS_MAX,
 ) -> Iterator[RunningHypervisor]:
     """Start one, and leave nothing behind whatever happened."""
-    hypervisor = RunningHypervisor(cluster, run_directory, arena_bytes, eviction, transport)
+    hypervisor = RunningHypervisor(
+        cluster, run_directory, arena_bytes, eviction, transport, faults_max
+    )
     hypervisor.start()
     try:
         yield hypervisor
