@@ -216,12 +216,13 @@ class Balance:
         ask = compute(
             Snapshot(
                 Scheduling(self.mode),
-                self._total_bytes,
+                # What guests left that have gone is taken from all.
+                self._total_bytes - sum(one.foreign_bytes for one in self._clients.values()),
                 tuple(
                     GuestState(
                         client.number,
                         terms[name],
-                        client.purses[True].bytes,
+                        client.purses[True].bytes - client.foreign_bytes,
                         Rank(RANKS[client.settings.priority]),
                     )
                     for name, client in self._clients.items()
@@ -270,11 +271,11 @@ class Balance:
             member.policy.capacity_pages = max(1, _pages(member))
 
     def _is_open(self, member: Member) -> bool:
-        """The pool is not doomed, or the guest pays for it otherwise."""
+        """The guest is here and in the pool; what was left in one has no target."""
         client = member.client
         if self._clients.get(client.name) is not client:
             return False
-        return member.heir or client.members.get(member.pool_id) is member
+        return client.members.get(member.pool_id) is member
 
     # --- memory for the host
 

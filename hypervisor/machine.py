@@ -145,7 +145,8 @@ class Machine:
         """The guest is gone: disown its private pages now, free them in slices; what it put into
         shared pools stays with the other sharers."""
         for member in list(client.members.values()):
-            self.memberships.leave(member)
+            self.memberships.leave(member, for_good=True)
+        self.memberships.part_with(client)
         self.store.contents.retire(client)
         self.store.arena.free_guest(client.number)
         self.free_guest_numbers.append(client.number)
@@ -286,10 +287,10 @@ class Machine:
             store.reap_until(
                 lambda: (
                     not (cap_bytes and client.cost_bytes + bytes_ > cap_bytes)
-                    and not (persistent and member.purse.bytes + bytes_ > client.allotment_bytes)
+                    and not (persistent and _held_bytes(member) + bytes_ > client.allotment_bytes)
                 )
             )
-        if persistent and member.purse.bytes + bytes_ > client.allotment_bytes:
+        if persistent and _held_bytes(member) + bytes_ > client.allotment_bytes:
             return False
         if cap_bytes and client.cost_bytes + bytes_ > cap_bytes:
             self._shrink(client, client.cost_bytes + bytes_ - cap_bytes)
@@ -374,7 +375,7 @@ class Machine:
         client = member.client
         if number < self.store.entries.base:
             return True
-        if member.policy is None and member.purse.bytes > client.allotment_bytes:
+        if member.policy is None and _held_bytes(member) > client.allotment_bytes:
             return False
         return not 0 < client.settings.cap_bytes < client.cost_bytes
 
@@ -515,6 +516,18 @@ class Machine:
     def accounts(self) -> list[Account]:
         """Of all guests that are here, and of all that have left as one."""
         return [self.departed, *(client.account for client in self.clients.values())]
+
+
+def _held_bytes(member: Member) -> int:
+    """What counts against the allotment of a guest that puts into a persistent pool: its own pages,
+    and in a shared pool those of guests that have gone for good, whoever pays for them."""
+    client, pool = member.client, member.pool
+    held_bytes = member.purse.bytes
+    if client.inherited:
+        held_bytes -= client.foreign_bytes
+    if pool.shared:
+        held_bytes += sum(one.cost_bytes for one in pool.members.values() if one.foreign)
+    return held_bytes
 
 
 def _look_away(_client: Client, _event: str, _reason: str, _detail: str) -> None:

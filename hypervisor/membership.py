@@ -4,17 +4,22 @@
   NEW_POOL shared  ----> the pool of that uuid, made for the first guest that may have it, and a
                          member more for each further one
   a member leaves  ----> private: the pool is doomed
-                         shared, others stay: its pages stay, another sharer pays for them (`heir`)
+                         shared, others stay: its pages stay, and it pays for them (`heir`) until it
+                         comes back to them, or has gone for good: then another sharer pays
                          shared, nobody stays: the pool is doomed
 
 What a leaver put stays under its slot, so that no page has to be touched: one word in the segment
-says who pays now, and the pages are evicted as any others are.  In Xen a leaving sharer destroyed
-the objects that it had touched last, and its leaving marked the pool as dying, after which nothing
-in it could be evicted any more.
+says who pays now, and of the pages of whoever pays these are the first to be evicted.  In Xen a
+leaving sharer destroyed the objects that it had touched last, and its leaving marked the pool as
+dying, after which nothing in it could be evicted any more.
 
-A slot whose leaver has no page left is free again.  If a guest joined and left until every slot is
-an heir's, the next one to join evicts the smallest (`SLOT_EVICTION_PAGES`) and may be told to try
-again; nothing stays pinned.
+Leaving harms nobody who stays.  A guest that joins, puts and leaves in a loop spends its own
+allotment; what others come to pay for when it has gone does not count against theirs, but against
+everybody who puts into that pool.
+
+A slot whose leaver has no page left is free again.  If a guest joined and left until every slot of
+a pool, or every record of all, is an heir's, the next one to join evicts the smallest
+(`SLOT_EVICTION_PAGES`) and may be told to try again; nothing stays pinned.
 """
 
 from __future__ import annotations
@@ -39,6 +44,8 @@ from ipc.abi import (
 )
 from ipc.limits import POOLS_PER_GUEST
 
+RECORDS_PER_GUEST: Final = 2 * POOLS_PER_GUEST
+"""Memberships of a guest, those that it has left and pays for included."""
 SLOT_EVICTION_PAGES: Final = 512
 """Pages of the smallest heir that are evicted when a joining guest finds no free slot."""
 
@@ -91,8 +98,13 @@ class Memberships:
                 return NewPool(None, Reason.KIND_DIFFERS)
             reply_flags |= ReplyFlag.JOINED
         self.sweep_heirs(pool)
+        left = next((m for m in client.inherited if m.pool is pool and not m.foreign), None)
+        if left is not None and pool is not None and len(pool.sharers()) < SHARERS_MAX:
+            self._come_back(left)
+            return NewPool(left, 0, reply_flags)
         slot = 0 if pool is None else self._free_slot(pool)
-        if slot is None or not self.free_records:
+        records = len(client.members) + sum(not member.foreign for member in client.inherited)
+        if slot is None or records >= RECORDS_PER_GUEST or not self._has_record():
             return NewPool(None, Reason.TOO_MANY_SHARERS)
         if pool is None:
             number = self._store.take_pool_number()
@@ -111,6 +123,32 @@ class Memberships:
         self._store.open_member(member)
         member.client.members[member.pool_id] = member
         member.client.apply_settings()
+
+    def _come_back(self, member: Member) -> None:
+        """A guest joins a pool in which pages lie that it put before it left."""
+        client = member.client
+        client.inherited.remove(member)
+        member.heir = False
+        member.pool_id = _free_id(client)
+        client.members[member.pool_id] = member
+        self._publish(member)
+        self.apply_grant(member)
+
+    def _has_record(self) -> bool:
+        """Whether there is a record for another member, if need be after the smallest heir of all
+        has given up its pages."""
+        if not self.free_records:
+            heirs = [
+                member
+                for pool in self.shared.values()
+                for member in pool.members.values()
+                if member.heir and member.policy is not None
+            ]
+            if heirs:
+                smallest = min(heirs, key=lambda member: member.pages)
+                self._store.evict(smallest, SLOT_EVICTION_PAGES)
+                self.sweep_heirs(smallest.pool)
+        return bool(self.free_records)
 
     def _free_slot(self, pool: Pool) -> int | None:
         if len(pool.sharers()) >= SHARERS_MAX:
@@ -142,8 +180,8 @@ class Memberships:
 
     # --- leaving
 
-    def leave(self, member: Member) -> None:
-        """A guest gives its id of a pool back."""
+    def leave(self, member: Member, *, for_good: bool = False) -> None:
+        """A guest gives its id of a pool back; `for_good`, because it goes altogether."""
         client, pool = member.client, member.pool
         del client.members[member.pool_id]
         client.settings.pool_weights.pop(str(member.pool_id), None)
@@ -153,13 +191,13 @@ class Memberships:
         if not pool.shared or not stayers:
             self._doom(pool)
             return
-        # Its own other membership, if it has one, is as good as another guest's.
-        heir = stayers[0].client
-        self._bequeath(member, heir)
-        if all(other.client is not client for other in stayers):
-            for inherited in [one for one in client.inherited if one.pool is pool]:
-                client.inherited.remove(inherited)
-                self._bequeath(inherited, heir)
+        self._bequeath(member, stayers[0].client if for_good else client)
+
+    def part_with(self, client: Client) -> None:
+        """A guest that goes has left all its pools; others pay from now on."""
+        for member in client.inherited.copy():
+            client.inherited.remove(member)
+            self._bequeath(member, member.pool.sharers()[0].client)
 
     def _bequeath(self, member: Member, heir: Client) -> None:
         if not member.pages:

@@ -108,6 +108,7 @@ class Member:
     __slots__ = (
         "client",
         "cost_bytes",
+        "foreign",
         "heir",
         "keyed",
         "may_get",
@@ -140,6 +141,8 @@ class Member:
         """Number of its record in the segment; -1 for a private pool, whose pool record does."""
         self.state_bits = slot << SLOT_SHIFT
         self.heir = False
+        self.foreign = False
+        """An heir's, whose pages another guest put."""
         self.writer = True
         self.may_get = True
         self.may_put = True
@@ -168,15 +171,14 @@ class Member:
         self.target_bytes = target_bytes
 
     def pass_to(self, client: Client) -> None:
-        """The guest has left; another one pays from now on.  Among the possible victims it must be
-        entered anew."""
-        target_bytes = self.target_bytes
+        """The guest has left the pool; it pays further on without a target, or another one does.
+        Among the possible victims it must be entered anew."""
         self.aim(0)
         self.purse.bytes -= self.cost_bytes
+        self.foreign = self.foreign or client is not self.client
         self.client = client
         self.purse = client.purses[self.pool.persistent]
         self.purse.bytes += self.cost_bytes
-        self.aim(target_bytes)
         self.heir = True
         self.may_get = self.may_put = False
 
@@ -236,7 +238,7 @@ class Client:
         self.uid = uid
         self.members: dict[int, Member] = {}
         self.inherited: list[Member] = []
-        """What it pays for guests that left a shared pool."""
+        """What it pays for in pools that it has left, or for guests that have gone."""
         self.purses = (Purse(), Purse())
         """Ephemeral, persistent."""
         self.allotment_bytes = 0
@@ -267,6 +269,15 @@ class Client:
     def cost_bytes(self) -> int:
         """All that is charged to it."""
         return self.purses[0].bytes + self.purses[1].bytes
+
+    @property
+    def foreign_bytes(self) -> int:
+        """What its persistent purse pays for guests that have gone."""
+        return sum(
+            member.cost_bytes
+            for member in self.inherited
+            if member.foreign and member.pool.persistent
+        )
 
     def charged(self) -> list[Member]:
         """Its parts in pools, inherited ones too."""

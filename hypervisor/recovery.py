@@ -130,6 +130,8 @@ def _recover_members(
         machine.store.open_member(member)
         if heir:
             machine.store.bequeath(member, client)
+            # Whose pages they are is not in the segment.
+            member.foreign = True
             client.inherited.append(member)
             machine.store.arena.publish_member(
                 record._replace(heir=True, guest=client.number, pool_id=PoolId(0))

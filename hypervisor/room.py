@@ -131,10 +131,11 @@ class Victims:
         return oldest
 
 
-def _readiness(member: Member) -> tuple[bool, int, int]:
-    """Of the pools of one guest the one with the highest gives pages first."""
+def _readiness(member: Member) -> tuple[bool, bool, int, int]:
+    """Of the pools of one guest the one with the highest gives pages first: what was left before
+    what is in use."""
     over = member.cost_bytes - member.target_bytes
-    return over > 0, -RANKS[member.pool.priority], over
+    return member.heir, over > 0, -RANKS[member.pool.priority], over
 
 
 def _leaves(member: Member) -> int:

@@ -83,8 +83,8 @@ class Op(IntEnum):
     DESTROY_POOL = 2
     """Drop a pool with all its pages; its id is free at once.
 
-    Of a shared pool that others still use only this guest's id goes; the pages stay and the charge
-    for those that it put passes to another sharer.
+    Of a shared pool that others still use only this guest's id goes; the pages stay.  Those that it
+    put are charged to it until it detaches or ends, and to another sharer then.
 
     uses: pool
     DONE: it is gone.

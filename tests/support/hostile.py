@@ -52,6 +52,7 @@ from ipc.abi import (
     pool_flag_word,
 )
 from ipc.attach import CONTROL_SOCKET
+from ipc.errors import Disconnected
 from ipc.mqueue import QueueChannel
 from ipc.ring import memory_order_suffices
 from ipc.wire import decode_reply
@@ -178,7 +179,7 @@ class Siege:
         self.ring = transport == "ring"
         self._guests = 0
         self._rogues: list[subprocess.Popen[str]] = []
-        until((self.directory / CONTROL_SOCKET).exists, "the hypervisor")
+        until(self._answers, "the hypervisor answers")
         for name, role in (("witness", "reader"), ("friend", "writer")):
             self.allow(name, SHARED_UUID, role)
         tokens = [hypervisor.enrol(name).hex() for name in ("witness", "friend")]
@@ -195,6 +196,13 @@ class Siege:
         self.unharmed()
 
     # --- who is there
+
+    def _answers(self) -> bool:
+        try:
+            self.ask("ping")
+        except Disconnected:
+            return False
+        return True
 
     def ask(self, verb: str, **fields: Any) -> dict[str, Any]:
         """The administrator's question."""
