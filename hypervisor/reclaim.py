@@ -16,12 +16,14 @@ from hypervisor.objects import LEAF_PAGES, TmemObject
 from hypervisor.pages import EVICTED, REMOVED, Pages, StoreOptions
 from hypervisor.pools import Client, Member, Pool
 from hypervisor.room import EVICTION_BATCH_PAGES, may_have_leaf
+from ipc.abi import PAGE_BYTES
 
 REAP_SLICE_PAGES: Final = 512
 """Doomed pages freed between two turns of the server."""
 _RUN_WORK: Final = 12
 """Pages of a run that take as long to free as there being a run, an entry or an object."""
 _POOL_WORK: Final = 32
+_EVICTIONS_A_CALL_MAX: Final = 2048
 _SLICES_A_CALL: Final = 4
 """Slices that a call which finds no room reaps before it does without."""
 
@@ -131,15 +133,26 @@ class Reclaim(Pages):
         self.free_pool_numbers.append(pool.number)
 
     def make_room(self, count: int, asking: Client | None) -> None:
-        """Free frames until `count` are free or nothing may be evicted: doomed pages first."""
+        """Free frames until `count` are free or nothing may be evicted: doomed pages first.
+
+        A batch takes nobody further below its target than the call needs.  Pages that share a frame
+        with others may go without one coming free: a call that has evicted a good many does
+        without, and the next one goes on where it stopped.
+        """
         frames = self.frames
         self.reap_until(lambda: frames.free >= count)
-        while frames.free < count:
+        left = _EVICTIONS_A_CALL_MAX
+        while frames.free < count and left > 0:
             member = self.victims.choose(asking, self.state)
-            if member is None or not self.evict(
-                member, max(count - frames.free, EVICTION_BATCH_PAGES)
-            ):
+            if member is None:
                 break
+            over_pages = (member.cost_bytes - member.target_bytes) // PAGE_BYTES
+            gone = self.evict(
+                member, max(count - frames.free, min(over_pages, EVICTION_BATCH_PAGES))
+            )
+            if not gone:
+                break
+            left -= gone
             if frames.free < count and self.contents.compressed.pages:
                 # Pages went that shared their frames with others: move these together.
                 self.contents.compact(EVICTION_BATCH_PAGES, limit=0.0)

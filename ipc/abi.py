@@ -30,6 +30,9 @@ Differences from Xen's `public/tmem.h`, and why:
   (JOINED) and whether this guest may only get from it (READER).
 * A page of a shared pool is charged to the guest that put it, and a frozen guest is one whose own
   puts are refused; Xen looked at the pool's owner for both.
+* The charge for what a guest put into a shared pool passes to another sharer when that guest has
+  gone.  One that only gives its pool id back goes on paying: to join, put and leave in a loop would
+  else spend what others may hold.
 * A put may carry a hint (LOW, HIGH, ACTIVE), a get may leave a private ephemeral page where it is
   (KEEP), and two of Xen's reserved pool flag bits hold the pool's priority.
 * A flush that succeeds answers DONE while frozen; Xen did the work and answered -EFROZEN.
