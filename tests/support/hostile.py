@@ -256,6 +256,12 @@ class Siege:
         self._rogues.append(rogue.process)
         return rogue
 
+    def restart(self) -> None:
+        """Kill the hypervisor and start it again; the witness comes back by itself."""
+        self.hypervisor.kill()
+        self.hypervisor.start()
+        until(self._answers, "the hypervisor answers again")
+
     # --- the witness
 
     def unharmed(self) -> None:
@@ -379,10 +385,9 @@ def besieged(
     arena_bytes: int = 8 << 20,
     faults_max: int = FAULTS_FOR_EVER,
 ) -> Iterator[Siege]:
-    """A hypervisor with its witness; in the end the witness is asked once more."""
-    with running_hypervisor(
-        cluster, directory, arena_bytes, transport=transport, faults_max=faults_max
-    ) as running:
+    """A hypervisor with its witness, who like all guests asks for this transport unless it is told
+    otherwise; in the end the witness is asked once more."""
+    with running_hypervisor(cluster, directory, arena_bytes, faults_max=faults_max) as running:
         siege = Siege(running, transport)
         try:
             yield siege
@@ -396,15 +401,36 @@ def besieged(
 
 class _Witness:
     def __init__(self, directory: Path, tokens: list[bytes], *, ring: bool) -> None:
-        self.own, self.friend = (
-            Attacker(attach.connect(directory, name, token, ring=ring), name)
-            for name, token in zip(("witness", "friend"), tokens, strict=True)
-        )
+        self._directory = directory
+        self._tokens = tokens
+        self._ring = ring
+        self._attach()
         self.persistent = self.own.pool(persist=True)
         self.ephemeral = self.own.pool()
         self.written = self.friend.pool(uuid=SHARED_UUID)
         self.read = self.own.pool(uuid=SHARED_UUID)
         self.rounds = 0
+
+    def _attach(self) -> bool:
+        """Whether the pools are there."""
+        self.own, self.friend = (
+            Attacker(attach.connect(self._directory, name, token, ring=self._ring), name)
+            for name, token in zip(("witness", "friend"), self._tokens, strict=True)
+        )
+        return self.own.channel.resumed and self.friend.channel.resumed
+
+    def come_back(self) -> None:
+        """The hypervisor has been started again: every persistent page is as it was put, or as it
+        was to be replaced by the call that was cut short."""
+        for guest in (self.own, self.friend):
+            guest.channel.close()
+        if not self._attach():
+            raise AssertionError("the pools are gone")
+        for number in range(_WITNESS_PAGES):
+            pages = [page_of(self.persistent, number, self.rounds - ago) for ago in (0, 1)]
+            if self.own.get(self.persistent, number % 5, number) not in pages:
+                raise AssertionError("a page did not outlive the hypervisor")
+            self._done(self.own.put(self.persistent, number % 5, number, pages[0]))
 
     def round(self) -> None:
         """Change every page, fetch it and compare."""
@@ -442,7 +468,10 @@ def _bear_witness(directory: Path, tokens: list[bytes], *, ring: bool) -> None:
     witness = _Witness(directory, tokens, ring=ring)
     asked_at = -1
     while True:
-        witness.round()
+        try:
+            witness.round()
+        except Disconnected:
+            witness.come_back()
         ready, _, _ = select.select([sys.stdin], [], [], _ROUND_SECONDS)
         if ready and asked_at < 0:
             if not sys.stdin.readline():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hypervisor.membership import Memberships
+from hypervisor.pages import TAKEN
 from hypervisor.store import Store
 from ipc.errors import ExitCode
 from tests.support.tools import need_tool
@@ -76,7 +77,7 @@ def test_loss_and_staleness_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     remove = Store._remove
 
     def keep_one(self: Store, *arguments: object) -> None:
-        if arguments[-1] != 0:
+        if arguments[5] != TAKEN:
             remove(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Store, "_remove", keep_one)
