@@ -179,6 +179,8 @@ class Server:
                     self._idle()
             # Whoever is not a ring's guest waits for the rest of the stretch.
             rounds = 1 if events or store.doomed else min(2 * rounds, _ROUNDS_MAX)
+            if session is not None and session.port.fileno() not in serving:
+                session = None  # it was detached meanwhile
             if session is None or session is not last or len(events) > 1 or rings.watched:
                 rounds_alone = 0
                 last = session
@@ -216,12 +218,13 @@ class Server:
                 break
             rang = ring is not None and not ring.came_by_queue
             serve(session, message, now_ns())
+            if self._offenders or rang:
+                # To be tidied up when nobody is the favourite any more.
+                break
             if self._calls >= self._tidy_at:
                 self._tidy()
                 if self._machine.balance.dividing is not None:
                     break
-            if self._offenders or rang:
-                break
         doorman.unfavour()
 
     def _serve(self, session: Session, message: bytes, started_ns: int) -> int:
