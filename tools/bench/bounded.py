@@ -1,10 +1,11 @@
 """How long one guest's million pages hold up another guest: `python -m tools.bench.bounded`.
 
-One guest has a million pages (same-filled, so that they fit anywhere; or raw, `--raw-mib`), in one
-object or in objects of a thousand.  It flushes the object, destroys the pool, or ends, and at once
-a second guest makes one call after the other for its own page.  Printed are the worst and the
-99.9th percentile of its calls while the pages are freed, beside the same guest undisturbed: measured
-in the same run just before, with the pages there.  In Xen all of it happened under locks, in one go.
+One guest has a million pages (same-filled, so that they fit anywhere; or raw, `--raw-mib`), in
+one object or in objects of a thousand. It flushes the object, destroys the pool, or ends, and at
+once a second guest makes one call after the other for its own page. Printed are the worst and the
+99.9th percentile of its calls while the pages are freed, beside the same guest undisturbed:
+measured in the same run just before, with the pages there. In Xen all of it happened under locks,
+in one go.
 
 A worst case is the worst that happened; on a busy machine that is mostly the machine's, which is
 what the undisturbed column is for.
