@@ -107,7 +107,9 @@ def _kind(key: str) -> str:
 def _cluster(values: dict[str, Any]) -> dict[str, Any]:
     count = values["n"]
     names = guest_names(count)
-    hypervisor = {key: values[key] for key in ("eviction", "scheduling", "transport") if key in values}
+    hypervisor = {
+        key: values[key] for key in ("eviction", "scheduling", "transport") if key in values
+    }
     settings: dict[str, Any] = {}
     if "compress" in values:
         settings["compress"] = values["compress"]
