@@ -173,17 +173,22 @@ def assert_fault(reply: Reply, reason: Reason | None = None) -> None:
 class Siege:
     """A hypervisor, the witness, and ways in for hostile guests of one transport."""
 
-    def __init__(self, hypervisor: RunningHypervisor, transport: str) -> None:
+    def __init__(
+        self, hypervisor: RunningHypervisor, transport: str, *, witness: bool = True
+    ) -> None:
         self.hypervisor = hypervisor
         self.directory = hypervisor.run_directory
         self.ring = transport == "ring"
         self._guests = 0
         self._rogues: list[subprocess.Popen[str]] = []
         until(self._answers, "the hypervisor answers")
+        self._witness = self._call_witness(transport) if witness else None
+
+    def _call_witness(self, transport: str) -> subprocess.Popen[str]:
         for name, role in (("witness", "reader"), ("friend", "writer")):
             self.allow(name, SHARED_UUID, role)
-        tokens = [hypervisor.enrol(name).hex() for name in ("witness", "friend")]
-        self._witness = subprocess.Popen(
+        tokens = [self.hypervisor.enrol(name).hex() for name in ("witness", "friend")]
+        return subprocess.Popen(
             [
                 *(sys.executable, "-m", "tests.support.hostile"),
                 *(os.fspath(self.directory), *tokens, transport),
@@ -193,7 +198,6 @@ class Siege:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.unharmed()
 
     # --- who is there
 
@@ -267,6 +271,7 @@ class Siege:
     def unharmed(self) -> None:
         """The witness has gone through two whole rounds since, and the hypervisor answers."""
         process = self._witness
+        assert process is not None
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write("?\n")
@@ -280,7 +285,7 @@ class Siege:
         return (self.directory / "log" / AUDIT).read_text().splitlines()
 
     def close(self) -> None:
-        for process in [*self._rogues, self._witness]:
+        for process in [*self._rogues, *([] if self._witness is None else [self._witness])]:
             if process.poll() is None:
                 process.kill()
             process.communicate()
@@ -371,6 +376,11 @@ class Rogue:
             raise AssertionError(f"the rogue has died: {complaint}")
         return line.rstrip("\n")
 
+    def has_said(self) -> bool:
+        """Whether it has printed something, or died."""
+        assert self.process.stdout is not None
+        return bool(select.select([self.process.stdout], [], [], 0)[0])
+
     def kill(self) -> None:
         self.process.kill()
         self.process.communicate()
@@ -390,6 +400,7 @@ def besieged(
     with running_hypervisor(cluster, directory, arena_bytes, faults_max=faults_max) as running:
         siege = Siege(running, transport)
         try:
+            siege.unharmed()
             yield siege
             siege.unharmed()
         finally:
