@@ -14,9 +14,9 @@ clock in here.  What a guest can do as often as it likes, making and leaving poo
 look: a new member begins with its part of the guest's allotment.
 
 To divide anew takes 10 ms with a few guests and 100 with many, so at the end of a period it is only
-begun: `dividing` is what is left to do, a piece at a time between two turns of the server, and
-`compute` may take as long as it likes elsewhere.  Nobody waits for it; until it is done the old
-targets hold.
+begun: `dividing` is what is left to do, a piece at a time between two turns of the server.  Until
+it is done the old targets hold.  A thread would not do: it holds the interpreter when it loses the
+processor, and then nobody is served for a time slice.
 
 Samplers are bounded: so many in all, so many a guest, each as large as the arena deserves.  A
 member without one keeps its share by weight.
@@ -24,7 +24,7 @@ member without one keeps its share by weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -34,7 +34,7 @@ from hypervisor.entitlement import Terms, allotments
 from hypervisor.pools import Client, Member, Settings
 from hypervisor.reuse import ReuseSampler
 from hypervisor.room import RANKS
-from hypervisor.scheduler import GuestState, MemberState, Scheduling, Snapshot, targets
+from hypervisor.scheduler import GuestState, MemberState, Scheduling, Snapshot, divide
 from hypervisor.store import Store
 from ipc.abi import PAGE_BYTES
 
@@ -61,21 +61,10 @@ _PUNCH_RUNS: Final = 4096
 _PIECE_MEMBERS: Final = 64
 """Members described, or told their targets, in one piece of a division."""
 
-Answers = dict[int, int | None]
-
-
-def compute_now(snapshot: Snapshot) -> Callable[[], Answers | None]:
-    """The targets, at once."""
-    answers = targets(snapshot)
-    return lambda: answers
-
 
 class Balance:
-    """Feeds the scheduler from one store and its clients.
-
-    `compute` begins to compute targets; what it returns tells them, or None as long as they are not
-    there.  With `in_pieces` whoever drives the machine calls `divide` until nothing is left.
-    """
+    """Feeds the scheduler from one store and its clients.  With `in_pieces` whoever drives the
+    machine calls `divide` until nothing is left to do."""
 
     def __init__(self, store: Store, clients: dict[str, Client]) -> None:
         self._store = store
@@ -87,7 +76,6 @@ class Balance:
             max(store.frames.count // _FRAMES_PER_EXTENT, _EXTENTS_LEAST), _EXTENTS_MOST
         )
         self._punch_at: int | None = None
-        self.compute: Callable[[Snapshot], Callable[[], Answers | None]] = compute_now
         self.in_pieces = False
         self.dividing: Iterator[None] | None = None
         """A division that was begun; a plain attribute, the server reads it every turn."""
@@ -164,15 +152,18 @@ class Balance:
         if self._evicted >= self._period_pages << self._doublings and self.dividing is None:
             self._evicted = 0
             self.periods += 1
-            members = self._store.victims.members.values()
-            for sampler in {id(one.sampler): one.sampler for one in members}.values():
-                if sampler is not None:
-                    sampler.advance()
-            if self.in_pieces:
-                self.dividing = self._division(self.compute)
-                return
-            for _ in self._division(self.compute):
-                pass
+            self.dividing = self._period()
+            while not self.in_pieces and self.dividing is not None:
+                self.divide()
+
+    def _period(self) -> Iterator[None]:
+        """What there is to do at the end of one."""
+        members = self._store.victims.members.values()
+        for sampler in {id(one.sampler): one.sampler for one in members}.values():
+            if sampler is not None:
+                sampler.advance()
+                yield
+        yield from self._division()
 
     def divide(self) -> None:
         """A piece of the division that was begun."""
@@ -197,23 +188,21 @@ class Balance:
         """Set every allotment and target, now."""
         self.dividing = None
         doublings = self._doublings
-        for _ in self._division(compute_now):
+        for _ in self._division():
             pass
         self._doublings = doublings
 
-    def _division(
-        self, compute: Callable[[Snapshot], Callable[[], Answers | None]]
-    ) -> Iterator[None]:
+    def _division(self) -> Iterator[None]:
         """Set every allotment and target, in pieces; guests and members may come and go between
         two of them."""
         members = list(self._store.victims.members.values())
         states = []
         for number, member in enumerate(members):
             states.append(self._describe(number, member))
-            if number % _PIECE_MEMBERS == _PIECE_MEMBERS - 1:
+            if number % _PIECE_MEMBERS == _PIECE_MEMBERS - 1 or member.sampler is not None:
                 yield
         terms = self.allot()
-        ask = compute(
+        answers = yield from divide(
             Snapshot(
                 Scheduling(self.mode),
                 # What guests left that have gone is taken from all.
@@ -235,8 +224,6 @@ class Balance:
                 ),
             )
         )
-        while (answers := ask()) is None:
-            yield
         changed = False
         for number, member in enumerate(members):
             if self._store.victims.members.get(id(member)) is member:

@@ -6,9 +6,12 @@ worth of a size is that of the largest step within it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from operator import itemgetter
+from typing import Final
+
+_STEPS_A_PIECE: Final = 8
 
 Step = tuple[int, float]
 
@@ -20,11 +23,24 @@ class Knapsack:
     found again in the rows, which is exact because the same sums are formed.
     """
 
-    def __init__(self, choices: Sequence[Sequence[Step]], capacity: int) -> None:
-        self._choices = choices
+    def __init__(self, capacity: int) -> None:
+        self._choices: list[Sequence[Step]] = []
         self._rows = [[0.0] * (capacity + 1)]
-        for steps in choices:
-            self._rows.append(_with(self._rows[-1], steps))
+
+    def add(self, steps: Sequence[Step]) -> Iterator[None]:
+        """One more to choose for; in pieces."""
+        row = self._rows[-1]
+        best = [0.0] * len(row)
+        for number, (size, worth) in enumerate(steps):
+            if size >= len(row):
+                break
+            moved = [before + worth for before in row[: len(row) - size]]
+            best[size:] = map(max, best[size:], moved)
+            if number % _STEPS_A_PIECE == _STEPS_A_PIECE - 1:
+                yield
+        self._choices.append(steps)
+        self._rows.append(best)
+        yield
 
     @property
     def worth(self) -> list[float]:
@@ -45,17 +61,6 @@ class Knapsack:
             capacity -= self._choices[number][at][0]
         chosen.reverse()
         return chosen
-
-
-def _with(row: list[float], steps: Sequence[Step]) -> list[float]:
-    """The row with one more to choose for."""
-    best = [0.0] * len(row)
-    for size, worth in steps:
-        if size >= len(row):
-            break
-        moved = [before + worth for before in row[: len(row) - size]]
-        best[size:] = map(max, best[size:], moved)
-    return best
 
 
 def worth_of(steps: Sequence[Step], size: int) -> float:
@@ -87,15 +92,21 @@ def hull(steps: Iterable[Step]) -> list[Step]:
     return corners
 
 
-def ascents(choices: Sequence[Sequence[Step]], sizes: Sequence[int]) -> list[tuple[int, int, int]]:
-    """The parts of all hulls above the sizes held, steepest first: whose, from size, to size."""
-    found: list[tuple[float, int, int, int]] = []
-    for number, (steps, size) in enumerate(zip(choices, sizes, strict=True)):
-        above = [(size, worth_of(steps, size)), *(step for step in steps if step[0] > size)]
-        corners = hull(above)
-        for (size0, worth0), (size1, worth1) in pairwise(corners):
-            if worth1 > worth0:
-                found.append(((worth1 - worth0) / (size1 - size0), number, size0, size1))
-    # A stable sort: the parts of one hull stay in order.
-    found.sort(key=itemgetter(0), reverse=True)
-    return [part[1:] for part in found]
+Ascent = tuple[float, int, int, int]
+"""A part of a hull: how steep, whose, from size, to size."""
+
+
+def ascents(number: int, steps: Sequence[Step], size: int) -> list[Ascent]:
+    """The parts of one hull above the size held."""
+    above = [(size, worth_of(steps, size)), *(step for step in steps if step[0] > size)]
+    return [
+        ((worth1 - worth0) / (size1 - size0), number, size0, size1)
+        for (size0, worth0), (size1, worth1) in pairwise(hull(above))
+        if worth1 > worth0
+    ]
+
+
+def steepest_first(parts: list[Ascent]) -> list[tuple[int, int, int]]:
+    """Whose, from size, to size.  Precondition: the parts of each hull are in order."""
+    # A stable sort: they stay in order.
+    return [part[1:] for part in sorted(parts, key=itemgetter(0), reverse=True)]

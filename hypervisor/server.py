@@ -31,7 +31,6 @@ from hypervisor.accounting import Account
 from hypervisor.administration import Administration
 from hypervisor.audit import Audit
 from hypervisor.control import Control
-from hypervisor.divider import Divider
 from hypervisor.doorman import Doorman
 from hypervisor.machine import Machine
 from hypervisor.pools import Client
@@ -57,8 +56,6 @@ _IDLE_TRIES: Final = 4
 """Pages recompressed between two looks whether somebody calls: 0.4 ms."""
 FAULTS_MAX: Final = 256
 """Broken rules after which a guest is detached, unless the cluster says otherwise."""
-_DIVIDING_SECONDS: Final = 0.001
-"""How often to ask whether targets were computed, while nobody calls."""
 _ROUNDS_ALONE: Final = 8
 """Rounds in a row with the same single caller before the server waits in its queue."""
 
@@ -82,8 +79,6 @@ class Server:
         self._faults_max = faults_max
         self._audit = Audit(run_directory / "log", time.time)
         machine.witness = self._witness
-        self._divider = Divider()
-        machine.balance.compute = self._divider.compute
         machine.balance.in_pieces = True
         self._poll = Doorman()
         self._rings = Rings(self._serve)
@@ -155,9 +150,8 @@ class Server:
         while not self._stopping:
             if rings.watched:
                 rings.spin(rounds)
-            busy = bool(rings.watched or store.doomed)
-            patience_seconds = _IDLE_SECONDS if balance.dividing is None else _DIVIDING_SECONDS
-            events = poll(0 if busy else patience_seconds, _EVENTS_MAX)
+            busy = bool(rings.watched or store.doomed or balance.dividing)
+            events = poll(0 if busy else _IDLE_SECONDS, _EVENTS_MAX)
             session = None
             for fd, _ in events:
                 session = serving.get(fd)
@@ -326,7 +320,6 @@ class Server:
         self.sessions.close()
         self._control.close()
         self._audit.close()
-        self._divider.close()
         if self._supervisor_pidfd >= 0:
             os.close(self._supervisor_pidfd)
         self._poll.close()

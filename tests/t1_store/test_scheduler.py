@@ -425,7 +425,9 @@ def test_the_knapsack_is_exact(seed: int) -> None:
         sizes = sorted(rng.sample(range(1, 40), 5))
         worths = sorted(rng.uniform(0, 100) for _ in range(5))
         choices.append([(0, 0.0), *zip(sizes, worths, strict=True)])
-    sack = Knapsack(choices, 60)
+    sack = Knapsack(60)
+    for steps in choices:
+        assert set(sack.add(steps)) == {None}
     for capacity in (0, 7, 30, 60):
         chosen = [steps[at] for steps, at in zip(choices, sack.choose(capacity), strict=True)]
         best = brute_force(choices, capacity)
