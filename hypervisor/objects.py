@@ -160,6 +160,8 @@ class Objects:
         if self._few:
             return self._few.popitem()[1]
         while not self._many[self._hand]:
+            # The memory of an emptied dictionary goes now, not that of all together in the end.
+            self._many[self._hand] = {}
             self._hand = (self._hand + 1) % SHARDS
         self._many_count -= 1
         return self._many[self._hand].popitem()[1]

@@ -20,6 +20,7 @@ SMALL = {
     "--working-set-pages": "2048",
     "--full-mib": "4",
     "--metadata-mib": "8",
+    "--bounded-pages": "4096",
     "--guest-counts": "1,2",
 }
 OURS = (
@@ -109,6 +110,8 @@ def test_a_run_gives_every_documented_figure_and_leaves_nothing() -> None:
     assert {"one core", "hog on each core"} <= settings
     assert ratios["ring_get_beside_hogs_vs_mqueue"] > 0
     assert 0 <= ratios["idle_cpu_share"] < 1
+    for row in done.written["bounded_rows"]:
+        assert row["meanwhile"]["worst"] >= row["meanwhile"]["median"] > 0, row["name"]
     rates = {row["name"]: row["hit_rate"] for row in rows if "hit_rate" in row}
     assert rates
     assert all("arena 2/3" in name and 0 < rate < 1 for name, rate in rates.items()), rates

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ipc.errors import ExitCode, OperatorError
-from tools.bench import report
+from tools.bench import bounded, report
 from tools.bench.plan import FULL, QUICK, Plan
 from tools.bench.run import measure
 
@@ -23,7 +23,8 @@ def _options(arguments: list[str]) -> tuple[Plan, argparse.Namespace]:
     parser.add_argument("--quick", action="store_true", help="about a minute instead of several")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON only")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/latest.json"))
-    for name in ("repetitions", "working_set_pages", "full_mib", "metadata_mib", "seed"):
+    sizes = ("working_set_pages", "full_mib", "metadata_mib", "bounded_pages")
+    for name in ("repetitions", *sizes, "seed"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     parser.add_argument("--phase-seconds", type=float)
     parser.add_argument("--patience-seconds", type=float)
@@ -61,6 +62,8 @@ def _print(content: dict[str, Any]) -> None:
     _print_cells(report.table(content))
     print()
     _print_cells(report.transport_table(content))
+    print()
+    _print_cells(bounded.table(content["bounded_rows"]))
     print()
     _print_cells(report.ratio_table(content))
     print()

@@ -265,14 +265,8 @@ class Bounded:
             for task in Path(f"/proc/{pid}/task").iterdir():
                 os.sched_setscheduler(int(task.name), os.SCHED_FIFO, os.sched_param(1))
 
-    def _held(self) -> int:
-        """Pages that the hostile guest holds, or that wait to be freed for it."""
-        arena = self._ask("stats")["arena"]
-        return (
-            int(arena["ephemeral_pages"])
-            if self._hostile.process.is_alive()
-            else int(arena["frames"] - arena["free_frames"] > 2 * _VICTIM_PAGES)
-        )
+    def _free_frames(self) -> int:
+        return int(self._ask("stats")["arena"]["free_frames"])
 
     def measure(self, scenario: Scenario) -> tuple[list[int], list[int], float]:
         """Durations (ns) of the second guest's calls before and meanwhile, and how long it took."""
@@ -284,6 +278,7 @@ class Bounded:
             self._crowded = True
             names = [f"crowd{number}" for number in range(_CROWD)]
             self._hostile.call("crowd", [(name, self._cluster.enrol(name)) for name in names])
+        free_before = self._free_frames()
         if pages:
             self._hostile.call(
                 "fill", scenario.content, pages, scenario.object_pages, scenario.step
@@ -301,7 +296,7 @@ class Bounded:
         else:
             self._hostile.begin(scenario.act)
         meanwhile = self._time_gets(self._seconds)
-        while self._held() and time.monotonic() < started + _ALL_FREED_SECONDS:
+        while self._free_frames() < free_before and time.monotonic() < started + _ALL_FREED_SECONDS:
             meanwhile += self._time_gets(self._seconds)
         if scenario.act == "die":
             self._hostile = self._new_hostile()

@@ -15,11 +15,13 @@ class Plan:
     """96 MiB: well above the last-level cache's share of a core, so that memory is cold."""
     full_mib: int = 1024
     metadata_mib: int = 1024
+    bounded_pages: int = 1 << 20
+    """Given up at once while another guest's calls are timed."""
     guest_counts: tuple[int, ...] = (1, 2, 4, 8, 16)
     patience_seconds: float = 5.0
     """How long a repetition waits for a quiet machine before it goes ahead all the same."""
     seed: int = 1
 
 
-QUICK = Plan(phase_seconds=0.06, repetitions=5, patience_seconds=1.0)
+QUICK = Plan(phase_seconds=0.06, repetitions=5, patience_seconds=1.0, bounded_pages=1 << 15)
 FULL = Plan()

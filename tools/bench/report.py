@@ -139,6 +139,7 @@ def document(outcome: Outcome) -> dict[str, Any]:
     return {
         "rows": rows(outcome),
         "transport_rows": outcome.transport_rows,
+        "bounded_rows": outcome.bounded_rows,
         "ratios": pinned,
         "ratios_unpinned": ratios(outcome.samples[False]),
         "meaning": MEANING,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tools.bench import cluster, cprogram, metadata, peers
+from tools.bench import bounded, cluster, cprogram, metadata, peers
 from tools.bench.calls import Guest
 from tools.bench.guests import GuestProcesses
 from tools.bench.plan import Plan
@@ -21,6 +21,8 @@ from tools.bench.transports import Transports
 
 AGED: Final = ", aged"
 _LOOK_SECONDS: Final = 0.1
+_BOUNDED_PHASES: Final = 4
+"""The worst of many calls is looked for, so there are more of them."""
 
 Samples = dict[str, list[Figures]]
 """Row name -> one `Figures` a repetition."""
@@ -36,6 +38,7 @@ class Outcome:
     skipped: list[Skipped] = field(default_factory=list)
     transport_rows: list[dict[str, Any]] = field(default_factory=list)
     transport_ratios: dict[str, float | None] = field(default_factory=dict)
+    bounded_rows: list[dict[str, Any]] = field(default_factory=list)
     metadata: list[dict[str, float]] = field(default_factory=list)
     """By pages of an object: large files first, then small ones."""
 
@@ -61,6 +64,8 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Outcome:
         c_cases, _ = cprogram.cases(directory, plan.working_set_pages)
         transports = Transports(plan, stack, directory / cprogram.PROGRAM if c_cases else None)
         outcome.transport_rows, outcome.transport_ratios = transports.measure(say)
+    seconds = plan.phase_seconds * _BOUNDED_PHASES
+    outcome.bounded_rows = bounded.measure(plan.bounded_pages, 1, seconds, say)
     return outcome
 
 
