@@ -192,6 +192,7 @@ class Administration:
         wanted = -(-size_bytes // PAGE_BYTES)
         flushed = 0
         exhausted = False
+        store.begin_call()
         store.reap_until(lambda: store.frames.free - free_before >= wanted)
         while flushed < FLUSH_SLICE_PAGES and store.frames.free - free_before < wanted:
             if client is None:

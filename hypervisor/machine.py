@@ -71,9 +71,6 @@ _COLD_SHARE: Final = 8
 _COLD_PUTS_LEAST: Final = 256
 """A page is cold after as many puts as an eighth of the frames, and at least so many."""
 
-_OVER_LIMIT_EVICTIONS_MAX: Final = 512
-"""Pages of its own that a guest over its cap loses in one call; then it is refused."""
-
 Answer = tuple[int, int, int, int, int]
 """status, reason, map, value, reply flags."""
 
@@ -166,6 +163,7 @@ class Machine:
                     client, client.account.get, pool_id, oid, index, count, window, slot, flags
                 )
             elif op == _PUT_PAGE:
+                self.store.begin_call()
                 status, reason, bitmap, value, reply_flags = self._put(
                     client, client.account.put, pool_id, oid, index, count, window, slot, flags
                 )
@@ -300,16 +298,14 @@ class Machine:
     def _shrink(self, client: Client, over_bytes: int) -> None:
         """Evict a guest's own pages until it costs so much less, or a call's worth has gone."""
         until = client.cost_bytes - over_bytes
-        left = _OVER_LIMIT_EVICTIONS_MAX
-        while client.cost_bytes > until and left > 0:
-            victim = self.store.victims.choose_of(client)
+        store = self.store
+        while client.cost_bytes > until and store.evictions_left > 0:
+            victim = store.victims.choose_of(client)
             if victim is None:
                 return
-            pages = max(1, min(left, (client.cost_bytes - until) // PAGE_BYTES))
-            gone = self.store.evict(victim, pages)
-            if not gone:
+            pages = (client.cost_bytes - until) // PAGE_BYTES
+            if not store.evict(victim, max(1, min(pages, store.evictions_left))):
                 return
-            left -= gone
 
     def _put_some(
         self,
@@ -402,6 +398,7 @@ class Machine:
 
         Puts of neighbours are done as one extent: to whoever sent them it is the same."""
         entries = decode_batch(window.read_table(count), op)
+        self.store.begin_call()
         calls = account.calls
         bitmap = 0
         result: Answer | None = None

@@ -23,9 +23,12 @@ REAP_SLICE_PAGES: Final = 512
 _RUN_WORK: Final = 12
 """Pages of a run that take as long to free as there being a run, an entry or an object."""
 _POOL_WORK: Final = 32
-_EVICTIONS_A_CALL_MAX: Final = 2048
-_SLICES_A_CALL: Final = 4
-"""Slices that a call which finds no room reaps before it does without."""
+_LEAF_EVICTIONS_MAX: Final = 4
+"""Batches evicted in the hope that a leaf goes with them."""
+EVICTIONS_A_CALL: Final = 2048
+SLICES_A_CALL: Final = 4
+"""Pages evicted, and slices reaped, by a call that finds no room before it does without; of a batch
+all entries together."""
 
 
 class NoObjectNumber(Exception):
@@ -38,6 +41,9 @@ class Reclaim(Pages):
     def __init__(self, arena: Arena, options: StoreOptions) -> None:
         super().__init__(arena, options)
         self.evictions = 0
+        self.slices_left = SLICES_A_CALL
+        self.evictions_left = EVICTIONS_A_CALL
+        """Of the call that is being served."""
         self.doomed = False
         """Something waits to be reaped: a plain attribute, the server reads it every turn."""
         self.doomed_objects: list[TmemObject] = []
@@ -46,6 +52,11 @@ class Reclaim(Pages):
         self.free_pool_numbers = list(range(POOLS_MAX - 1, -1, -1))
         self.evicted_pages: Callable[[int], None] = lambda _pages: None
         """Told of every batch; `Balance` counts when to look at the targets again."""
+
+    def begin_call(self) -> None:
+        """What making room may take is counted from now."""
+        self.slices_left = SLICES_A_CALL
+        self.evictions_left = EVICTIONS_A_CALL
 
     # --- doom
 
@@ -101,9 +112,8 @@ class Reclaim(Pages):
     def reap_until(self, enough: Callable[[], bool]) -> None:
         """Reap for a call that needs what doomed pages hold: until it is enough, or nothing waits,
         or it would take too long.  Doomed pages need not give anything that the call needs."""
-        for _ in range(_SLICES_A_CALL):
-            if enough() or not self.doomed:
-                return
+        while self.doomed and self.slices_left > 0 and not enough():
+            self.slices_left -= 1
             self.reap()
 
     def take_pool_number(self) -> int | None:
@@ -141,8 +151,7 @@ class Reclaim(Pages):
         """
         frames = self.frames
         self.reap_until(lambda: frames.free >= count)
-        left = _EVICTIONS_A_CALL_MAX
-        while frames.free < count and left > 0:
+        while frames.free < count and self.evictions_left > 0:
             member = self.victims.choose(asking, self.state)
             if member is None:
                 break
@@ -152,7 +161,6 @@ class Reclaim(Pages):
             )
             if not gone:
                 break
-            left -= gone
             if frames.free < count and self.contents.compressed.pages:
                 # Pages went that shared their frames with others: move these together.
                 self.contents.compact(EVICTION_BATCH_PAGES, limit=0.0)
@@ -171,9 +179,9 @@ class Reclaim(Pages):
         leaves_max = self.arena.frames_count - count
         if self.leaves > leaves_max:
             self.reap_until(lambda: self.leaves <= leaves_max)
-        for _ in range(_SLICES_A_CALL):
-            if self.leaves <= leaves_max:
-                return
+        tries = _LEAF_EVICTIONS_MAX
+        while self.leaves > leaves_max and tries > 0 and self.evictions_left > 0:
+            tries -= 1
             victim = self.victims.choose_by_leaves()
             if victim is None or not self.evict(victim, EVICTION_BATCH_PAGES):
                 break
@@ -188,6 +196,7 @@ class Reclaim(Pages):
             self._evict_run(first, length)
             gone += length
         self.evictions += gone
+        self.evictions_left -= gone
         self.evicted_pages(gone)
         return gone
 
