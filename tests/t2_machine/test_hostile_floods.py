@@ -36,7 +36,7 @@ def siege(
         yield siege
 
 
-def verify(siege: Siege, calls: int = 100) -> None:
+def verify(siege: Siege, calls: int = 50) -> None:
     """A guest that comes now is served, call after call, and finds its pages."""
     with siege.attacking(siege.new_name("calm")) as calm:
         pool = calm.pool(persist=True)

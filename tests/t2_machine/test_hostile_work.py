@@ -174,7 +174,7 @@ def test_a_slice_is_a_slice_whatever_the_shape(
     guest = Guest(machine)
     guest.fill_window(filled if content == "filled" else lambda slot: os.urandom(PAGE_BYTES))
     pool = guest.pool()
-    handles = [SHAPES[shape](page) for page in range(3072)]
+    handles = [SHAPES[shape](page) for page in range(1536)]
     for start in range(0, len(handles), 64):
         assert guest.batch(pool, handles[start : start + 64]) == 64
     if op == Op.DESTROY_POOL:
