@@ -196,9 +196,10 @@ class Balance:
         """Set every allotment and target, in pieces; guests and members may come and go between
         two of them."""
         members = list(self._store.victims.members.values())
-        states = []
+        described: list[tuple[Member, MemberState]] = []
         for number, member in enumerate(members):
-            states.append(self._describe(number, member))
+            if self._is_open(member):
+                described.append((member, self._describe(number, member)))
             if number % _PIECE_MEMBERS == _PIECE_MEMBERS - 1 or member.sampler is not None:
                 yield
         terms = self.allot()
@@ -217,17 +218,13 @@ class Balance:
                     for name, client in self._clients.items()
                 ),
                 # What a guest that has left held goes first.
-                tuple(
-                    state
-                    for state, member in zip(states, members, strict=True)
-                    if member.client.number == state.guest and self._is_open(member)
-                ),
+                tuple(state for member, state in described if self._is_open(member)),
             )
         )
         changed = False
         for number, member in enumerate(members):
             if self._store.victims.members.get(id(member)) is member:
-                target_bytes = answers.get(number) or 0
+                target_bytes = (answers.get(number) or 0) if self._is_open(member) else 0
                 changed = changed or target_bytes != member.target_bytes
                 member.aim(target_bytes)
                 self._set_capacity(member)

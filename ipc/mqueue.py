@@ -103,7 +103,7 @@ class QueuePair:
     def receive(self) -> bytes | None:
         try:
             message: bytes = self._receive(0)[0]
-        except posix_ipc.BusyError:
+        except (posix_ipc.BusyError, posix_ipc.SignalError):
             return None
         return message if message != KICK else None
 
@@ -123,7 +123,8 @@ class QueuePair:
     def send(self, reply: bytes) -> bool:
         try:
             self._send(reply, 0)
-        except posix_ipc.BusyError:
+        except (posix_ipc.BusyError, posix_ipc.SignalError):
+            # A full queue: even who does not wait is told of a signal first, if one is pending.
             return False
         return True
 

@@ -49,11 +49,9 @@ from ipc.errors import Disconnected, OperatorError
 pool = attacker.pool(persist=True)
 assert attacker.put(pool, 1, 0, page_of("offender")).status == Status.DONE
 broken = {
-    "count": lambda: attacker.call(Op.GET_PAGE, pool=pool, count=65),
     "slot": lambda: attacker.call(Op.PUT_PAGE, pool=pool, count=2, slot=63),
     "op": lambda: attacker.call(101),
     "batch": lambda: attacker.call(Op.PUT_BATCH, count=0),
-    "reserved": lambda: attacker.call(Op.VERSION, reserved=1),
 }[arguments[0]]
 for number in range(int(arguments[1])):
     assert broken().flags == ReplyFlag.FAULT
@@ -82,7 +80,7 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("how", ["count", "slot", "op", "batch", "reserved"])
+@pytest.mark.parametrize("how", ["slot", "op", "batch"])
 def test_a_guest_that_breaks_too_many_rules_is_out(siege: Siege, how: str) -> None:
     """The last fault but one is still answered; then its pages are gone, it is told why, and so is
     a process that it forks.  Started anew, which enrols it anew, it may come in."""

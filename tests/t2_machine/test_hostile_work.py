@@ -449,9 +449,12 @@ def test_memory_is_divided_in_pieces() -> None:
         while machine.balance.dividing is not None:
             machine.balance.divide()
             pieces += 1
-            if pieces % 97 == 0 and len(guests) > 3:
+            if pieces % 11 == 0 and len(guests) > 3:
                 machine.depart(guests.pop().client)
+            if pieces % 5 == 0:
                 guests[0].call(Op.DESTROY_POOL, 1)
+                while machine.store.doomed:
+                    machine.store.reap()
                 guests[0].pool()
         if step % 50 == 0:
             check(machine)
