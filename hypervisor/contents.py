@@ -101,6 +101,8 @@ class Contents:
         """By content: its youngest entry."""
         self._content_of_frame = array("i")
         """-1 where there is none; of no length until there is one."""
+        self.shared_frames = [0, 0]
+        """Frames that hold a content of ephemeral, of persistent pages."""
         self.member_at: Callable[[int], Member] = _nobody
         self.filled = Saving()
         self.compressed = Saving()
@@ -241,7 +243,7 @@ class Contents:
         self.slabs.write(location_place(location), number.to_bytes(BACK_BYTES, "little"))
         self._entries.publish(number, object_number, index, location, 0, state)
         member.charge(1, ENTRY_BYTES + held_bytes_at(location))
-        self._count_stored(location, 1)
+        self._count_stored(member, location, 1)
         return number
 
     def _share(
@@ -256,7 +258,7 @@ class Contents:
         self._apply(self.shared.add(content, member.number, held_bytes_at(location)))
         member.charge(1, ENTRY_BYTES)
         if first:
-            self._count_stored(location, 1)
+            self._count_stored(member, location, 1)
         else:
             self.sharing.pages += 1
             self.sharing.bytes_saved += held_bytes_at(location) - ENTRY_BYTES
@@ -266,12 +268,14 @@ class Contents:
         for number, bytes_ in changes:
             self._members[number].charge(0, bytes_)
 
-    def _count_stored(self, location: int, sign: int) -> None:
+    def _count_stored(self, member: Member, location: int, sign: int) -> None:
+        """Bytes have been stored for a member, the first of their owners, or are no more."""
         if location & KIND_MASK == SLAB:
             self.compressed.pages += sign
-            self.compressed.bytes_saved += sign * (
-                PAGE_BYTES - ENTRY_BYTES - held_bytes_at(location)
-            )
+            saved_bytes = PAGE_BYTES - ENTRY_BYTES - held_bytes_at(location)
+            self.compressed.bytes_saved += sign * saved_bytes
+        else:
+            self.shared_frames[member.policy is None] += sign
 
     # --- get
 
@@ -310,7 +314,7 @@ class Contents:
             self.filled.bytes_saved -= PAGE_BYTES - ENTRY_BYTES
         elif content < 0:
             member.charge(-1, -ENTRY_BYTES - held_bytes_at(location))
-            self._count_stored(location, -1)
+            self._count_stored(member, location, -1)
             self._free(location)
         else:
             held_bytes = held_bytes_at(location)
@@ -320,7 +324,7 @@ class Contents:
                 self.sharing.pages -= 1
                 self.sharing.bytes_saved -= held_bytes - ENTRY_BYTES
             else:
-                self._count_stored(location, -1)
+                self._count_stored(member, location, -1)
                 self._free(location)
         self._entries.release(number)
 
@@ -412,16 +416,7 @@ class Contents:
     def ephemeral_frame_bytes(self) -> int:
         """Frames that would come free if every ephemeral page went, raw ones not counted."""
         frames = self._entries.ephemeral_tables + self.slabs.ephemeral_frames
-        return (frames + self._shared_frames(persistent=False)) * PAGE_BYTES
-
-    def _shared_frames(self, *, persistent: bool) -> int:
-        count = 0
-        for content in self._content_of_frame:
-            if content < 0:
-                continue
-            holder = next(iter(self.shared.holders(content)))
-            count += self._members[holder].pool.persistent == persistent
-        return count
+        return (frames + self.shared_frames[False]) * PAGE_BYTES
 
 
 def held_bytes_at(location: int) -> int:

@@ -182,7 +182,7 @@ class Inventory(Contents):
             number = found[0][0]
             self.slabs.write(location_place(location), number.to_bytes(BACK_BYTES, "little"))
             member.charge(1, ENTRY_BYTES + held_bytes_at(location))
-            self._count_stored(location, 1)
+            self._count_stored(member, location, 1)
             return
         page = self._bytes_at(location)
         digest = -1 if domain is None else self.shared.digest(page, domain)
@@ -192,7 +192,7 @@ class Inventory(Contents):
             digest = self.shared.unmatched_digest()
         content = self.shared.insert(digest, location)
         self._name(content, location)
-        self._count_stored(location, 1)
+        self._count_stored(member, location, 1)
         for at, (number, holder) in enumerate(found):
             self._entries.move(number, location)
             self._chain(content, number)
@@ -227,7 +227,8 @@ class Inventory(Contents):
         places: dict[int, int] = {}
         shared: dict[int, tuple[int, dict[int, int]]] = {}
         named: dict[int, set[int]] = {}
-        frames = set()
+        frames: set[int] = set()
+        persistent_frames: set[int] = set()
         filled = 0
         extra = 0
         for number, member in live.items():
@@ -241,6 +242,8 @@ class Inventory(Contents):
                 places[place] = location_length(location) + BACK_BYTES
             else:
                 frames.add(place >> 8)
+                if member.policy is None:
+                    persistent_frames.add(place >> 8)
             content = self._content_at(location)
             if content < 0:
                 if int.from_bytes(self.slabs.read(place, BACK_BYTES), "little") != number:
@@ -257,6 +260,9 @@ class Inventory(Contents):
         for content, numbers in named.items():
             if set(self._entries_of(content)) != numbers:
                 raise InvariantError(f"the chain of content {content} is wrong")
+        held = [len(frames - persistent_frames), len(persistent_frames)]
+        if held != self.shared_frames:
+            raise InvariantError(f"content frames are {held}, {self.shared_frames} counted")
         if frames != {n for n, content in enumerate(self._content_of_frame) if content >= 0}:
             raise InvariantError("content frames and their entries differ")
         if frames != {n for n, kind in enumerate(self._frames.kinds) if kind == CONTENT}:
