@@ -192,7 +192,7 @@ class Server:
             rang = session.ring is not None and not session.ring.came_by_queue
             self._serve(session, message, started_ns)
             if rang and session.ring is not None:
-                self._rings.watch(session.ring, session)
+                self._rings.watch(session.ring, session, started_ns)
         else:
             # A kick, or a request that its sender took back: it pays for the look.
             self._calls += 1

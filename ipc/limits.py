@@ -43,6 +43,9 @@ not a time-out of the call: with a living hypervisor the guest goes on waiting."
 YIELDS_MAX: Final = 50
 """How often each side of a ring gives the processor away before it sleeps: some 30 us if nobody
 else wants it."""
+SOON_NS: Final = 100_000
+"""A call that comes this long after the last one makes up for looking for it: about the time that
+waking a process on another core takes, and looking itself."""
 SLOW_YIELD_NS: Final = 1_000_000
 """A yield that takes this long gave a whole time slice to somebody who computes."""
 STRETCH_NS: Final = 200_000

@@ -42,6 +42,10 @@ To yield is quick on an idle core and on one that the other side shares; beside 
 computes it costs a time slice, a thousand times a call.  So each side times its yields.  After a
 slow one the guest makes its next 32 calls through the queues, and the hypervisor sleeps at once
 after as many; after the next slow one 64, and so on (`BackOff`).
+
+To look is worth it only if the next call comes soon.  Each time the hypervisor looks in vain it
+will look half as long the next time, in the end not at all; as soon as a guest rings that looking
+would have found, it looks as long as it may (so does the halt polling of Linux's KVM).
 """
 
 from __future__ import annotations
@@ -64,6 +68,7 @@ from ipc.limits import (
     BACK_OFF_CALLS_MIN,
     PATIENCE_SECONDS,
     SLOW_YIELD_NS,
+    SOON_NS,
     STRETCH_NS,
     YIELDS_MAX,
 )
@@ -281,11 +286,20 @@ class Rings(Generic[Caller]):
         self._back_off = BackOff()
         self._rounds = 0
         self._fruitless = 0
+        self._patience = YIELDS_MAX
+        self._rested_ns = -SOON_NS
+        """When it was last that nobody was looked for any more."""
 
-    def watch(self, pair: RingPair, caller: Caller) -> None:
-        """This guest has rung: from now on its calls are looked for, unless yields are slow."""
+    def watch(self, pair: RingPair, caller: Caller, rang_ns: int) -> None:
+        """This guest rang at that time and was served: from now on its calls are looked for, unless
+        yields are slow or looking was in vain lately."""
         if self._back_off.left:
             self._back_off.left -= 1
+            return
+        if rang_ns - self._rested_ns < SOON_NS:
+            self._patience = YIELDS_MAX
+        if not self._patience:
+            self._rested_ns = now_ns()
         elif pair.asleep:
             pair.wake()
             pair.mark = -1
@@ -312,9 +326,11 @@ class Rings(Generic[Caller]):
             if called:
                 self._rounds += 1
                 self._fruitless = 0
-            elif self._fruitless < YIELDS_MAX:
+                self._patience = YIELDS_MAX
+            elif self._fruitless < self._patience:
                 self._fruitless += 1
             else:
+                self._patience //= 2
                 self.rest()
                 return
             before = moment
@@ -332,6 +348,7 @@ class Rings(Generic[Caller]):
         """Let all guests ring from now on; serve who called just before."""
         watched, self.watched = self.watched, []
         self._fruitless = 0
+        self._rested_ns = now_ns()
         for entry in watched:
             self._dismiss(*entry)
 

@@ -112,7 +112,7 @@ class Hypervisor:
             rang = not pair.came_by_queue
             self.serve(pair, message, 0)
             if rang:
-                self.rings.watch(pair, pair)
+                self.rings.watch(pair, pair, 0)
 
     def spin(self, rounds: int) -> None:
         before = self.served.copy()

@@ -73,12 +73,13 @@ class Echo:
         self.poll.register(pair, select.EPOLLIN)
 
     def answer(self, pair: QueuePair) -> None:
+        rang_ns = perf_counter_ns()
         message = pair.receive()
         if message is not None:
             rang = isinstance(pair, RingPair) and not pair.came_by_queue
             self.serve(pair, message, 0)
             if self.watches and rang and isinstance(pair, RingPair):
-                self.rings.watch(pair, pair)
+                self.rings.watch(pair, pair, rang_ns)
 
     def serve(self, pair: QueuePair, message: bytes, _moment_ns: int) -> int:
         pair.send(serve(message, pair.window))

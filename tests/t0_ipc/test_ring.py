@@ -22,6 +22,7 @@ from ipc.limits import (
     REPLY_QUEUE_MESSAGES,
     REQUEST_QUEUE_MESSAGES,
     SLOW_YIELD_NS,
+    SOON_NS,
     YIELDS_MAX,
 )
 from ipc.mqueue import KICK, QueueChannel
@@ -335,8 +336,8 @@ def test_a_guest_is_watched_only_while_it_calls(
     pair: RingPair, rings: Rings[RingPair], served: Served
 ) -> None:
     """After as many fruitless rounds as a side may yield, it must ring again."""
-    rings.watch(pair, pair)
-    rings.watch(pair, pair)
+    rings.watch(pair, pair, 0)
+    rings.watch(pair, pair, 0)
     assert len(rings.watched) == 1
     assert pair.window.completion_words[1] == 0
     for posted in (1, 2, 3):
@@ -353,7 +354,7 @@ def test_a_guest_that_only_plays_with_its_words_is_not_watched_for_long(
     pair: RingPair, rings: Rings[RingPair], served: Served
 ) -> None:
     """`sleeping` on both sides, the request, the reply: none of it is a call."""
-    rings.watch(pair, pair)
+    rings.watch(pair, pair, 0)
     choose = random.Random(1)
     for _ in range(YIELDS_MAX + 1):
         pair.window.call_words[1] = choose.randrange(2**64)
@@ -374,7 +375,7 @@ def test_a_round_takes_one_call_of_each(
     ]
     for number, pair in enumerate(pairs):
         pair.window.request[:] = bytes([number]) * REQUEST_BYTES
-        rings.watch(pair, pair)
+        rings.watch(pair, pair, 0)
     for posted in range(1, 11):
         for pair in pairs:
             pair.window.call_words[0] = posted
@@ -390,7 +391,7 @@ def test_a_call_that_comes_while_the_hypervisor_lies_down_is_served(
     pair: RingPair, rings: Rings[RingPair], served: Served
 ) -> None:
     """It was posted before the guest could see that it must ring."""
-    rings.watch(pair, pair)
+    rings.watch(pair, pair, 0)
     pair.window.call_words[0] = 1
     rings.rest()
     assert len(served) == 1
@@ -399,7 +400,7 @@ def test_a_call_that_comes_while_the_hypervisor_lies_down_is_served(
 
 def test_idlers_must_ring_again(pair: RingPair, rings: Rings[RingPair], served: Served) -> None:
     """Between two calls of `part_with_idlers` a guest calls, or it is watched no longer."""
-    rings.watch(pair, pair)
+    rings.watch(pair, pair, 0)
     rings.part_with_idlers()
     assert rings.watched
     pair.window.call_words[0] = 1
@@ -409,7 +410,7 @@ def test_idlers_must_ring_again(pair: RingPair, rings: Rings[RingPair], served: 
     rings.part_with_idlers()
     assert not rings.watched
     assert pair.asleep
-    rings.watch(pair, pair)
+    rings.watch(pair, pair, 0)
     rings.part_with_idlers()
     pair.window.call_words[0] = 2
     pair.mark = pair.seen
@@ -426,18 +427,48 @@ def test_a_slow_yield_ends_the_watch(
     """And is told; the call that came during it is served first."""
     clock = iter(range(0, 1 << 60, SLOW_YIELD_NS + 1))
     monkeypatch.setattr(ring, "now_ns", lambda: next(clock))
-    rings.watch(pair, pair)
+    rings.watch(pair, pair, 0)
     assert not served
     pair.window.call_words[0] = 1
     rings.spin(5)
     assert len(served) == 1
     assert not rings.watched
     for _ in range(BACK_OFF_CALLS_MIN):
-        rings.watch(pair, pair)
+        rings.watch(pair, pair, 0)
         assert not rings.watched
         assert pair.asleep
-    rings.watch(pair, pair)
+    rings.watch(pair, pair, 0)
     assert rings.watched
+
+
+def test_who_was_looked_for_in_vain_is_looked_for_half_as_long(
+    pair: RingPair,
+    rings: Rings[RingPair],
+    served: Served,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the end not at all, until a guest rings so soon that looking would have found it."""
+    moments, yields = itertools.count(), itertools.count()
+    monkeypatch.setattr(ring, "now_ns", moments.__next__)
+    monkeypatch.setattr(ring, "_yield", yields.__next__)
+    rounds = []
+    while True:
+        rings.watch(pair, pair, 1 << 60)
+        if not rings.watched:
+            break
+        before = next(yields)
+        rings.spin(1 << 60)
+        rounds.append(next(yields) - before - 1)
+    assert rounds == [50, 25, 12, 6, 3, 1]
+    assert pair.asleep
+    rings.watch(pair, pair, next(moments) + SOON_NS)
+    assert not rings.watched
+    rings.watch(pair, pair, next(moments) + SOON_NS // 2)
+    assert rings.watched
+    pair.window.call_words[0] = 1
+    rings.spin(1 << 60)
+    assert len(served) == 1
+    assert not rings.watched
 
 
 def test_a_closed_ring_is_disconnected_at_once(tmp_path: Path, cluster_name: str) -> None:
