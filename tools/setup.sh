@@ -14,9 +14,9 @@ kind=${1:-}
 case $kind in
     demo) requirements=requirements.txt debian='e2fsprogs' ;;
     dev) requirements=requirements-dev.txt
-         # e2fsprogs judges our file system; gcc and the multilib parts build the C client for 64 and 32 bits;
+         # e2fsprogs and ocfs2-tools judge our file systems; gcc and the multilib parts build the C client for 64 and 32 bits;
          # the two servers are what `make bench` compares with.
-         debian='e2fsprogs gcc libc6-dev gcc-multilib redis-server memcached' ;;
+         debian='e2fsprogs ocfs2-tools gcc libc6-dev gcc-multilib redis-server memcached' ;;
     *) echo "usage: tools/setup.sh demo|dev" >&2; exit 64 ;;
 esac
 
