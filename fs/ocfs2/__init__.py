@@ -1,0 +1,1 @@
+"""OCFS2, the cluster file system: on-disk format, mounting, making and checking of images."""
