@@ -32,6 +32,18 @@
     writers = ["web1"]
     readers = ["web2"]
 
+    [[volume]]                   # a disk that several guests mount: an OCFS2 file system
+    name = "data"
+    nodes = ["web1", "web2"]     # by node number; what they say of a disk of their own is unused
+    tree = "stdlib"              # or image and manifest, as for a guest
+    tree_limit = "13M"
+    pool = "shared"              # shared: one cleancache for all nodes; private: one for each
+    heartbeat_interval = 2.0     # seconds; from here on o2cb's words and defaults
+    dead_threshold = 31
+    idle_timeout = 30.0
+    keepalive = 2.0
+    reconnect = 2.0
+
     [[phase]]                    # the work of a measured run, phase by phase
     title = "web1 is busy"
     [phase.work.web1]
@@ -58,6 +70,8 @@ from ipc.limits import GUEST_NAME_CHARACTERS_MAX, GUESTS_MAX
 from tools.units import PAGE_BYTES, format_size, parse_size
 from tools.uuids import parse_uuid
 
+NODES_MAX = 32
+"""Nodes that mount one shared disk: as many as the minimal OCFS2 profile has slots here."""
 GUEST_MEMORY_BYTES_MIN = 2**20
 """Below this the page budget is eaten by the metadata buffers and a readahead window."""
 
@@ -150,12 +164,29 @@ class SharedPoolConfig(_Strict):
     readers: list[str] = []
 
 
+class VolumeConfig(_Strict):
+    """A disk that guests share, and the timing of their cluster (seconds; o2cb's defaults)."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
+    nodes: list[str] = Field(min_length=1, max_length=NODES_MAX)
+    tree: str = "stdlib"
+    tree_limit: Size = 13 * 2**20
+    image: str | None = None
+    manifest: str | None = None
+    pool: Literal["shared", "private"] = "shared"
+    heartbeat_interval: float = Field(default=2.0, ge=0.01, le=60)
+    dead_threshold: int = Field(default=31, ge=2, le=1000)
+    idle_timeout: float = Field(default=30.0, ge=0.05, le=600)
+    keepalive: float = Field(default=2.0, ge=0.01, le=600)
+    reconnect: float = Field(default=2.0, ge=0.01, le=600)
+
+
 class WorkConfig(BaseModel):
     """What one guest does in a phase; keys that are not listed go to the workload."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    workload: Literal["read_all", "search", "compile", "log", "mixed"]
+    workload: Literal["read_all", "search", "compile", "log", "mixed", "histories"]
 
     def parameters(self) -> dict[str, Any]:
         """The workload's own parameters."""
@@ -177,11 +208,16 @@ class ClusterConfig(_Strict):
     hypervisor: HypervisorConfig = HypervisorConfig()
     guest: list[GuestConfig] = Field(min_length=1)
     shared_pool: list[SharedPoolConfig] = []
+    volume: list[VolumeConfig] = []
     phase: list[PhaseConfig] = []
 
     def guests(self) -> list[tuple[str, GuestConfig]]:
         """Every guest with its own name."""
         return [(name, guest) for guest in self.guest for name in guest.names()]
+
+    def volume_of(self, guest: str) -> VolumeConfig | None:
+        """The shared disk that a guest mounts, None if it has one of its own."""
+        return next((volume for volume in self.volume if guest in volume.nodes), None)
 
     @property
     def total_memory_bytes(self) -> int:
@@ -261,8 +297,34 @@ def _disagreements(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
             if name not in owners:
                 names = ", ".join(owners)
                 yield f"phase[{number}].work.{name}", f"no guest has this name; there are {names}"
+    yield from _bad_volumes(fields, list(owners), images)
     yield from _bad_shares(fields)
     yield from _bad_grants(fields, list(owners))
+
+
+def _bad_volumes(
+    fields: dict[str, Any], names: list[str], images: set[Path]
+) -> Iterator[tuple[str, str]]:
+    """Shared disks that are there twice, or whose nodes are nobody or have another disk."""
+    volumes: dict[str, int] = {}
+    homes: dict[str, int] = {}
+    for number, volume in enumerate(_tables(fields.get("volume"))):
+        name, image, nodes = volume.get("name"), volume.get("image"), volume.get("nodes")
+        if isinstance(name, str) and volumes.setdefault(name, number) != number:
+            yield f"volume[{number}].name", f"{name!r} is the name of volume[{volumes[name]}]"
+        if isinstance(image, str):
+            path = Path(image).resolve()
+            if path in images:
+                yield f"volume[{number}].image", f"{image} is in use by somebody else"
+            images.add(path)
+        for node in nodes if isinstance(nodes, list) else []:
+            place = f"volume[{number}].nodes"
+            if node not in names:
+                yield place, f"no guest is called {node!r}; there are {', '.join(names)}"
+            elif node in homes:
+                yield place, f"{node!r} mounts volume[{homes[node]}]; a guest has one disk"
+            else:
+                homes[node] = number
 
 
 def _bad_shares(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -350,12 +412,9 @@ def _text(detail: Any) -> str:
 
 
 def _resolve(fields: dict[str, Any], base: Path) -> dict[str, Any]:
-    guests = fields.get("guest")
-    for guest in guests if isinstance(guests, list) else []:
-        if not isinstance(guest, dict):
-            continue
+    for disk in (*_tables(fields.get("guest")), *_tables(fields.get("volume"))):
         for key in ("image", "manifest", "tree"):
-            value = guest.get(key)
+            value = disk.get(key)
             if isinstance(value, str) and (key != "tree" or value != "stdlib"):
-                guest[key] = str(base / value)
+                disk[key] = str(base / value)
     return fields

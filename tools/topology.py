@@ -3,6 +3,7 @@
     default (or demo)   four guests whose pressure moves from one to the next
     pair                two guests, one of them busy at a time
     single              one guest
+    shared              four guests that mount one OCFS2 disk and share one pool of clean pages
 
 `--topo pair,memory=2M,seed=7` changes a topology's parameters; the table below is what there is.
 
@@ -61,6 +62,8 @@ PARAMETERS: Final = {
     "scheduling": Parameter(str, "how guests share the arena: greedy, static or scheduled"),
     "compress": Parameter(_switch, "on or off: compress the pages of all guests"),
     "group": Parameter(str, "group in which all guests' equal pages may be one"),
+    "timing": Parameter(str, "of a shared disk's cluster: o2cb (its defaults) or fast"),
+    "pool": Parameter(str, "clean pages of a shared disk: shared or private"),
 }
 
 _KINDS: Final[dict[Any, str]] = {
@@ -73,7 +76,20 @@ _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     "default": {"n": 4, "memory": 3 * 2**20, "arena": 20 * 2**20, "passes": 12},
     "pair": {"n": 2, "memory": 3 * 2**20, "arena": 12 * 2**20, "passes": 12},
     "single": {"n": 1, "memory": 3 * 2**20, "arena": 12 * 2**20, "passes": 12},
+    "shared": {"n": 4, "memory": 3 * 2**20, "arena": 20 * 2**20, "passes": 2, "timing": "fast"},
 }
+
+_TIMINGS: Final[dict[str, dict[str, Any]]] = {
+    "o2cb": {},
+    "fast": {
+        "heartbeat_interval": 0.2,
+        "dead_threshold": 16,
+        "idle_timeout": 2.0,
+        "keepalive": 0.2,
+        "reconnect": 0.1,
+    },
+}
+"""Timing of a cluster of nodes; `fast` declares a silent node dead after 3 s, not a minute."""
 
 
 def build_topology(text: str) -> ClusterConfig:
@@ -93,7 +109,8 @@ def build_topology(text: str) -> ClusterConfig:
             values[key] = PARAMETERS[key].read(value)
         except ValueError:
             raise _usage(f"{part!r}: {value!r} is no {_kind(key)}") from None
-    return validate(_cluster(values), f"--topo {text}")
+    fields = _shared_cluster(values) if name == "shared" else _cluster(values)
+    return validate(fields, f"--topo {text}")
 
 
 def _usage(message: str) -> OperatorError:
@@ -125,6 +142,21 @@ def _cluster(values: dict[str, Any]) -> dict[str, Any]:
         ],
         "phase": phases(names, values["passes"]),
     }
+
+
+def _shared_cluster(values: dict[str, Any]) -> dict[str, Any]:
+    """Guests that all read the whole tree of one disk, all at the same time."""
+    timing = values["timing"]
+    if timing not in _TIMINGS:
+        raise _usage(f"there is no timing {timing!r}; there are {', '.join(_TIMINGS)}")
+    cluster = _cluster(values)
+    names = [guest["name"] for guest in cluster["guest"]]
+    volume = {"name": "data", "nodes": names, "tree_limit": values["tree"], **_TIMINGS[timing]}
+    if "pool" in values:
+        volume["pool"] = values["pool"]
+    work = {"workload": "read_all", "passes": values["passes"]}
+    phase = {"title": "all read", "work": dict.fromkeys(names, work)}
+    return {**cluster, "volume": [volume], "phase": [phase]}
 
 
 def guest_names(count: int) -> list[str]:
