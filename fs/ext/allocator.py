@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import errno
 
+from fs import bitmap
 from fs.buffers import Buffers
 from fs.errors import error
-from fs.ext import bitmap
 from fs.ext.group import Group, Groups
 from fs.ext.super import Superblock
 
