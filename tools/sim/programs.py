@@ -349,6 +349,9 @@ class Program:
         for at, (pool, (_, index, _, _, oid, _)) in enumerate(entries):
             if reply.map >> at & 1:
                 pool.found((oid, index), pages[at], stays=pool.persist)
+            elif pool.persist and pool.number is not None:
+                # The status is that of the first failure: this one's pool may be there no more.
+                self._get(calls, pool, oid, index, 1, 0, 0)
             elif reply.reason != Reason.NO_SUCH_POOL:
                 pool.missed((oid, index))
 
