@@ -1,0 +1,139 @@
+"""Cluster locks as the file system sees them: their names, the interface, the one-node stand-in.
+
+A name has 31 characters: a letter for the kind, "000000", the block in 16 hexadecimal digits, a
+generation in 8. As in Linux the meta and open locks of ordinary inodes have generation 0 (a node
+has to take the lock before it can read the generation), those of system files the volume's.
+
+The value block of a meta lock holds a version that is new after each change of the inode or its
+data. A node that gets a lock back with the version that it knew keeps what it has cached.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final, Protocol
+
+from fs.dlm.modes import Mode
+
+META: Final = b"M"
+OPEN: Final = b"O"
+SUPER: Final = b"S"
+RENAME: Final = b"R"
+WRITE: Final = b"W"
+FLOCK: Final = b"F"
+NAME_BYTES: Final = 31
+VALUE_BYTES: Final = 64
+
+_VALUE: Final = struct.Struct("<B7xQ48x")
+_VALUE_FORMAT: Final = 1
+
+
+def lock_name(kind: bytes, block: int, generation: int = 0) -> bytes:
+    """The name of a lock."""
+    return b"%c000000%016x%08x" % (kind, block, generation)
+
+
+def lock_block(name: bytes) -> int | None:
+    """The block in the name of a meta lock; None for other kinds."""
+    if len(name) != NAME_BYTES or name[:1] != META:
+        return None
+    try:
+        return int(name[7:23], 16)
+    except ValueError:
+        return None
+
+
+def encode_value(version: int) -> bytes:
+    """The value block of a meta lock."""
+    return _VALUE.pack(_VALUE_FORMAT, version)
+
+
+def decode_value(value: bytes | None) -> int | None:
+    """The version in a value block; None when it is not valid, or not ours."""
+    if value is None or len(value) != VALUE_BYTES:
+        return None
+    layout, version = _VALUE.unpack(value)
+    return version if layout == _VALUE_FORMAT and version else None
+
+
+class ClusterLocks(Protocol):
+    """The lock manager of one node.
+
+    A lock that was acquired is in use until it is released; then it stays cached at this node
+    until another node wants it. Before it is given up the file system's `downconvert(name, to)`
+    is called, never while the lock is in use.
+    """
+
+    def acquire(self, name: bytes, mode: Mode) -> None:
+        """Take a lock and wait for it; may be nested."""
+        ...
+
+    def try_acquire(self, name: bytes, mode: Mode) -> bool:
+        """Take a lock if no other node stands in the way."""
+        ...
+
+    def release(self, name: bytes, mode: Mode) -> None:
+        """Out of use, but cached."""
+        ...
+
+    def value(self, name: bytes) -> bytes | None:
+        """The 64 bytes of the lock's value block; None: not valid."""
+        ...
+
+    def set_value(self, name: bytes, value: bytes) -> None:
+        """Change the value block, in EX only."""
+        ...
+
+    def token(self, name: bytes) -> int:
+        """The fencing token of this node's hold: it grows with every grant of EX."""
+        ...
+
+    def drop(self, name: bytes) -> None:
+        """No interest any more."""
+        ...
+
+
+class LocalLocks:
+    """Locks of a node that is alone: everything is granted at once."""
+
+    def __init__(self) -> None:
+        self._values: dict[bytes, bytes] = {}
+        self._uses: dict[bytes, int] = {}
+
+    def acquire(self, name: bytes, mode: Mode) -> None:  # noqa: ARG002
+        """Granted."""
+        self._uses[name] = self._uses.get(name, 0) + 1
+
+    def try_acquire(self, name: bytes, mode: Mode) -> bool:
+        """Granted."""
+        self.acquire(name, mode)
+        return True
+
+    def release(self, name: bytes, mode: Mode) -> None:  # noqa: ARG002
+        """Counted, so that a release too many is seen."""
+        uses = self._uses[name] - 1
+        if uses:
+            self._uses[name] = uses
+        else:
+            del self._uses[name]
+
+    def value(self, name: bytes) -> bytes | None:
+        """What was set."""
+        return self._values.get(name)
+
+    def set_value(self, name: bytes, value: bytes) -> None:
+        """Remember."""
+        self._values[name] = value
+
+    def token(self, name: bytes) -> int:  # noqa: ARG002
+        """0: nobody could come with an older one."""
+        return 0
+
+    def drop(self, name: bytes) -> None:
+        """Forget the value."""
+        self._values.pop(name, None)
+
+    @property
+    def in_use(self) -> int:
+        """Locks in use: 0 between operations."""
+        return len(self._uses)
