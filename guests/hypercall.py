@@ -44,7 +44,7 @@ _UUID_TAIL: Final = bytes(OID_BYTES - UUID_BYTES)
 _SEQUENCE_MASK: Final = 0xFFFFFFFF
 
 BatchEntry = tuple[int, int, int, int, bytes, int]
-"""pool, index, slot, flags, object id, token (0): the fields of `ipc.abi.BATCH_ENTRY`."""
+"""pool, index, slot, flags, object id, token: the fields of `ipc.abi.BATCH_ENTRY`."""
 
 
 class Hypercalls:
@@ -60,14 +60,22 @@ class Hypercalls:
     # --- pages
 
     def put(
-        self, pool: int, oid: bytes, index: int, count: int, slot: int = 0, flags: int = 0
+        self,
+        pool: int,
+        oid: bytes,
+        index: int,
+        count: int,
+        slot: int = 0,
+        flags: int = 0,
+        token: int = 0,
     ) -> Reply:
         """Put `count` pages from the window's `slot` on; bit i of `map` = page i was kept.
 
-        `flags` are hints: `CallFlag` LOW or HIGH, ACTIVE.
+        `flags` are hints: `CallFlag` LOW or HIGH, ACTIVE.  `token` is of the lock under which the
+        pages are put into a shared ephemeral pool; too old, and `value` is the one needed.
         """
         self._sequence = sequence = (self._sequence + 1) & _SEQUENCE_MASK
-        request = _pack(sequence, _PUT_PAGE, flags, count, pool, index, oid, slot, 0, 0)
+        request = _pack(sequence, _PUT_PAGE, flags, count, pool, index, oid, slot, token, 0)
         return _new_reply(Reply, _unpack(self._call(request)))
 
     def get(
@@ -81,13 +89,15 @@ class Hypercalls:
         request = _pack(sequence, _GET_PAGE, flags, count, pool, index, oid, slot, 0, 0)
         return _new_reply(Reply, _unpack(self._call(request)))
 
-    def flush_page(self, pool: int, oid: bytes, index: int, count: int = 1) -> Reply:
+    def flush_page(
+        self, pool: int, oid: bytes, index: int, count: int = 1, token: int = 0
+    ) -> Reply:
         """Forget `count` pages; bit i of `map` = page i was there."""
-        return self._ask(_FLUSH_PAGE, count, pool, index, oid)
+        return self._ask(_FLUSH_PAGE, count, pool, index, oid, token)
 
-    def flush_object(self, pool: int, oid: bytes) -> Reply:
+    def flush_object(self, pool: int, oid: bytes, token: int = 0) -> Reply:
         """Forget all pages of an object; `value` is how many there were."""
-        return self._ask(_FLUSH_OBJECT, 0, pool, 0, oid)
+        return self._ask(_FLUSH_OBJECT, 0, pool, 0, oid, token)
 
     # --- unrelated handles, described in the window's batch table
 
@@ -127,9 +137,9 @@ class Hypercalls:
 
     # --- helpers
 
-    def _ask(self, op: int, count: int, pool: int, index: int, oid: bytes) -> Reply:
+    def _ask(self, op: int, count: int, pool: int, index: int, oid: bytes, token: int = 0) -> Reply:
         self._sequence = sequence = (self._sequence + 1) & _SEQUENCE_MASK
-        request = _pack(sequence, op, 0, count, pool, index, oid, 0, 0, 0)
+        request = _pack(sequence, op, 0, count, pool, index, oid, 0, token, 0)
         return _new_reply(Reply, _unpack(self._call(request)))
 
     def _batch(self, op: int, entries: list[BatchEntry]) -> Reply:

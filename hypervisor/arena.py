@@ -13,6 +13,7 @@ are described alike: object number, page index, and a state word that is 0 if th
   state     sequence of the put << 16 | slot of the member that put it << 8 | its hints
             (of a frame that holds no raw page: not 0, and `object` says what it is)
   entry     state u64, object u32, index u32, location u64, pattern u64   (`entries`)
+  pool      flags, uuid, and whose it is, or of a shared pool its highest fencing token (`tokens`)
   member    a guest in a shared pool: word and guest, pool record, pool id, slot
             (a private pool has one member, its pool record says whom)
 
@@ -46,7 +47,7 @@ import struct
 from array import array
 from typing import Final, NamedTuple
 
-from ipc.abi import OID_BYTES, PAGE_BYTES, GuestId, PoolId
+from ipc.abi import OID_BYTES, PAGE_BYTES, GuestId, PoolFlag, PoolId
 from ipc.errors import ExitCode, OperatorError
 from ipc.limits import GUEST_NAME_CHARACTERS_MAX, GUESTS_MAX
 
@@ -73,16 +74,19 @@ HELD: Final = 1
 LIVE: Final = 1
 DEAD: Final = 1 << 31
 
-_MAGIC: Final = b"TMEMARN2"
+_MAGIC: Final = b"TMEMARN3"
 _HEADER: Final = struct.Struct("<8sIIQ")
 """magic, frames, generation, segment bytes."""
 _GENERATION_OFFSET: Final = 12
 _GUEST: Final = struct.Struct("<IIQI4x32s8x")
 """word (0 free, LIVE), pid, process start (clock ticks), uid, name."""
-_POOL: Final = struct.Struct("<IIII16s")
-"""word (0 free, LIVE, LIVE | DEAD), guest record, pool id, pool flags, uuid; guest and pool id of a
-shared pool are NOBODY and 0."""
+_POOL: Final = struct.Struct("<IIQ16s")
+"""word (0 free, LIVE, LIVE | DEAD), pool flags, owner, uuid.
+
+owner: of a private pool its guest record and pool id, 32 bits each; of a shared pool, which has
+member records, the highest fencing token that was seen."""
 NOBODY: Final = 0xFFFFFFFF
+"""Guest of the record of a shared pool."""
 
 _MEMBER: Final = struct.Struct("<IIIHH")
 """word (0 free, LIVE, HEIR), guest record, pool record, pool id, slot."""
@@ -118,6 +122,8 @@ class PoolRecord(NamedTuple):
     pool_id: PoolId
     flags: int
     uuid: bytes
+    token: int = 0
+    """Of a shared pool."""
 
 
 class MemberRecord(NamedTuple):
@@ -205,6 +211,7 @@ class Arena:
         self.object = view[where.object_column : where.index_column].cast("I")
         self.index = view[where.index_column : where.index_column + 4 * frames].cast("I")
         self.object_word = view[where.object_word : where.object_oid].cast("I")
+        self._pool_words = view[where.pools : where.members].cast("Q")
         self._member_words = view[where.members : where.state_column].cast("Q")
 
     def punch(self, first: int, count: int) -> int:
@@ -250,13 +257,18 @@ class Arena:
         self, number: int, guest: GuestId, pool_id: PoolId, flags: int, uuid: bytes
     ) -> None:
         offset = self._pool_offset(number)
-        _POOL.pack_into(self.mapping, offset, 0, guest, pool_id, flags, uuid)
+        owner = 0 if flags & PoolFlag.SHARED else guest | pool_id << 32
+        _POOL.pack_into(self.mapping, offset, 0, flags, owner, uuid)
         self._view[offset : offset + 4] = LIVE.to_bytes(4, "little")
 
     def set_pool_flags(self, number: int, flags: int) -> None:
         """One aligned word; persistent and shared stay as they are."""
-        offset = self._pool_offset(number) + 12
+        offset = self._pool_offset(number) + 4
         self._view[offset : offset + 4] = flags.to_bytes(4, "little")
+
+    def set_pool_token(self, number: int, token: int) -> None:
+        """Of a shared pool; one aligned word."""
+        self._pool_words[number * (_POOL.size // 8) + 1] = token
 
     def kill_pool(self, number: int) -> None:
         offset = self._pool_offset(number)
@@ -273,11 +285,19 @@ class Arena:
         records = []
         for number, word in enumerate(words):
             if word:
-                fields = _POOL.unpack_from(table, number * _POOL.size)
-                _, guest, pool_id, flags, uuid = fields
+                _, flags, owner, uuid = _POOL.unpack_from(table, number * _POOL.size)
+                guest, pool_id, token = owner & 0xFFFFFFFF, owner >> 32, 0
+                if flags & PoolFlag.SHARED:
+                    guest, pool_id, token = NOBODY, 0, owner
                 records.append(
                     PoolRecord(
-                        number, bool(word & DEAD), GuestId(guest), PoolId(pool_id), flags, uuid
+                        number,
+                        bool(word & DEAD),
+                        GuestId(guest),
+                        PoolId(pool_id),
+                        flags,
+                        uuid,
+                        token,
                     )
                 )
         return records
@@ -347,6 +367,7 @@ class Arena:
             self.object,
             self.index,
             self.object_word,
+            self._pool_words,
             self._member_words,
             self._view,
         ):

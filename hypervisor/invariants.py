@@ -4,7 +4,8 @@ Every fact that is kept twice is compared: leaves against frame columns and entr
 against objects, kinds of frames against what lies in them, charges against what pages cost, counts
 of pools and members against their pages, policies against the pages of their member, references of
 shared content against the entries that name it, slab slots against the entries that own them, and
-pool, member and guest records against clients.  Tests call it after every step.
+pool, member and guest records against clients, fencing tokens against the segment.  Tests call it
+after every step.
 """
 
 from __future__ import annotations
@@ -249,6 +250,7 @@ def _check_records(machine: Machine) -> None:
         owner = (NOBODY, 0) if pool.only is None else (pool.only.client.number, pool.only.pool_id)
         if (record.guest, record.pool_id) != owner:
             _fail(f"pool record {number} names another owner")
+        _check_tokens(pool, record.token)
     members = {
         (pool.number, member.slot): (member.record, member.heir, member.client.number)
         for pool in pools.values()
@@ -263,6 +265,24 @@ def _check_records(machine: Machine) -> None:
         _fail("member records and members differ")
     if set(machine.memberships.free_records) & {record for record, _, _ in members.values()}:
         _fail("a member record in use is free")
+
+
+def _check_tokens(pool: Pool, recorded: int) -> None:
+    """T1 to T3 of `tokens`."""
+    tokens = pool.tokens
+    if (tokens is not None) != (pool.shared and not pool.persistent):
+        _fail(f"pool {pool.number} of kind {pool.kind} has fencing tokens, or has none")
+    if any(member.tokens is not tokens for member in pool.members.values()):
+        _fail(f"a member of pool {pool.number} looks at other tokens")
+    if tokens is None:
+        if recorded:
+            _fail(f"pool record {pool.number} has a token")
+        return
+    if tokens.pool_number != pool.number or tokens.newest != recorded:
+        _fail(f"pool record {pool.number} has token {recorded}, not {tokens.newest}")
+    wrong = tokens.check()
+    if wrong:
+        _fail(f"pool {pool.number}: {wrong}")
 
 
 def _check_clients(machine: Machine) -> None:

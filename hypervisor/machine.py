@@ -15,9 +15,11 @@ Kept from the original, and easily broken:
   * a get from a pool without any page answers EEMPTY (it counts as a miss here; Xen did not count
     it at all, which made hit ratios of young pools look better than they were).
 
-Ours: a guest that would hold more than it may is told OVER_ALLOTMENT.  Persistent pages count
-against its allotment, and all its pages against its cap, for which its own ephemeral pages make
-room first.  Near the limit a put goes page by page, so that replacing a page is never refused.
+Ours: a put into a shared ephemeral pool under an older fencing token than was seen for its object
+is refused and changes nothing (`tokens`); other pools don't look at it.  A guest that would hold
+more than it may is told OVER_ALLOTMENT.  Persistent pages count against its allotment, and all its
+pages against its cap, for which its own ephemeral pages make room first.  Near the limit a put goes
+page by page, so that replacing a page is never refused.
 """
 
 from __future__ import annotations
@@ -157,7 +159,7 @@ class Machine:
         """Serve one call; raises nothing for anything that a guest can send."""
         try:
             request = decode_request(untrusted_message)
-            sequence, op, flags, count, pool_id, index, oid, slot, _, _ = request
+            sequence, op, flags, count, pool_id, index, oid, slot, token, _ = request
             if op == _GET_PAGE:
                 status, reason, bitmap, value, reply_flags = self._get(
                     client, client.account.get, pool_id, oid, index, count, window, slot, flags
@@ -165,16 +167,25 @@ class Machine:
             elif op == _PUT_PAGE:
                 self.store.begin_call()
                 status, reason, bitmap, value, reply_flags = self._put(
-                    client, client.account.put, pool_id, oid, index, count, window, slot, flags
+                    client,
+                    client.account.put,
+                    pool_id,
+                    oid,
+                    index,
+                    count,
+                    window,
+                    slot,
+                    flags,
+                    token,
                 )
             else:
                 account = client.account.operations[op]
                 if op in (Op.PUT_BATCH, Op.GET_BATCH, Op.FLUSH_BATCH):
                     answer = self._batch(client, account, op, count, window)
                 elif op == Op.FLUSH_PAGE:
-                    answer = self._flush(client, account, pool_id, oid, index, count)
+                    answer = self._flush(client, account, pool_id, oid, index, count, token)
                 else:
-                    answer = self._manage(client, account, op, pool_id, oid)
+                    answer = self._manage(client, account, op, pool_id, oid, token)
                 status, reason, bitmap, value, reply_flags = answer
                 account.calls += 1
         except GuestFault as fault:
@@ -233,12 +244,19 @@ class Machine:
         window: Window,
         slot: int,
         flags: int,
+        token: int,
     ) -> Answer:
         account.calls += 1
         account.pages += count
         member = client.members.get(pool_id)
         if member is None or not member.may_get:
             return _no_member(account, member, count)
+        if member.tokens is not None and member.writer:
+            needed = member.tokens.needed(oid)
+            if token < needed:
+                return self._stale(member, account, oid, count, token, needed)
+            if token > needed:
+                member.tokens.see(oid, token)
         try:
             if not member.may_put:
                 if not member.writer:
@@ -271,6 +289,19 @@ class Machine:
         if dropped & first_refused:
             return Status.ENOSPC, Reason.DUPLICATE_FLUSHED, bitmap, 0, 0
         return Status.ENOMEM, Reason.NO_MEMORY, bitmap, 0, 0
+
+    def _stale(
+        self, member: Member, account: OpCount, oid: bytes, count: int, token: int, needed: int
+    ) -> Answer:
+        """The putter no longer has the lock that it thinks it has: nothing changes, for what is
+        there may be another's newer page."""
+        assert member.tokens is not None
+        member.tokens.stale += count
+        account.refuse(Reason.STALE_TOKEN, count)
+        reason = Reason.STALE_TOKEN.name.lower()
+        what = f"{member.pool.uuid.hex()} {oid.rstrip(bytes(1)).hex()} {token:#x}<{needed:#x}"
+        self.witness(member.client, "stale", reason, what)
+        return Status.ESTALE, Reason.STALE_TOKEN, 0, needed, 0
 
     def _may_hold(self, member: Member, count: int) -> bool:
         """Whether the member's guest may be charged for `count` more whole pages; its own
@@ -376,7 +407,14 @@ class Machine:
         return not 0 < client.settings.cap_bytes < client.cost_bytes
 
     def _flush(
-        self, client: Client, account: OpCount, pool_id: int, oid: bytes, index: int, count: int
+        self,
+        client: Client,
+        account: OpCount,
+        pool_id: int,
+        oid: bytes,
+        index: int,
+        count: int,
+        token: int,
     ) -> Answer:
         account.pages += count
         member = client.members.get(pool_id)
@@ -386,6 +424,8 @@ class Machine:
             account.refuse(Reason.NOT_WRITER, count)
             self._deny(client, "flush", Reason.NOT_WRITER, member)
             return Status.EPERM, Reason.NOT_WRITER, 0, 0, 0
+        if member.tokens is not None:
+            member.tokens.see(oid, token)
         bitmap = self.store.flush(member, oid, index, count)
         account.done += bitmap.bit_count()
         account.missed += count - bitmap.bit_count()
@@ -404,7 +444,7 @@ class Machine:
         result: Answer | None = None
         at = 0
         while at < count:
-            pool_id, index, slot, flags, oid = entries[at]
+            pool_id, index, slot, flags, oid, token = entries[at]
             length = 1
             if op == Op.PUT_BATCH:
                 while at + length < count and entries[at + length] == (
@@ -413,15 +453,16 @@ class Machine:
                     slot + length,
                     flags,
                     oid,
+                    token,
                 ):
                     length += 1
                 answer = self._put(
-                    client, account, pool_id, oid, index, length, window, slot, flags
+                    client, account, pool_id, oid, index, length, window, slot, flags, token
                 )
             elif op == Op.GET_BATCH:
                 answer = self._get(client, account, pool_id, oid, index, 1, window, slot, flags)
             else:
-                answer = self._flush(client, account, pool_id, oid, index, 1)
+                answer = self._flush(client, account, pool_id, oid, index, 1, token)
             bitmap |= answer[2] << at
             at += length
             if answer[0] != _DONE and result is None:
@@ -429,12 +470,12 @@ class Machine:
         account.calls = calls
         if result is None:
             return _DONE, 0, bitmap, 0, 0
-        return result[0], result[1], bitmap, 0, 0
+        return result[0], result[1], bitmap, result[3], 0
 
     # --- operations on pools and objects
 
     def _manage(
-        self, client: Client, account: OpCount, op: int, pool_id: int, oid: bytes
+        self, client: Client, account: OpCount, op: int, pool_id: int, oid: bytes, token: int
     ) -> Answer:
         if op == Op.NEW_POOL:
             answer = self._new_pool(client, pool_id, oid[:UUID_BYTES])
@@ -443,7 +484,7 @@ class Machine:
         elif op == Op.DESTROY_POOL:
             answer = self._destroy_pool(client, pool_id)
         else:
-            answer = self._flush_object(client, account, pool_id, oid)
+            answer = self._flush_object(client, account, pool_id, oid, token)
         if answer[0] == _DONE:
             account.done += 1
         elif answer[0] == _MISS:
@@ -478,7 +519,9 @@ class Machine:
         self.memberships.leave(member)
         return _DONE, 0, 0, 0, 0
 
-    def _flush_object(self, client: Client, account: OpCount, pool_id: int, oid: bytes) -> Answer:
+    def _flush_object(
+        self, client: Client, account: OpCount, pool_id: int, oid: bytes, token: int
+    ) -> Answer:
         member = client.members.get(pool_id)
         if member is None:
             return Status.ENODEV, Reason.NO_SUCH_POOL, 0, 0, 0
@@ -487,6 +530,8 @@ class Machine:
         if not member.writer:
             self._deny(client, "flush", Reason.NOT_WRITER, member)
             return Status.EPERM, Reason.NOT_WRITER, 0, 0, 0
+        if member.tokens is not None:
+            member.tokens.see(oid, token)
         pages = self.store.flush_object(member.pool, oid)
         account.pages += pages
         return _DONE, 0, 0, pages, 0

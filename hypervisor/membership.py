@@ -31,6 +31,7 @@ from hypervisor.arena import MEMBERS_MAX, NOBODY, SLOTS, MemberRecord
 from hypervisor.auth import Grants, Role
 from hypervisor.pools import SHARERS_MAX, Client, Member, Pool
 from hypervisor.store import Store
+from hypervisor.tokens import Tokens
 from ipc.abi import (
     ANY_UUID,
     POOL_PRIORITY_MASK,
@@ -111,13 +112,20 @@ class Memberships:
             if number is None:
                 return NewPool(None, Reason.TOO_MANY_POOLS)
             self._arena.publish_pool(number, GuestId(NOBODY), PoolId(0), flags, uuid)
-            self.shared[uuid] = pool = Pool(number, flags, uuid)
+            self.shared[uuid] = pool = self.shared_pool(number, flags, uuid)
         pool_id = _free_id(client)
         member = Member(pool, client, slot, pool_id, record=self.free_records.pop())
         self._publish(member)
         self._enter(member)
         self.apply_grant(member)
         return NewPool(member, 0, reply_flags)
+
+    def shared_pool(self, number: int, flags: int, uuid: bytes, token: int = 0) -> Pool:
+        """A pool that is to be shared; `token` is the newest that was ever seen for it."""
+        pool = Pool(number, flags, uuid)
+        if not pool.persistent:
+            pool.tokens = Tokens(self._arena, number, token)
+        return pool
 
     def _enter(self, member: Member) -> None:
         self._store.open_member(member)

@@ -36,6 +36,7 @@ from ipc.abi import (
 if TYPE_CHECKING:
     from hypervisor.eviction import EvictionPolicy
     from hypervisor.reuse import ReuseSampler
+    from hypervisor.tokens import Tokens
 
 SHARERS_MAX: Final = 64
 """Members of a shared pool at a time."""
@@ -62,6 +63,7 @@ class Pool:
         "persistent",
         "priority",
         "shared",
+        "tokens",
         "uuid",
     )
 
@@ -80,6 +82,8 @@ class Pool:
         """Those of doomed objects too."""
         self.members: dict[int, Member] = {}
         self.only: Member | None = None
+        self.tokens: Tokens | None = None
+        """Of a shared ephemeral pool."""
 
     @property
     def kind(self) -> str:
@@ -124,6 +128,7 @@ class Member:
         "slot",
         "state_bits",
         "target_bytes",
+        "tokens",
         "weight",
         "writer",
     )
@@ -133,6 +138,8 @@ class Member:
     ) -> None:
         self.pool = pool
         self.client = client
+        self.tokens = pool.tokens
+        """The pool's, where every put finds them."""
         self.slot = slot
         self.pool_id = pool_id
         self.number = -1

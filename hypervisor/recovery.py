@@ -95,16 +95,19 @@ def _recover_pools(machine: Machine, records: list[PoolRecord]) -> dict[int, Poo
         client = clients.get(record.guest)
         if record.dead or (client is None and not shared):
             continue
-        pool = Pool(record.number, record.flags, record.uuid)
-        pools[record.number] = pool
         store.free_pool_numbers.remove(record.number)
         if shared:
+            pool = machine.memberships.shared_pool(
+                record.number, record.flags, record.uuid, record.token
+            )
             machine.memberships.shared[record.uuid] = pool
         else:
             assert client is not None
+            pool = Pool(record.number, record.flags, record.uuid)
             member = Member(pool, client, 0, record.pool_id)
             store.open_member(member)
             client.members[record.pool_id] = member
+        pools[record.number] = pool
     return pools
 
 

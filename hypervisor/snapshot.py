@@ -114,6 +114,8 @@ def pool_record(pool: Pool) -> dict[str, Any]:
         "pages": pool.pages,
         "objects": len(pool.objects),
         "cost_bytes": sum(member.cost_bytes for member in pool.members.values()),
+        "newest_token": 0 if pool.tokens is None else pool.tokens.newest,
+        "stale_pages": 0 if pool.tokens is None else pool.tokens.stale,
         "members": [
             {
                 "guest": member.client.name,

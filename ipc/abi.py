@@ -35,6 +35,10 @@ Differences from Xen's `public/tmem.h`, and why:
   else spend what others may hold.
 * A put may carry a hint (LOW, HIGH, ACTIVE), a get may leave a private ephemeral page where it is
   (KEEP), and two of Xen's reserved pool flag bits hold the pool's priority.
+* Puts and flushes carry a fencing token, the number of the last exclusive grant of a lock that the
+  guests have among themselves.  A put under an older one than was seen for its object is refused:
+  who lost a lock without knowing it can't put an old page back.  Xen trusted all sharers to be on
+  time.
 * A flush that succeeds answers DONE while frozen; Xen did the work and answered -EFROZEN.
 
 Operation numbers, pool flag bits and status values that Xen had keep their meaning.
@@ -49,7 +53,7 @@ from typing import Final, NamedTuple, NewType
 SPEC_VERSION: Final = 1
 """Xen's TMEM_SPEC_VERSION: 1 is the one with 192-bit object ids."""
 
-ABI_REVISION: Final = 2
+ABI_REVISION: Final = 3
 """Counts changes of this document; answered by VERSION and checked when a guest attaches."""
 
 PAGE_BYTES: Final = 4096
@@ -67,9 +71,9 @@ class Op(IntEnum):
 
     `uses` names the fields of REQUEST that an operation reads; every other field except `sequence`
     and `op` must be 0.  `map` and `value` are 0 where nothing is said.  `token` may have any value
-    in the operations that use it and is not looked at in this revision: send 0.  A pool id of a
-    shared pool whose grant was taken back answers EPERM with SHARED_DENIED to everything but
-    DESTROY_POOL.
+    in the operations that use it; it is looked at in puts and flushes of shared ephemeral pools
+    only, and 0 is the oldest of all.  A pool id of a shared pool whose grant was taken back answers
+    EPERM with SHARED_DENIED to everything but DESTROY_POOL.
     """
 
     NEW_POOL = 1
@@ -101,6 +105,11 @@ class Op(IntEnum):
 
     `flags` may hint: LOW or HIGH (not both) priority, and ACTIVE.
 
+    Into a shared ephemeral pool: a put whose `token` is below the newest that any put or flush of
+    this object had is refused and changes nothing, whatever is there.  After a restart of the
+    hypervisor, and for objects that it has not heard of for long, that may be the newest token of
+    other objects of the pool; never a lower one than was seen.
+
     uses: flags count pool index oid slot token
     map: the pages that were stored.
     DONE: all of them.
@@ -108,6 +117,7 @@ class Op(IntEnum):
     ENOSPC: DUPLICATE_FLUSHED.
     EFROZEN: FROZEN (a page that is there already is replaced all the same).
     EPERM: NOT_WRITER.
+    ESTALE: STALE_TOKEN; `value` is the token that would have been needed.
     ENODEV: NO_SUCH_POOL.
     """
     GET_PAGE = 5
@@ -127,6 +137,9 @@ class Op(IntEnum):
     FLUSH_PAGE = 6
     """Drop `count` pages of an object.  What is not there is no failure.
 
+    A flush is never refused for its `token`; in a shared ephemeral pool it is remembered, so that
+    no put under an older one is taken.
+
     uses: count pool index oid token
     map: the pages that were there (an absent page is served too, so the status is DONE).
     DONE: none of them is there any more.
@@ -134,7 +147,7 @@ class Op(IntEnum):
     ENODEV: NO_SUCH_POOL.
     """
     FLUSH_OBJECT = 7
-    """Drop all pages of an object.  What is not there is no failure.
+    """Drop all pages of an object.  What is not there is no failure.  `token` as in FLUSH_PAGE.
 
     uses: pool oid token
     DONE: `value` is the number of pages that were there.
@@ -152,6 +165,7 @@ class Op(IntEnum):
 
     uses: count
     map: the entries that were stored.
+    ESTALE: STALE_TOKEN; `value` is the token that the first refused entry would have needed.
     """
     GET_BATCH = 34
     """As GET_PAGE of one page for each of the first `count` entries of the batch table.
@@ -179,6 +193,7 @@ class Status(IntEnum):
     EINVAL = -22  # fault: a rule of this document was broken
     ENOSPC = -28  # no room for the new page, so the old one was dropped
     ENOSYS = -38  # fault: no such operation
+    ESTALE = -116  # the lock under which the page is put is not the newest
     EFROZEN = -1000  # Xen's: the guest is frozen, so no new page is taken
     EEMPTY = -1001  # Xen's: the pool holds no page at all
 
@@ -201,6 +216,7 @@ class Reason(IntEnum):
     TOO_MANY_SHARERS = 11  # the shared pool has 64 members, or there are 1024 memberships in all
     SHARED_NEEDS_UUID = 12  # a shared pool can't have the uuid "none"
     KIND_DIFFERS = 13  # of an ephemeral and a persistent pool with one uuid the second one asked
+    STALE_TOKEN = 14  # the object was put or flushed under a newer fencing token
     # The guest broke a rule: these come with ReplyFlag.FAULT.
     BAD_LENGTH = 64  # a request has 64 bytes
     UNKNOWN_OP = 65  # no such operation
@@ -286,7 +302,7 @@ pool: a pool id; NEW_POOL has the pool flag word here.
 index: page number in the object of the first page; index + count may be at most 2**32.
 oid: object id, 192 bits of the guest's choice, all ones excepted; NEW_POOL has the uuid here.
 slot: window slot of the first page; slot + count may be at most the number of slots.
-token: fencing token of shared pools; not looked at in this revision.
+token: fencing token of shared ephemeral pools; not looked at in others.
 reserved: 0.
 """
 REPLY: Final = struct.Struct("<IiHHIQQ")
@@ -308,7 +324,7 @@ index: page number in the object.
 slot: window slot of the page; two entries may name one slot.
 flags: CallFlag bits that the operation knows.
 oid: object id.
-token: not looked at in this revision.
+token: as in REQUEST.
 """
 
 HELLO: Final = struct.Struct("<4sHH32s32s56s")

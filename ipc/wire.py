@@ -32,6 +32,8 @@ from ipc.errors import GuestFault
 from ipc.limits import WINDOW_SLOTS
 
 RequestTuple = tuple[int, int, int, int, int, int, bytes, int, int, int]
+EntryTuple = tuple[int, int, int, int, bytes, int]
+"""pool, index, slot, flags, oid, token."""
 
 INDEX_LIMIT = 1 << 32
 
@@ -78,20 +80,20 @@ def decode_request(untrusted_message: bytes) -> RequestTuple:
     return request
 
 
-def decode_batch(untrusted_table: bytes, op: int) -> list[tuple[int, int, int, int, bytes]]:
-    """The entries (pool, index, slot, flags, oid) of a batch table that was copied out of the
-    window, for a batch operation."""
-    entries = []
+def decode_batch(untrusted_table: bytes, op: int) -> list[EntryTuple]:
+    """The entries of a batch table that was copied out of the window, for a batch operation."""
+    entries: list[EntryTuple] = []
     known = _FLAGS.get(op, _NO_FLAGS)
     slots = 1 if op == Op.FLUSH_BATCH else WINDOW_SLOTS
-    for pool, index, slot, flags, oid, _token in BATCH_ENTRY.iter_unpack(untrusted_table):
+    for entry in BATCH_ENTRY.iter_unpack(untrusted_table):
+        _, _, slot, flags, oid, _ = entry
         if flags not in known:
             raise GuestFault(Reason.BAD_FLAGS, hex(flags))
         if slot >= slots:
             raise GuestFault(Reason.BAD_SLOT, str(slot))
         if oid == INVALID_OID:
             raise GuestFault(Reason.INVALID_OID)
-        entries.append((pool, index, slot, flags, oid))
+        entries.append(entry)
     return entries
 
 

@@ -107,7 +107,7 @@ def fuzz_wire(data: bytes) -> None:
             case 1:
                 whole = len(rest) - len(rest) % BATCH_ENTRY_BYTES
                 op = _BATCHES[whole // BATCH_ENTRY_BYTES % len(_BATCHES)]
-                for _, _, slot, flags, oid in decode_batch(rest[:whole], op):
+                for _, _, slot, flags, oid, _ in decode_batch(rest[:whole], op):
                     _hold(slot < WINDOW_SLOTS and oid != INVALID_OID, "batch entry out of bounds")
                     _hold(flags <= _KNOWN_FLAGS[op], "flags of a batch entry")
             case 2:

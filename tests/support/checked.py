@@ -104,6 +104,8 @@ class CheckedMachine:
         )
         self.administration = Administration(self.machine)
         recover(self.machine)
+        for known in self.known.values():
+            known.restarted(known.newest)
 
     @property
     def evictions(self) -> int:
@@ -256,6 +258,18 @@ class CheckedMachine:
         )
         if self.denied(name, part, reply, writes=True):
             return
+        known = self.pool(name, part)
+        needed = known.needed(oid)
+        if token < needed:
+            if reply[1:3] != (Status.ESTALE, Reason.STALE_TOKEN) or (reply.map, reply.value) != (
+                0,
+                needed,
+            ):
+                raise Mismatch(f"a put with token {token} below {needed}: {reply}")
+            return
+        if reply.reason == Reason.STALE_TOKEN:
+            raise Mismatch(f"a put with token {token}, needed {needed}: {reply}")
+        known.see(oid, token)
         if (reply.status == Status.DONE) != (reply.map == (1 << count) - 1):
             raise Mismatch(f"status and map of a put: {reply}")
         for at, page in enumerate(pages):
@@ -270,6 +284,9 @@ class CheckedMachine:
         """The outcome of one page: no `reason`, or that of some page of its call."""
         known = self.pool(name, part)
         there = known.get(oid, index) is not None
+        if reason == Reason.STALE_TOKEN:
+            # Nothing changed.
+            return
         if not reason:
             if known.persistent and not there and self.settings[name].frozen:
                 raise Mismatch(f"a frozen guest put a new page at {oid}:{index}")
@@ -331,6 +348,7 @@ class CheckedMachine:
             return
         if reply.status != Status.DONE:
             raise Mismatch(f"a flush failed: {reply}")
+        self.pool(name, part).see(oid, token)
         for at in range(count):
             self.was_flushed(name, part, oid, index + at, bool(reply.map >> at & 1))
 
@@ -346,6 +364,7 @@ class CheckedMachine:
         if self.denied(name, part, reply, writes=True):
             return
         known = self.pool(name, part)
+        known.see(oid, token)
         pages = known.drop_object(oid)
         if reply.status != Status.DONE or reply.value > pages:
             raise Mismatch(f"flushing {pages} pages: {reply}")
@@ -369,7 +388,7 @@ class CheckedMachine:
                     0 if op == Op.FLUSH_BATCH else entry.slot,
                     entry.flags,
                     oid_from_int(entry.oid),
-                    self.version,
+                    entry.token,
                 )
                 for entry in entries
             ]
@@ -388,8 +407,16 @@ class CheckedMachine:
                     raise Mismatch(f"entry {at} of {op.name} may not be served: {entry}")
                 continue
             handle = name, entry.part, entry.oid, entry.index
+            known = self.pool(name, entry.part)
+            needed = known.needed(entry.oid)
+            if op != Op.GET_BATCH:
+                known.see(entry.oid, entry.token)
             if op == Op.PUT_BATCH:
                 reason = 0 if served else Reason.NO_MEMORY
+                if entry.token < needed:
+                    if served:
+                        raise Mismatch(f"entry {at} has token {entry.token}, not {needed}")
+                    reason = Reason.STALE_TOKEN
                 self.was_put(*handle, by_slot[entry.slot], reason, evictions)
             elif op == Op.FLUSH_BATCH:
                 self.was_flushed(*handle, served)
@@ -458,6 +485,13 @@ class CheckedMachine:
         kind = known.kind
         if kind in UUIDS:
             pool = self.machine.memberships.shared[UUIDS[kind]]
+            if pool.tokens is not None:
+                newest = pool.tokens.newest
+                touched = intent is not None and (owner, kind) == (intent.owner, intent.kind)
+                sent = intent.token if intent is not None and touched else 0
+                if newest not in (known.newest, max(known.newest, sent)):
+                    raise Mismatch(f"token {known.newest} became {newest} over a death")
+                known.restarted(newest)
         else:
             pool = self.machine.clients[owner].members[self.ids[owner, kind]].pool
         held = held_pages(pool, self.machine)

@@ -39,6 +39,7 @@ class Entry:
     index: int
     slot: int
     flags: int
+    token: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Intent:
     first: int
     count: int
     pages: Sequence[bytes] = ()
+    token: int = 0
 
     def touches(self, owner: str, kind: int, oid: int, index: int) -> bool:
         same = (owner, kind, oid) == (self.owner, self.kind, self.oid)
@@ -78,6 +80,30 @@ class Known:
         self.seen: dict[Handle, int] = {}
         self.lately: list[Handle] = []
         self.pages = 0
+        self.tokens: dict[int, int] = {}
+        """Of the objects of a shared ephemeral pool, since the last restart."""
+        self.floor = 0
+        self.newest = 0
+
+    @property
+    def fenced(self) -> bool:
+        """A put needs a token."""
+        return self.kind in UUIDS and not self.persistent
+
+    def needed(self, oid: int) -> int:
+        """The token that a put needs."""
+        return self.tokens.get(oid, self.floor) if self.fenced else 0
+
+    def see(self, oid: int, token: int) -> None:
+        """A put or flush was sent that may be done."""
+        if self.fenced and token > self.needed(oid):
+            self.tokens[oid] = token
+            self.newest = max(self.newest, token)
+
+    def restarted(self, newest: int) -> None:
+        """The hypervisor knows only the newest of all."""
+        self.tokens.clear()
+        self.floor = self.newest = newest
 
     def get(self, oid: int, index: int) -> bytes | None:
         found = self.objects.get(oid)

@@ -81,12 +81,19 @@ class World(CheckedMachine):
             )
         return oid, min(max(index, 0), INDEX_LAST + 1 - count)
 
+    def token(self, name: str, part: int, oid: int) -> int:
+        """Mostly that which the object needs; where none is looked at, any."""
+        known = self.pool(name, part)
+        if not known.fenced:
+            return self.random.randrange(4)
+        return max(0, known.needed(oid) + self.random.choice((0, 0, 0, 0, 0, 0, 0, 1, -1, -5)))
+
     def step_of_guest(self, name: str, part: int, choice: float) -> None:
         rng = self.random
         count = rng.choice((1, 1, 1, 3, 8, 32, 64))
         oid, index = self.somewhere(name, part, count)
         slot = rng.randrange(WINDOW_SLOTS - count + 1)
-        token = rng.randrange(4)
+        token = self.token(name, part, oid)
         self.say(f"{choice:.3f} {name} {part} {oid}:{index}+{count} slot {slot}")
         if choice < 0.45:
             flags = rng.choice((0, 0, CallFlag.LOW, CallFlag.HIGH, CallFlag.ACTIVE))
@@ -108,9 +115,9 @@ class World(CheckedMachine):
                     Op.PUT_BATCH: rng.choice((0, CallFlag.LOW)),
                     Op.GET_BATCH: rng.choice((0, CallFlag.KEEP)),
                 }.get(op, 0)
-                entries.append(
-                    Entry(one, *self.somewhere(name, one, 1), rng.randrange(12), int(flags))
-                )
+                oid, index = self.somewhere(name, one, 1)
+                token = self.token(name, one, oid)
+                entries.append(Entry(one, oid, index, rng.randrange(12), int(flags), token))
             self.batch(name, op, entries)
 
     def step_to_death(self, name: str, part: int) -> None:
@@ -121,18 +128,21 @@ class World(CheckedMachine):
         owner, kind = "" if KIND_OF[part] in UUIDS else name, KIND_OF[part]
         choice = rng.randrange(9)
         self.say(f"death {choice} at {number}: {name} {part} {oid}:{index}+{count}")
-        extent = Intent(owner, kind, oid, index, count)
+        token = self.token(name, part, oid)
+        extent = Intent(owner, kind, oid, index, count, token=token)
         if choice < 3:
             pages = [self.page() for _ in range(count)]
             extent = replace(extent, pages=pages)
-            self.die(number, lambda: self.put(name, part, oid, index, pages, 0), extent)
+            self.die(
+                number, lambda: self.put(name, part, oid, index, pages, 0, token=token), extent
+            )
         elif choice == 3:
             self.die(number, lambda: self.get(name, part, oid, index, count, 0), extent)
         elif choice == 4:
-            self.die(number, lambda: self.flush(name, part, oid, index, count), extent)
+            self.die(number, lambda: self.flush(name, part, oid, index, count, token), extent)
         elif choice == 5:
-            everything = Intent(owner, kind, oid, 0, INDEX_LAST + 1)
-            self.die(number, lambda: self.flush_object(name, part, oid), everything)
+            everything = Intent(owner, kind, oid, 0, INDEX_LAST + 1, token=token)
+            self.die(number, lambda: self.flush_object(name, part, oid, token), everything)
         elif choice == 6:
             self.die(number, lambda: self.leave(name, part))
         elif choice == 7:

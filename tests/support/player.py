@@ -275,7 +275,14 @@ class Player:
         was = [self._is_there(label, oid, index + at) for at in range(count)]
         self._touch(label, oid, index, count)
         reply = self._call(
-            guest, Op.PUT_PAGE, pool=self._id(label), oid=oid, index=index, count=count, flags=flags
+            guest,
+            Op.PUT_PAGE,
+            pool=self._id(label),
+            oid=oid,
+            index=index,
+            count=count,
+            flags=flags,
+            token=int(options.get("token", "0")),
         )
         outcomes = [self._put_outcome(label, oid, index, at, was, reply) for at in range(count)]
         yield f"{label} {self._listed(oid, index, outcomes)}{self._unless_done(reply)}"
@@ -300,7 +307,10 @@ class Player:
         return ", ".join(f"{oid}:{spans(range(a, b + 1))} {what}" for a, b, what in parts)
 
     def _unless_done(self, reply: Reply) -> str:
-        return "" if reply.status in (Status.DONE, Status.MISS) else f": {self._why(reply)}"
+        if reply.status in (Status.DONE, Status.MISS):
+            return ""
+        needs = f", needs {reply.value}" if reply.reason == Reason.STALE_TOKEN else ""
+        return f": {self._why(reply)}{needs}"
 
     def do_get(self, words: list[str]) -> Iterator[str]:
         label, where, *rest = words
@@ -326,16 +336,25 @@ class Player:
         yield f"{label} {', '.join(parts)}{self._unless_done(reply)}"
 
     def do_flush(self, words: list[str]) -> Iterator[str]:
-        label, where = words
+        (label, where), options = split(words)
         guest = guest_of(label)
+        token = int(options.get("token", "0"))
         if ":" not in where:
-            reply = self._call(guest, Op.FLUSH_OBJECT, pool=self._id(label), oid=int(where))
+            reply = self._call(
+                guest, Op.FLUSH_OBJECT, pool=self._id(label), oid=int(where), token=token
+            )
             done = f"flushed {reply.value} pages"
             yield f"{label} {where} {done if reply.status == Status.DONE else self._why(reply)}"
             return
         oid, index, count = self._extent(where)
         reply = self._call(
-            guest, Op.FLUSH_PAGE, pool=self._id(label), oid=oid, index=index, count=count
+            guest,
+            Op.FLUSH_PAGE,
+            pool=self._id(label),
+            oid=oid,
+            index=index,
+            count=count,
+            token=token,
         )
         if reply.status != Status.DONE:
             yield f"{label} {where} {self._why(reply)}"
@@ -349,14 +368,15 @@ class Player:
         table = []
         wanted = []
         for slot, entry in enumerate(" ".join(rest).split(";")):
-            name, where, *contents = entry.split()
+            (name, where, *contents), options = split(entry.split())
             oid, index, _ = self._extent(where)
             label = f"{guest}/{name}"
             if op == Op.PUT_BATCH:
                 self._put_words(guest, slot, contents, 1)
             flags = CallFlag.KEEP if contents == ["keep"] else 0
             place = 0 if op == Op.FLUSH_BATCH else slot
-            table.append((self._id(label), index, place, int(flags), oid_from_int(oid), 0))
+            token = int(options.get("token", "0"))
+            table.append((self._id(label), index, place, int(flags), oid_from_int(oid), token))
             wanted.append((label, oid, index))
             self._touch(label, oid, index, 1)
         self.windows[guest].write_table(table)
@@ -370,7 +390,8 @@ class Player:
             else:
                 what = "flushed" if served else "absent"
             yield f"{label} {oid}:{index} {what}"
-        yield f"{guest} {self._why(reply)}"
+        needs = f", needs {reply.value}" if reply.reason == Reason.STALE_TOKEN else ""
+        yield f"{guest} {self._why(reply)}{needs}"
 
     def do_call(self, words: list[str]) -> Iterator[str]:
         (guest, op), options = split(words)
@@ -535,6 +556,15 @@ class Player:
             if member.heir:
                 role = f"left, {member.client.name} pays"
             yield f"slot {slot}: {self._name(member)} {role}, {member.pages} pages"
+
+    def do_tokens(self, words: list[str]) -> Iterator[str]:
+        label, *oids = words
+        tokens = self._client(guest_of(label)).members[self._id(label)].pool.tokens
+        if tokens is None:
+            yield f"{label} has no tokens"
+            return
+        needed = ", ".join(f"{oid} needs {tokens.needed(oid_from_int(int(oid)))}" for oid in oids)
+        yield f"{label} newest {tokens.newest}, stale {tokens.stale}{': ' * bool(oids)}{needed}"
 
     def do_frames(self, _words: list[str]) -> Iterator[str]:
         frames = self.machine.store.frames

@@ -26,15 +26,16 @@ follows it, indented.
     machine frames=N policy=P scheduling=S admission=off   first, if at all
     guest G / depart G
     pool G/P ephemeral|persistent [shared=UUID] [priority=low|high]
-    put G/P H W... [hints=low,active] / get G/P H [keep] / flush G/P H / flush G/P OBJECT
+    put G/P H W... [hints=low,active] [token=T] / get G/P H [keep]
+    flush G/P H [token=T] / flush G/P OBJECT [token=T]
     destroy G/P
-    batch G put|get|flush P H W; P H W; ...
+    batch G put|get|flush P H W [token=T]; P H W; ...
     call G OP field=value... / message G BYTES / version G
     set G|G/P key=value... / freeze [G] / thaw [G] / schedule S
     allow G UUID [reader] / deny G UUID / grants
     host-flush [G] PAGES / host-destroy G[/P] / freeable
     restart / reap [PAGES] / compact / recompress
-    pages G/P / charges / targets / sharers G/P / frames / savings / counts G
+    pages G/P / charges / targets / sharers G/P / tokens G/P OBJECT... / frames / savings / counts G
     quiet COMMAND / repeat N COMMAND with {n}
 """
 

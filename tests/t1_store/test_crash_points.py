@@ -21,7 +21,7 @@ from hypervisor.auth import Grants, Role
 from hypervisor.entries import Entries
 from hypervisor.invariants import check
 from hypervisor.machine import Machine
-from hypervisor.pools import Settings
+from hypervisor.pools import Member, Settings
 from hypervisor.recovery import recover
 from hypervisor.sharing import Sharing
 from ipc.abi import PAGE_BYTES, REPLY, REQUEST, Op, oid_from_int, pool_flag_word
@@ -62,10 +62,17 @@ class Rig:
         self.window: Window = anonymous_window()
 
     def call(
-        self, name: str, op: Op, pool: int = 0, oid: int = 0, index: int = 0, count: int = 0
+        self,
+        name: str,
+        op: Op,
+        pool: int = 0,
+        oid: int = 0,
+        index: int = 0,
+        count: int = 0,
+        token: int = 0,
     ) -> int:
         """The map of the reply."""
-        request = REQUEST.pack(1, op, 0, count, pool, index, oid_from_int(oid), 0, 0, 0)
+        request = REQUEST.pack(1, op, 0, count, pool, index, oid_from_int(oid), 0, token, 0)
         client = self.machine.attach(name, 1, 1, 0)
         assert client is not None
         return int(REPLY.unpack(self.machine.execute(client, request, self.window))[5])
@@ -76,10 +83,10 @@ class Rig:
             uuid = int.from_bytes(UUIDS.get(kind, b"\xff" * 16), "little")
             self.call(name, Op.NEW_POOL, word, uuid)
 
-    def put(self, name: str, pool: int, oid: int, index: int, *pages: bytes) -> int:
+    def put(self, name: str, pool: int, oid: int, index: int, *pages: bytes, token: int = 0) -> int:
         for slot, page in enumerate(pages):
             self.window.slot(slot)[:] = page
-        return self.call(name, Op.PUT_PAGE, pool, oid, index, len(pages))
+        return self.call(name, Op.PUT_PAGE, pool, oid, index, len(pages), token)
 
     def ask(self, **record: Any) -> None:
         assert "error" not in Administration(self.machine).answer(record)
@@ -91,6 +98,10 @@ class Rig:
             for pool in self.machine.memberships.all_pools(self.machine.clients)
             for (oid, index), page in held_pages(pool, self.machine).items()
         }
+
+    def members(self, pool_id: int) -> list[Member]:
+        """Of the pool that guests know by this id."""
+        return [one.members[pool_id] for one in self.machine.clients.values()]
 
     def is_ephemeral(self, pool_number: int) -> bool:
         pools = self.machine.memberships.all_pools(self.machine.clients)
@@ -325,6 +336,43 @@ def test_a_kill_at_any_bytecode_loses_nothing_and_revives_nothing(name: str) -> 
         if number % 8 == 0:
             serve(survivor)
     assert len(images) > 1 or after == before
+
+
+FENCED: dict[str, list[Step]] = {
+    "put under a newer token": [lambda rig: rig.put("b", ES, 1, 60, *mixed(1), token=9)],
+    "flush under a newer token": [lambda rig: rig.call("b", Op.FLUSH_PAGE, ES, 1, 61, 6, 9)],
+    "flush an object under a newer token": [
+        lambda rig: rig.call("b", Op.FLUSH_OBJECT, ES, 1, token=9),
+        reap,
+    ],
+    "flush what is not there": [lambda rig: rig.call("b", Op.FLUSH_PAGE, ES, 77, 0, 1, 9)],
+}
+
+
+@pytest.mark.parametrize("name", list(FENCED))
+def test_a_kill_never_lets_an_older_put_in(name: str) -> None:
+    """Once anything that the call does can be seen, an older put is refused; what is there before
+    that is as good as ever, and an older put is as good as it was."""
+    arena = restored(prepared())
+    rig = Rig(arena)
+    rig.put("a", ES, 50, 0, raw(50), token=5)
+    before = rig.contents()
+    _, images = images_during(arena.mapping[:], FENCED[name])
+    fenced = 0
+    for number, left in enumerate(images):
+        survivor = Rig(restored(left))
+        check(survivor.machine)
+        newest = {m.tokens.newest for m in survivor.members(ES) if m.tokens is not None}
+        assert newest in ({5}, {9}), f"state {number}"
+        now = survivor.contents()
+        if newest == {9}:
+            fenced += 1
+            assert survivor.put("a", ES, 1, 60, raw(1), token=8) == 0, f"state {number}"
+            assert survivor.contents() == now
+        else:
+            assert now == before, f"state {number}: it was done before the segment knew its token"
+        assert survivor.put("a", ES, 1, 60, raw(1), token=9) == 1
+    assert 0 < fenced < len(images)
 
 
 def serve(rig: Rig) -> None:

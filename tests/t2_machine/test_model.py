@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import hypervisor.store
+from hypervisor.arena import Arena
 from hypervisor.balance import MODES
 from hypervisor.eviction import POLICIES
 from hypervisor.invariants import check
 from hypervisor.machine import Machine
+from hypervisor.tokens import Tokens
 from ipc.abi import REPLY, CallFlag, Op, Priority
 from ipc.limits import WINDOW_SLOTS
 from tests.support import longrun
@@ -72,32 +74,44 @@ class Histories(RuleBasedStateMachine):
         for name, group in zip(GUESTS, groups, strict=False):
             self.world.ask(verb="set", guest=name, group=group, compress=compress)
 
-    @rule(name=names, part=parts, oid=oids, index=indexes, count=counts, flags=flags)
-    def put(self, name: str, part: int, oid: int, index: int, count: int, flags: int) -> None:
+    @rule(
+        name=names,
+        part=parts,
+        oid=oids,
+        index=indexes,
+        count=counts,
+        flags=flags,
+        token=st.integers(0, 3),
+    )
+    def put(
+        self, name: str, part: int, oid: int, index: int, count: int, flags: int, token: int
+    ) -> None:
         if (name, part) in self.world.ids:
             pages = [self.world.page() for _ in range(count)]
-            self.world.put(name, part, oid, index, pages, WINDOW_SLOTS - count, flags)
+            self.world.put(name, part, oid, index, pages, WINDOW_SLOTS - count, flags, token)
 
     @rule(name=names, part=parts, oid=oids, index=indexes, count=counts, keep=st.booleans())
     def get(self, name: str, part: int, oid: int, index: int, count: int, keep: bool) -> None:
         if (name, part) in self.world.ids:
             self.world.get(name, part, oid, index, count, 0, keep=keep)
 
-    @rule(name=names, part=parts, oid=oids, index=indexes, count=counts)
-    def flush(self, name: str, part: int, oid: int, index: int, count: int) -> None:
+    @rule(name=names, part=parts, oid=oids, index=indexes, count=counts, token=st.integers(0, 3))
+    def flush(self, name: str, part: int, oid: int, index: int, count: int, token: int) -> None:
         if (name, part) in self.world.ids:
-            self.world.flush(name, part, oid, index, count)
+            self.world.flush(name, part, oid, index, count, token)
 
-    @rule(name=names, part=parts, oid=oids)
-    def flush_object(self, name: str, part: int, oid: int) -> None:
+    @rule(name=names, part=parts, oid=oids, token=st.integers(0, 3))
+    def flush_object(self, name: str, part: int, oid: int, token: int) -> None:
         if (name, part) in self.world.ids:
-            self.world.flush_object(name, part, oid)
+            self.world.flush_object(name, part, oid, token)
 
     @rule(
         name=names,
         op=st.sampled_from((Op.PUT_BATCH, Op.GET_BATCH, Op.FLUSH_BATCH)),
         entries=st.lists(
-            st.builds(Entry, parts, oids, indexes, st.integers(0, 3), st.just(0)),
+            st.builds(
+                Entry, parts, oids, indexes, st.integers(0, 3), st.just(0), st.integers(0, 3)
+            ),
             min_size=1,
             max_size=6,
         ),
@@ -166,6 +180,7 @@ def test_all_outcomes_are_met() -> None:
         "PUT_PAGE ENOMEM OVER_ALLOTMENT",
         "PUT_PAGE ENOSPC DUPLICATE_FLUSHED",
         "PUT_PAGE EPERM NOT_WRITER",
+        "PUT_PAGE ESTALE STALE_TOKEN",
         "GET_PAGE DONE NONE",
         "GET_PAGE MISS NONE",
         "GET_PAGE EEMPTY POOL_EMPTY",
@@ -212,14 +227,27 @@ def _flush_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hypervisor.store.Store, "flush", wrong)
 
 
+def _old_tokens_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object forgets the token of a flush."""
+    monkeypatch.setattr(Tokens, "see", lambda *_: None)
+
+
+def _restart_forgets_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The segment never hears of one."""
+    monkeypatch.setattr(Arena, "set_pool_token", lambda *_: None)
+
+
 def _steps(world: World, count: int) -> None:
     for _ in range(count):
         world.step()
 
 
-@pytest.mark.parametrize("break_it", [_wrong_map, _old_copy_stays, _flush_forgets])
+@pytest.mark.parametrize(
+    "break_it",
+    [_wrong_map, _old_copy_stays, _flush_forgets, _old_tokens_will_do, _restart_forgets_tokens],
+)
 def test_the_oracle_notices(break_it: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three faults, each found within some hundred steps."""
+    """Five faults, each found within some hundred or thousand steps."""
     world = World(7)
     break_it(monkeypatch)  # type: ignore[operator]
 
