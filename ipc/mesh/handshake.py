@@ -307,7 +307,7 @@ class Handshake:
         transcript = self._transcript()
         assert self._theirs is not None
         if not hmac.compare_digest(untrusted_proof, _digest(self._key, b"proof", role, transcript)):
-            raise Refused(Reason.KEY, f"{self.speaker} does not know the key of this cluster")
+            raise Refused(Reason.KEY, f"{self.speaker} and this node have different cluster keys")
         theirs = self._theirs[1]
         if theirs.parameters != self._identity.parameters:
             words = self._difference(self._identity.parameters, theirs.parameters)
