@@ -1,10 +1,11 @@
 """Coverage-guided fuzzing with atheris.
 
-    python -m tests.fuzz [wire|machine] --seconds 60 [--corpus DIR]
-    python -m tests.fuzz wire|machine --replay FILE
+    python -m tests.fuzz [TARGET] --seconds 60 [--corpus DIR]
+    python -m tests.fuzz TARGET --replay FILE
 
-Without a target both run, half of the time each.  The corpus is kept and taken up again; an input
-that finds something is written beside it, and the last lines say how to replay it.
+Without a target (`targets`) all run, each for its part of the time.  The corpus is kept and taken
+up again; an input that finds something is written beside it, and the last lines say how to replay
+it.
 """
 
 from __future__ import annotations

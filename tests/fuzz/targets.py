@@ -8,6 +8,7 @@
            contradicts ABI.md, bytes of a guest that does not share in a window, and a broken
            invariant.
 `ring`     the hypervisor's end of rings whose guests write anything anywhere (`rings`).
+`mesh`     one end of a connection between two nodes: frames, handshake and seals (`mesh`).
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from ipc.errors import GuestFault
 from ipc.limits import WINDOW_SLOTS
 from ipc.window import Window, anonymous_window
 from ipc.wire import decode_batch, decode_reply, decode_request
+from tests.fuzz.mesh import fuzz_mesh
 from tests.fuzz.rings import fuzz_ring
 
 STEPS_MAX: Final = 400
@@ -407,5 +409,6 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "wire": fuzz_wire,
     "machine": fuzz_machine,
     "ring": fuzz_ring,
+    "mesh": fuzz_mesh,
 }
-LENGTH_MAX: Final = {"wire": 400, "machine": 4000, "ring": 1000}
+LENGTH_MAX: Final = {"wire": 400, "machine": 4000, "ring": 1000, "mesh": 600}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import random
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 from hypervisor.machine import Machine
 from ipc.abi import REPLY
+from ipc.mesh import frames, handshake
 from ipc.ring import RingPair
+from tests.fuzz.mesh import fuzz_mesh
 from tests.fuzz.rings import fuzz_ring
 from tests.fuzz.targets import LENGTH_MAX, Finding, fuzz_machine, fuzz_wire
 
@@ -20,6 +23,47 @@ from tests.fuzz.targets import LENGTH_MAX, Finding, fuzz_machine, fuzz_wire
 def test_parsers_raise_what_they_declare(data: bytes) -> None:
     """And nothing else, for any bytes."""
     fuzz_wire(data)
+
+
+@settings(derandomize=True, database=None, max_examples=500, deadline=None)
+@given(st.binary(max_size=LENGTH_MAX["mesh"]))
+def test_an_end_of_a_mesh_survives_any_bytes(data: bytes) -> None:
+    """Small inputs, which shrink well."""
+    fuzz_mesh(data)
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_an_end_of_a_mesh_survives_long_random_bytes(kind: int) -> None:
+    """Each of the target's halves some hundred times."""
+    for seed in range(300):
+        fuzz_mesh(bytes([kind]) + random.Random(seed).randbytes(LENGTH_MAX["mesh"] - 1))
+        fuzz_mesh(bytes([kind]) + random.Random(seed).randbytes(5))
+
+
+@pytest.mark.parametrize("module", [frames, handshake])
+def test_the_mesh_target_notices_proofs_and_seals_that_are_not_compared(
+    monkeypatch: pytest.MonkeyPatch, module: object
+) -> None:
+    """A target that can't fail would prove nothing."""
+    monkeypatch.setattr(module, "hmac", Careless)
+
+    def campaign() -> None:
+        for seed in range(300):
+            fuzz_mesh(b"\3" + random.Random(seed).randbytes(3))
+            fuzz_mesh(b"\4" + random.Random(seed).randbytes(100))
+
+    with pytest.raises(AssertionError, match=r"went through|never sealed"):
+        campaign()
+
+
+class Careless:
+    """hmac that finds everything equal."""
+
+    digest = staticmethod(hmac.digest)
+
+    @staticmethod
+    def compare_digest(_left: bytes, _right: bytes) -> bool:
+        return True
 
 
 @settings(derandomize=True, database=None, max_examples=300, deadline=None)
