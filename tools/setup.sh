@@ -2,7 +2,8 @@
 # Make the virtual environment .venv, and install what the tests want from Debian where that is possible.
 #
 #   tools/setup.sh demo    what `make demo` needs
-#   tools/setup.sh dev     everything
+#   tools/setup.sh dev     everything but the next
+#   tools/setup.sh vm      what `make vm-check` needs (Linux in a virtual machine)
 #
 # Needs a POSIX shell and a Python of at least 3.11 (the newest found, or what PYTHON names). Does nothing, and says nothing, when all is in place:
 # stamp files in .venv hold a hash of what it was made from. Python packages come from the hash-locked
@@ -11,13 +12,17 @@ set -eu
 cd -- "$(dirname -- "$0")/.."
 
 kind=${1:-}
+without='tests that want these skip'
 case $kind in
     demo) requirements=requirements.txt debian='e2fsprogs' ;;
     dev) requirements=requirements-dev.txt
          # e2fsprogs and ocfs2-tools judge our file systems; gcc and the multilib parts build the C client for 64 and 32 bits;
          # the two servers are what `make bench` compares with.
          debian='e2fsprogs ocfs2-tools gcc libc6-dev gcc-multilib redis-server memcached' ;;
-    *) echo "usage: tools/setup.sh demo|dev" >&2; exit 64 ;;
+    vm) requirements=requirements.txt
+        debian='qemu-system-x86 seabios busybox-static kmod ocfs2-tools'
+        without='make vm-check can not run without these' ;;
+    *) echo "usage: tools/setup.sh demo|dev|vm" >&2; exit 64 ;;
 esac
 
 venv=.venv
@@ -74,19 +79,19 @@ apt_install() {
 
 install_debian_packages() {
     if ! command -v dpkg-query >/dev/null 2>&1; then
-        [ -e "$venv/.stamp-$kind" ] || say "not a Debian machine: tests that want $debian skip where it is missing"
+        [ -e "$venv/.stamp-$kind" ] || say "not a Debian machine: $debian are looked for and not installed; $without"
         return 0
     fi
     # shellcheck disable=SC2086
     wanted=$(missing_of $debian)
     [ -n "$wanted" ] || return 0
     if [ "$(id -u)" != 0 ]; then
-        say "not installed (needs root: apt-get install $wanted); tests that want these skip"
+        say "not installed (needs root: apt-get install $wanted); $without"
         return 0
     fi
     say "installing Debian packages: $wanted"
     # shellcheck disable=SC2086
-    apt_install $wanted || say "apt-get could not install $wanted; tests that want these skip"
+    apt_install $wanted || say "apt-get could not install $wanted; $without"
 }
 
 # ---- Python ----
