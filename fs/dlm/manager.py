@@ -1,0 +1,423 @@
+"""One node's lock manager: its locks, the resources it masters, and the way between both.
+
+A state machine: `lock`, `down`, `unlock`, `cancel`, `deliver`, `tick` and `set_view` change it, and
+what comes of them is told to `LockEvents`. It never waits and never looks at a clock. `locks` makes
+something out of it that a file system can call.
+
+What it promises, in o2dlm's terms: NL, PR and EX; a grant is told (AST) and so is being in the
+way (BAST); requests that don't wait (NOQUEUE); cancel, which is answered by a denial or by the
+grant that was faster; a value of 64 bytes; a master per resource; and, beyond o2dlm, a fencing
+token that grows with each EX grant of a resource.
+
+Rules that make it simple:
+  - going down takes effect here at once and needs no answer; going up is a request;
+  - one request a lock at a time;
+  - a message counts only from who may send it: grants from the master of that name, requests from
+    members. Everything else is counted in `refused` and has no effect;
+  - messages to itself take the same way as others, through `_to_self`.
+
+A node that joins has a new `LockManager`. The epochs that membership gives out must grow over the
+life of whatever remembers tokens (a shared pool), also when all nodes were gone in between.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from fs.dlm.links import RETRANSMIT_NS, Links
+from fs.dlm.lock import Lock, LockEvents
+from fs.dlm.messages import (
+    NAME_BYTES_MAX,
+    NO_FLAG,
+    NODE_MAX,
+    VALUE_BYTES,
+    Bast,
+    Cancel,
+    Claim,
+    Death,
+    Deny,
+    Done,
+    Down,
+    Flag,
+    Grant,
+    Member,
+    Message,
+    Reason,
+    Record,
+    Release,
+    Request,
+    Value,
+)
+from fs.dlm.modes import Mode
+from fs.dlm.recovery import EPOCH_MAX, Findings, Rebuild, master_of
+from fs.dlm.resource import Post, Resource
+from fs.dlm.transport import LockTransport
+from fs.errors import error
+
+
+class LockManager:
+    """The lock manager of node `node`."""
+
+    def __init__(
+        self,
+        node: int,
+        transport: LockTransport,
+        events: LockEvents,
+        *,
+        retransmit_ns: int = RETRANSMIT_NS,
+    ) -> None:
+        if not 0 <= node <= NODE_MAX:
+            raise ValueError(f"node {node} is not between 0 and {NODE_MAX}")
+        self.node = node
+        self.epoch = 0
+        self.members: frozenset[int] = frozenset()
+        self.ready = False
+        self.expelled = False
+        self.refused = 0
+        """Messages that their sender had no right to send, or that made no sense."""
+        self.links = Links(node, transport, retransmit_ns=retransmit_ns)
+        self._events = events
+        self._locks: dict[bytes, Lock] = {}
+        self._resources: dict[bytes, Resource] = {}
+        self._rebuild: Rebuild | None = None
+        self._since: dict[int, int] = {}
+        self._marked: set[int] = set()
+        self._known = Findings()
+        self._highest_token = 0
+        self._last_request = 0
+        self._too_early: list[tuple[int, Message]] = []
+        self._to_self: deque[Message] = deque()
+        self._news: deque[tuple[str, tuple[object, ...]]] = deque()
+        self._draining = False
+
+    # What the node asks.
+
+    @property
+    def resources(self) -> Mapping[bytes, Resource]:
+        """What this node masters, for people who look."""
+        return MappingProxyType(self._resources)
+
+    @property
+    def locks(self) -> Mapping[bytes, Lock]:
+        """What this node holds and wants, for people who look."""
+        return MappingProxyType(self._locks)
+
+    @property
+    def missing(self) -> frozenset[int]:
+        """Members that recovery waits for."""
+        return self._rebuild.missing if self._rebuild is not None else frozenset()
+
+    def mode(self, name: bytes) -> Mode | None:
+        """What this node holds."""
+        lock = self._locks.get(name)
+        return None if lock is None else lock.granted
+
+    def token(self, name: bytes) -> int:
+        """The fencing token of the newest EX grant; right while PR or EX is held."""
+        lock = self._locks.get(name)
+        return 0 if lock is None else lock.token
+
+    def value(self, name: bytes) -> Value:
+        """The lock value block; right while PR or EX is held."""
+        lock = self._locks.get(name)
+        return None if lock is None else lock.value
+
+    def set_value(self, name: bytes, value: bytes) -> None:
+        """Write the lock value block: others see it when EX was given up."""
+        lock = self._locks.get(name)
+        if lock is None or lock.granted != Mode.EX:
+            raise ValueError("a lock value block is written under EX only")
+        if len(value) != VALUE_BYTES:
+            raise ValueError(f"a lock value block has {VALUE_BYTES} bytes, not {len(value)}")
+        lock.value = bytes(value)
+
+    def master_of(self, name: bytes) -> int | None:
+        """The master of a name in this view."""
+        return master_of(name, self.members) if self.members else None
+
+    # What the node wants.
+
+    def lock(self, name: bytes, mode: Mode, flags: Flag = NO_FLAG) -> None:
+        """Ask for a new lock, or for more than what is held; `LockEvents` has the answer."""
+        if self.expelled:
+            raise error(errno.EIO, f"node {self.node} is not in the cluster any more")
+        if not 1 <= len(name) <= NAME_BYTES_MAX:
+            raise ValueError(f"a lock's name has 1 to {NAME_BYTES_MAX} bytes, not {len(name)}")
+        lock = self._locks.get(name)
+        if lock is not None:
+            if lock.wanted is not None:
+                raise ValueError("a lock has one request at a time")
+            if lock.granted is not None and mode <= lock.granted:
+                raise ValueError(f"{lock.granted.name} is held already")
+        else:
+            lock = self._locks[name] = Lock(name, self.master_of(name))
+        self._last_request = (self._last_request + 1) & 0xFFFFFFFF
+        lock.wanted, lock.flags, lock.request = mode, flags, self._last_request
+        self._post(lock.master, Request(name, lock.request, mode, flags))
+        self._drain()
+
+    def down(self, name: bytes, mode: Mode) -> None:
+        """Go down to `mode`, at once."""
+        lock = self._idle_lock(name)
+        if lock.granted is None or mode > lock.granted:
+            raise ValueError("going down means to a lower mode")
+        value = lock.value if lock.granted == Mode.EX else None
+        lock.granted = mode
+        lock.recovering = lock.recovering and mode != Mode.NL
+        self._post(lock.master, Down(name, mode, gone=False, value=value))
+        self._drain()
+
+    def unlock(self, name: bytes) -> None:
+        """Have no lock on this resource any more, at once."""
+        lock = self._idle_lock(name)
+        value = lock.value if lock.granted == Mode.EX else None
+        del self._locks[name]
+        self._post(lock.master, Down(name, Mode.NL, gone=True, value=value))
+        self._drain()
+
+    def cancel(self, name: bytes) -> None:
+        """Take the request back: it will be denied as cancelled, unless its answer was faster."""
+        lock = self._locks.get(name)
+        if lock is None or lock.wanted is None:
+            return
+        if not self.members:
+            self._denied(lock, Reason.CANCELLED)
+        else:
+            lock.flags |= Flag.NOQUEUE  # a new view will not queue it again
+            self._post(lock.master, Cancel(name, lock.request))
+        self._drain()
+
+    # Views.
+
+    def hold(self, dead_node: int) -> None:
+        """Hold back what `dead_node` had in EX. Call before the view that says it is dead."""
+        self._marked.add(dead_node)
+
+    def release_dead(self, dead_node: int) -> None:
+        """The journal of `dead_node` was replayed. One node has to say so; all are told."""
+        self._release(Death(dead_node, self.epoch))
+        for node in sorted(self.members - {self.node}):
+            self.links.post(node, Release(Death(dead_node, self.epoch)))
+        self._drain()
+
+    def set_view(self, epoch: int, members: frozenset[int]) -> None:
+        """A new view begins. Older ones are ignored."""
+        if epoch <= self.epoch or self.expelled:
+            return
+        if epoch > EPOCH_MAX:
+            raise ValueError(f"epoch {epoch} is above {EPOCH_MAX}")
+        if self.node not in members:
+            self._expel()
+            return
+        done = Done(
+            self.epoch,
+            self.ready,
+            self._highest_token,
+            tuple(Member(node, self._since[node]) for node in sorted(self.members)),
+            self._known.held | {Death(node, epoch) for node in self._marked},
+            frozenset(Death(*item) for item in self._known.released.items()),
+            self._known.graves,
+        )
+        records = [r.record() for r in self._resources.values()] if self.ready else []
+        self._since = {node: self._since.get(node, epoch) for node in members}
+        self._known.held = done.held
+        self._marked.clear()
+        self.epoch, self.members, self.ready = epoch, members, False
+        self._resources = {}
+        self._rebuild = Rebuild(epoch, members)
+        self._too_early.clear()
+        self._to_self.clear()
+        self.links.start(epoch, members)
+        for record in records:
+            self._post(self.master_of(record.name), record)
+        for lock in list(self._locks.values()):
+            self._claim(lock)
+        for node in sorted(members):
+            self._post(node, done)
+        for node, messages in self.links.came_early():
+            for message in messages:
+                self._handle(node, message)
+        self._drain()
+
+    # What comes from outside.
+
+    def deliver(self, from_node: int, message: bytes) -> None:
+        """Bytes from another node; any bytes."""
+        if self.expelled:
+            return
+        for each in self.links.receive(from_node, message):
+            self._handle(from_node, each)
+        self._drain()
+
+    def tick(self, now_ns: int) -> None:
+        """Time has passed."""
+        self.links.tick(now_ns)
+
+    def peer_up(self, node: int) -> None:
+        """The transport reaches `node` again."""
+        self.links.peer_up(node)
+
+    def peer_down(self, node: int) -> None:
+        """The transport does not reach `node`."""
+        self.links.peer_down(node)
+
+    # The inside.
+
+    def _handle(self, from_node: int, message: Message) -> None:
+        match message:
+            case Claim() | Record() | Done():
+                if self._rebuild is None or (
+                    not isinstance(message, Done) and self.master_of(message.name) != self.node
+                ):
+                    self.refused += 1
+                    return
+                self._rebuild.take(from_node, message)
+                if self._rebuild.complete:
+                    self._finish(self._rebuild)
+            case Grant() | Deny() | Bast():
+                lock = self._locks.get(message.name)
+                if lock is None or lock.master != from_node:
+                    # A lock that is gone here may still be asked for; else it is a stranger.
+                    self.refused += lock is not None
+                    return
+                self._answered(lock, message)
+            case Release(death):
+                self._release(death)
+            case Request() | Cancel() | Down():
+                if self.master_of(message.name) != self.node:
+                    self.refused += 1
+                elif not self.ready:
+                    self._too_early.append((from_node, message))
+                else:
+                    self._mastered(from_node, message)
+
+    def _mastered(self, from_node: int, message: Request | Cancel | Down) -> None:
+        resource = self._resources.get(message.name)
+        posts: list[Post] = []
+        match message:
+            case Request():
+                if resource is None:
+                    resource = self._resources[message.name] = self._known.new(message.name)
+                posts = resource.ask(from_node, message)
+            case _ if resource is None:
+                self.refused += 1
+                return
+            case Cancel():
+                posts = resource.cancel(from_node, message)
+            case Down():
+                posts = resource.down(from_node, message)
+        self._highest_token = max(self._highest_token, resource.token)
+        self._forget_unused(resource)
+        self._post_all(posts)
+
+    def _answered(self, lock: Lock, message: Grant | Deny | Bast) -> None:
+        match message:
+            case Bast(_, mode):
+                if lock.granted is not None and lock.granted > mode:
+                    self._news.append(("blocking", (lock.name, mode)))
+            case Grant(_, request, mode, token, value):
+                if lock.wanted != mode or lock.request != request:
+                    self.refused += 1
+                    return
+                lock.granted, lock.wanted = mode, None
+                lock.recovering = bool(lock.flags & Flag.RECOVERING)
+                lock.token, lock.value = token, value
+                self._highest_token = max(self._highest_token, token)
+                self._news.append(("granted", (lock.name, mode)))
+            case Deny(_, request, reason):
+                if lock.wanted is None or lock.request != request:
+                    self.refused += 1
+                    return
+                self._denied(lock, reason)
+
+    def _denied(self, lock: Lock, reason: Reason) -> None:
+        lock.wanted = None
+        if lock.granted is None:
+            del self._locks[lock.name]
+        self._news.append(("denied", (lock.name, reason)))
+
+    def _claim(self, lock: Lock) -> None:
+        lock.master = self.master_of(lock.name)
+        flags = lock.flags if lock.wanted is not None else NO_FLAG
+        if lock.recovering:
+            flags |= Flag.RECOVERING
+        claim = Claim(
+            lock.name, lock.granted, lock.wanted, lock.request, flags, lock.token, lock.value
+        )
+        self._post(lock.master, claim)
+
+    def _finish(self, rebuild: Rebuild) -> None:
+        self._rebuild = None
+        findings = rebuild.finish(self._known)
+        if self.node in findings.expelled:
+            self._expel()
+            return
+        self._known = findings
+        self._resources = findings.resources
+        self._highest_token = max(self._highest_token, findings.floor)
+        self.ready = True
+        self._news.append(("recovered", (self.epoch,)))
+        self._post_all(rebuild.posts)
+        too_early, self._too_early = self._too_early, []
+        for from_node, message in too_early:
+            self._handle(from_node, message)
+
+    def _release(self, death: Death) -> None:
+        self._known.release(Death(death.node, min(death.epoch, self.epoch)))
+        for resource in list(self._resources.values()):
+            if resource.deaths:
+                self._post_all(resource.release(self._known.unreleased(resource.deaths)))
+                self._forget_unused(resource)
+
+    def _forget_unused(self, resource: Resource) -> None:
+        if resource.unused:
+            self._known.floor = max(self._known.floor, resource.token)
+            del self._resources[resource.name]
+
+    def _expel(self) -> None:
+        self.expelled = True
+        self.ready = False
+        self.members = frozenset()
+        self._locks.clear()
+        self._resources.clear()
+        self._rebuild = None
+        self._to_self.clear()
+        self._too_early.clear()
+        self.links.start(EPOCH_MAX, ())
+        self._news.append(("expelled", ()))
+        self._drain()
+
+    def _idle_lock(self, name: bytes) -> Lock:
+        lock = self._locks.get(name)
+        if lock is None or lock.wanted is not None:
+            raise ValueError("no lock that is held and not asked for")
+        return lock
+
+    def _post_all(self, posts: list[Post]) -> None:
+        for to_node, message in posts:
+            self._post(to_node, message)
+
+    def _post(self, to_node: int | None, message: Message) -> None:
+        if to_node == self.node:
+            self._to_self.append(message)
+        elif to_node is not None:
+            self.links.post(to_node, message)
+
+    def _drain(self) -> None:
+        """Deal with messages to itself, then tell the node; not from inside of either."""
+        if self._draining:
+            return
+        self._draining = True
+        try:
+            while self._to_self or self._news:
+                if self._to_self:
+                    self._handle(self.node, self._to_self.popleft())
+                else:
+                    event, arguments = self._news.popleft()
+                    getattr(self._events, event)(*arguments)
+        finally:
+            self._draining = False
+        self.links.acknowledge()
