@@ -91,5 +91,8 @@ class DirectPages:
     def sync_all(self) -> None:
         """Nothing is held back."""
 
+    def invalidate(self, inode: Inode) -> None:
+        """Nothing is kept."""
+
     def forget(self, inode: Inode) -> None:
         """Nothing is kept."""

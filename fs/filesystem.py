@@ -14,6 +14,7 @@ damaged metadata, EIO from the device.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -79,6 +80,36 @@ class FileSystem(Protocol):
         """The clock of this mount, nanoseconds since 1970."""
         ...
 
+    def attach_pages(self, pages: FilePages) -> None:
+        """Where this mount's file data is cached.
+
+        A file system with a journal writes it before it commits, a cluster file system before it
+        gives a lock up.
+        """
+        ...
+
+    def reading(self, inode: Inode) -> AbstractContextManager[None]:
+        """Inside, the fields of `inode`, its pages and `map_blocks` are current.
+
+        May be nested, also inside `writing`. ESTALE when another node freed the file.
+        """
+        ...
+
+    def writing(self, inode: Inode) -> AbstractContextManager[None]:
+        """As `reading`, and no other node sees or changes anything of the file inside.
+
+        Must not begin inside `reading`.
+        """
+        ...
+
+    def opened(self, inode: Inode) -> None:
+        """The first handle here: no other node frees the file. ENOENT when one did."""
+        ...
+
+    def closed(self, inode: Inode) -> None:
+        """The last handle here is closed."""
+        ...
+
     def iget(self, ino: int) -> Inode:
         """The inode `ino`; EUCLEAN when the number is out of range or the inode is not in use."""
         ...
@@ -135,7 +166,8 @@ class FileSystem(Protocol):
     def truncate(self, inode: Inode, size: int) -> None:
         """Set the size of a regular file and free blocks beyond it.
 
-        No blocks are allocated when it grows. `FilePages.truncate` comes first.
+        `FilePages.truncate` comes first. When it grows no blocks are allocated, but where the
+        format has no holes.
         """
         ...
 
@@ -218,6 +250,13 @@ class FilePages(Protocol):
 
     def sync_all(self) -> None:
         """Write all dirty pages of the file system to the device (no device flush)."""
+        ...
+
+    def invalidate(self, inode: Inode) -> None:
+        """Another node is going to change the file: write back what is dirty, drop all pages.
+
+        They are offered to the hooks before, whose pages stay: they are what the disk holds.
+        """
         ...
 
     def forget(self, inode: Inode) -> None:

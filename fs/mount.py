@@ -7,12 +7,15 @@ image again when it can't be mounted.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from fs.block.device import BlockDevice
 from fs.block.file import FileDevice
 from fs.errors import ImageError
 from fs.ext.filesystem import BUFFERS_BLOCKS, ExtFileSystem
+from fs.ocfs2.filesystem import Ocfs2
+from fs.ocfs2.locking import ClusterLocks
+from fs.ocfs2.super import is_ocfs2
 
 
 def mount_image(
@@ -22,13 +25,29 @@ def mount_image(
     buffer_blocks: int = BUFFERS_BLOCKS,
     read_only: bool = False,
     stack: Callable[[BlockDevice], BlockDevice] = lambda device: device,
-) -> ExtFileSystem:
-    """Mount the image at `path`; `ImageError` when that is not possible.
+    locks: ClusterLocks | None = None,
+    node: int = 0,
+    live_nodes: Collection[int] | None = None,
+    open_device: Callable[..., BlockDevice] = FileDevice,
+) -> ExtFileSystem | Ocfs2:
+    """Mount the image at `path`, ext2 or OCFS2; `ImageError` when that is not possible.
 
     `stack` may put devices on the image, such as `CountingDevice`. `unmount` closes the image.
+    `locks`, `node` and `live_nodes` are for OCFS2, see there; `open_device(path, read_only=...)`
+    opens an image that several nodes share.
     """
-    device = stack(FileDevice(path, read_only=read_only))
+    device = stack(open_device(path, read_only=read_only))
     try:
+        if is_ocfs2(device):
+            return Ocfs2(
+                device,
+                clock_ns=clock_ns,
+                locks=locks,
+                node=node,
+                live_nodes=live_nodes,
+                buffer_blocks=buffer_blocks,
+                read_only=read_only,
+            )
         return ExtFileSystem(
             device, clock_ns=clock_ns, buffer_blocks=buffer_blocks, read_only=read_only
         )

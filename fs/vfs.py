@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
 
@@ -61,6 +62,7 @@ class Vfs:
         self.pages = pages
         self._handles: dict[int, Handle] = {}
         self._opens: dict[Inode, int] = {}
+        fs.attach_pages(pages)
 
     # Files
 
@@ -81,11 +83,17 @@ class Vfs:
         _check_openable(handle, path)
         if not created and (handle.writable or flags & os.O_TRUNC) and self.fs.read_only:
             raise error(errno.EROFS, repr(path))
-        if flags & os.O_TRUNC and inode.is_file and not created:
-            self._truncate(inode, 0)
+        if inode not in self._opens:
+            self.fs.opened(inode)
+        self._opens[inode] = self._opens.get(inode, 0) + 1
         number = next(n for n in range(3, HANDLES_MAX + 4) if n not in self._handles)
         self._handles[number] = handle
-        self._opens[inode] = self._opens.get(inode, 0) + 1
+        if flags & os.O_TRUNC and inode.is_file and not created:
+            try:
+                self._truncate(inode, 0)
+            except BaseException:
+                self.close(number)
+                raise
         return number
 
     def _open_or_create(self, path: Path, flags: int, mode: int) -> tuple[Inode, bool]:
@@ -115,6 +123,11 @@ class Vfs:
         self._opens[handle.inode] -= 1
         if not self._opens[handle.inode]:
             del self._opens[handle.inode]
+            try:
+                with self.fs.reading(handle.inode):
+                    pass  # another node may have taken the last name
+            finally:
+                self.fs.closed(handle.inode)
             self._free_if_gone(handle.inode)
 
     def read(self, number: int, size: int) -> bytes:
@@ -132,7 +145,8 @@ class Vfs:
             raise error(errno.EISDIR)
         if size < 0 or offset < 0:
             raise error(errno.EINVAL)
-        return self.pages.read(handle.inode, offset, size)
+        with self.fs.reading(handle.inode):
+            return self.pages.read(handle.inode, offset, size)
 
     def write(self, number: int, data: Bytes) -> int:
         """Write at the handle's position (at the end with O_APPEND).
@@ -140,8 +154,9 @@ class Vfs:
         Returns the bytes written, fewer than asked only when space ran out.
         """
         handle = self._handle(number)
-        offset = handle.inode.size if handle.flags & os.O_APPEND else handle.offset
-        done = self._write_at(handle, data, offset)
+        with self._writing(handle):
+            offset = handle.inode.size if handle.flags & os.O_APPEND else handle.offset
+            done = self._write_at(handle, data, offset)
         if done:
             handle.offset = offset + done
         return done
@@ -151,13 +166,17 @@ class Vfs:
         handle = self._handle(number)
         if offset < 0:
             raise error(errno.EINVAL)
-        return self._write_at(
-            handle, data, handle.inode.size if handle.flags & os.O_APPEND else offset
-        )
+        with self._writing(handle):
+            return self._write_at(
+                handle, data, handle.inode.size if handle.flags & os.O_APPEND else offset
+            )
 
-    def _write_at(self, handle: Handle, data: Bytes, offset: int) -> int:
+    def _writing(self, handle: Handle) -> AbstractContextManager[None]:
         if not handle.writable:
             raise error(errno.EBADF, "not open for writing")
+        return self.fs.writing(handle.inode)
+
+    def _write_at(self, handle: Handle, data: Bytes, offset: int) -> int:
         view = memoryview(data).cast("B")
         if not view.nbytes:
             return 0
@@ -186,9 +205,10 @@ class Vfs:
     def seek(self, number: int, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move the handle's position and return it."""
         handle = self._handle(number)
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: handle.offset, os.SEEK_END: handle.inode.size}.get(
-            whence
-        )
+        if whence == os.SEEK_END:
+            base: int | None = self._stat(handle.inode).st_size
+        else:
+            base = {os.SEEK_SET: 0, os.SEEK_CUR: handle.offset}.get(whence)
         if base is None or base + offset < 0:
             raise error(errno.EINVAL)
         handle.offset = base + offset
@@ -200,13 +220,18 @@ class Vfs:
         As strong as `sync` for this file.
         """
         handle = self._handle(number)
-        if handle.inode.is_file:
-            self.pages.sync(handle.inode)
+        with self.fs.reading(handle.inode):
+            if handle.inode.is_file:
+                self.pages.sync(handle.inode)
         self.fs.sync()
 
     def fstat(self, number: int) -> Stat:
         """What `stat` says of an open file."""
-        return Stat.of(self._handle(number).inode)
+        return self._stat(self._handle(number).inode)
+
+    def _stat(self, inode: Inode) -> Stat:
+        with self.fs.reading(inode):
+            return Stat.of(inode)
 
     def inode_of(self, number: int) -> Inode:
         """The inode behind a handle."""
@@ -234,18 +259,19 @@ class Vfs:
         self._check_writable()
         if size > self.fs.file_bytes_max:
             raise error(errno.EFBIG)
-        self.pages.truncate(inode, size)
-        self.fs.truncate(inode, size)
+        with self.fs.writing(inode):
+            self.pages.truncate(inode, size)
+            self.fs.truncate(inode, size)
 
     # Names
 
     def stat(self, path: Path) -> Stat:
         """What a path means, links followed."""
-        return Stat.of(pathwalk.resolve(self.fs, path))
+        return self._stat(pathwalk.resolve(self.fs, path))
 
     def lstat(self, path: Path) -> Stat:
         """What a path means, a link in the last place not followed."""
-        return Stat.of(pathwalk.resolve(self.fs, path, follow=False))
+        return self._stat(pathwalk.resolve(self.fs, path, follow=False))
 
     def readlink(self, path: Path) -> str:
         """The target of a symbolic link."""

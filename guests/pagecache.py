@@ -185,6 +185,20 @@ class PageCache:
             if file.dirty:
                 self._write_back(file, sorted(file.dirty))
 
+    def invalidate(self, inode: Inode) -> None:
+        """Write the file's dirty pages, offer all to cleancache and drop them.
+
+        What cleancache holds stays: it is what the disk holds (I3).
+        """
+        file = self._files.get(inode.ino)
+        if file is None:
+            return
+        self._write_back(file, sorted(file.dirty))
+        indexes = sorted(file.frames)
+        for start in range(0, len(indexes), TRANSFER_PAGES):
+            self._let_go([(file, indexes[start : start + TRANSFER_PAGES])])
+        del self._files[inode.ino]
+
     def forget(self, inode: Inode) -> None:
         """The file is gone: nothing of it is written, kept or offered any more."""
         file = self._files.pop(inode.ino, None)

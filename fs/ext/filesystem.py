@@ -21,6 +21,7 @@ import errno
 import stat
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 from weakref import WeakValueDictionary
 
@@ -35,7 +36,7 @@ from fs.ext.inode import FAST_LINK_BYTES_MAX, FILE_PAGES_MAX, ExtInode, InodeTab
 from fs.ext.mapping import BlockMap
 from fs.ext.namecache import NameCache
 from fs.ext.super import ROOT_INO, Superblock
-from fs.filesystem import Entry, FsStat
+from fs.filesystem import Entry, FilePages, FsStat
 from fs.inode import Inode
 
 LINKS_MAX: Final = 32000
@@ -117,6 +118,25 @@ class ExtFileSystem:
         E2fsck should see it.
         """
         return self._super.was_valid
+
+    # One node: there is nobody to come to terms with
+
+    def attach_pages(self, pages: FilePages) -> None:
+        """Data and metadata are written when the caller says so."""
+
+    def reading(self, inode: Inode) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Always current."""
+        return nullcontext()
+
+    def writing(self, inode: Inode) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Always alone."""
+        return nullcontext()
+
+    def opened(self, inode: Inode) -> None:
+        """Nobody else could free it."""
+
+    def closed(self, inode: Inode) -> None:
+        """Nobody else waits for it."""
 
     # Inodes
 

@@ -56,11 +56,11 @@ class Group(NamedTuple):
 
 
 class Bits(NamedTuple):
-    """What was allocated: `count` blocks from `block` on, `bit` and following of their group."""
+    """What was allocated: `length` blocks from `block` on, `bit` and following of their group."""
 
     block: int
     bit: int
-    count: int
+    length: int
 
 
 class ChainAllocator:

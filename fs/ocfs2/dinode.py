@@ -10,12 +10,13 @@ an unknown kind or more data than the disk has is EUCLEAN.
 
 from __future__ import annotations
 
+import errno
 import stat
 from dataclasses import dataclass, field
 from typing import Final
 
 from fs.block.device import BLOCK_BYTES
-from fs.errors import corrupt
+from fs.errors import corrupt, error
 from fs.inode import SECTOR_BYTES, Inode
 from fs.ocfs2.blocks import Buffer
 from fs.ocfs2.flags import DynFeature, InodeFlag
@@ -87,7 +88,10 @@ def blank(block: int) -> Ocfs2Inode:
 
 
 class Dinodes:
-    """Reads and writes inodes through the transactions."""
+    """Reads and writes inodes through the transactions.
+
+    `load` of an object whose file was freed meanwhile (by another node) is ESTALE.
+    """
 
     def __init__(self, transactions: Transactions, fs_generation: int, blocks: int) -> None:
         self._transactions = transactions
@@ -101,10 +105,10 @@ class Dinodes:
     def load(self, inode: Ocfs2Inode) -> None:
         """Take the fields from the block; EUCLEAN when it is no inode in use."""
         raw = Dinode.read(self.buffer(inode).data)
-        self._check(raw, inode.ino)
-        if inode.serial and inode.generation != raw.generation:
+        if inode.serial and (inode.generation != raw.generation or not raw.flags & InodeFlag.VALID):
             inode.gone = True
-            raise corrupt(f"inode {inode.ino} is another file now")
+            raise error(errno.ESTALE, f"inode {inode.ino} was freed")
+        self._check(raw, inode.ino)
         inode.generation = raw.generation
         inode.mode = raw.mode
         inode.nlink = raw.nlink
@@ -123,15 +127,6 @@ class Dinodes:
         inode.dyn_features = raw.dyn_features
         inode.names.clear()
         inode.room_block = 0
-
-    def in_use(self, block: int) -> bool:
-        """True when the block holds an inode that is in use."""
-        raw = Dinode.read(self._transactions.get(block, block).data)
-        return raw.signature == DINODE_SIGNATURE and bool(raw.flags & InodeFlag.VALID)
-
-    def generation(self, block: int) -> int:
-        """The generation that the block tells, whatever its state."""
-        return Dinode.read(self._transactions.get(block, block).data).generation
 
     def _check(self, raw: Dinode, block: int) -> None:
         wrong = ""
@@ -193,9 +188,18 @@ class Dinodes:
         inode.sectors = clusters * CLUSTER_SECTORS
 
     def make(
-        self, block: int, slot: int, bit: int, mode: int, nlink: int, now_ns: int
+        self,
+        block: int,
+        slot: int,
+        bit: int,
+        mode: int,
+        nlink: int,
+        now_ns: int,
+        *,
+        extents: bool,
     ) -> Ocfs2Inode:
-        """A new inode in a block that was just allocated, with an empty extent list."""
+        """A new inode in a block that was just allocated; `extents`: with an empty list of them."""
+        self._transactions.cache.drop(block)  # another node may have used the number meanwhile
         before = Dinode.read(self._transactions.get(block, block).data)
         # The file that had this number before had another generation: pages are told apart by it.
         known = before.signature == DINODE_SIGNATURE and before.block == block
@@ -208,7 +212,7 @@ class Dinodes:
             atime_s=seconds, ctime_s=seconds, mtime_s=seconds,
             atime_nsec=nsec, ctime_nsec=nsec, mtime_nsec=nsec,
         ).write_into(buffer.data)  # fmt: skip
-        if not stat.S_ISLNK(mode):
+        if extents:
             ExtentListHeader().write_into(buffer.data)
         return Ocfs2Inode(
             block, generation, mode, nlink, 0, 0, 0, 0, now_ns, now_ns, now_ns,

@@ -106,6 +106,10 @@ class Transactions:
         self.modified_owners: set[int] = set()
         """Owners of the buffers that the last finished operation changed."""
 
+    def use_journal(self, journal: MetadataJournal) -> None:
+        """From now on blocks may be changed."""
+        self._journal = journal
+
     # Changes
 
     def get(self, block: int, owner: int) -> Buffer:
