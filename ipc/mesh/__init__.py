@@ -4,6 +4,7 @@
     frames      MESH WIRE, part 1: frames, and their seals once both ends have proved the key
     handshake   MESH WIRE, part 2: who are you, do you know the key, do we agree
     link        one connection: its bytes in and out, its bounds, what it was last heard of
+    peer        what is known of one other node, and when to try again
     watch       epoll, and what is logged of refusals
     mesh        all links of one node: listener, reconnection, timers, callbacks
     faults      what a nemesis does to messages: loss, delay, doubles, overtaking

@@ -112,8 +112,13 @@ class Listener:
             ) from None
 
     def _own(self, path: str) -> None:
-        self._lock_fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock_fd)
+            raise
+        self._lock_fd = lock_fd
         Path(path).unlink(missing_ok=True)
 
     def fileno(self) -> int:
@@ -131,7 +136,9 @@ class Listener:
 
     def close(self) -> None:
         self._socket.close()
-        if self._lock_fd is not None:
+        if self._lock_fd is not None and isinstance(self.address, UnixAddress):
+            with contextlib.suppress(OSError):
+                Path(self.address.path).unlink(missing_ok=True)
             os.close(self._lock_fd)
             self._lock_fd = None
 

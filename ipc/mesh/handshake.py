@@ -43,6 +43,7 @@ from collections.abc import Callable, Collection
 from enum import Enum
 from typing import Final, NamedTuple
 
+from ipc.errors import OperatorError
 from ipc.mesh.frames import BadFrame, Frame, Kind, Seal, encode_frame
 
 PROTOCOL_VERSION: Final = 1
@@ -166,6 +167,17 @@ def decode_greeting(untrusted_bytes: bytes, speaker: str) -> Greeting:
 def is_cluster_name(name: bytes) -> bool:
     """Printable ASCII without spaces, at most 32 bytes."""
     return 0 < len(name) <= CLUSTER_BYTES and all(0x20 < byte < 0x7F for byte in name)
+
+
+def check_shared(key: bytes, cluster: str, parameters: bytes) -> None:
+    """What all nodes of a cluster share; raises OperatorError."""
+    if len(key) < KEY_BYTES_MIN or not is_cluster_name(cluster.encode()):
+        raise OperatorError(
+            f"a cluster needs a key of {KEY_BYTES_MIN} bytes or more and a name of up to "
+            f"{CLUSTER_BYTES} ASCII characters"
+        )
+    if len(parameters) > PARAMETERS_BYTES_MAX:
+        raise ValueError(f"parameters have at most {PARAMETERS_BYTES_MAX} bytes")
 
 
 def encode_refusal(text: str) -> bytes:

@@ -5,8 +5,8 @@
     while True:
         mesh.poll(1.0)
 
-Or in another loop: register `mesh.fileno()` (an epoll descriptor: it is readable when a socket of
-the mesh has something), wait no longer than `deadline_ns()`, then call `poll(0)`.
+Or in another loop: register `mesh.fileno()` (an epoll descriptor, readable when a socket has
+something), wait no longer than `deadline_ns()`, then call `poll()`.
 
 Promises
   * `up(node)`, then messages of `node` in the order sent and each once, then `down(node)`; what was
@@ -34,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import select
+import socket
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -45,19 +46,18 @@ from ipc.mesh.faults import Copy, Policy, Post
 from ipc.mesh.frames import PAYLOAD_BYTES_MAX, Kind
 from ipc.mesh.handshake import (
     INCARNATION_BYTES,
-    KEY_BYTES_MIN,
     NODE_MAX,
     NONCE_BYTES,
-    PARAMETERS_BYTES_MAX,
     Difference,
     Handshake,
     Identity,
     Reason,
     Refused,
-    is_cluster_name,
+    check_shared,
     show_difference,
 )
 from ipc.mesh.link import Link, Lost, Phase, Timing
+from ipc.mesh.peer import Peer
 from ipc.mesh.watch import Refusals, Watcher
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,7 @@ HANDSHAKES_MAX: Final = 32
 """Strangers at a time; the oldest has to go when another one comes."""
 _ACCEPTS_A_POLL: Final = 16
 _INBOX_BYTES_MAX: Final = 4 << 20
-"""An inner `poll` reads no more when this much waits to be delivered."""
-_SLOWEST: Final = 4
+"""No more is read when this much waits to be delivered."""
 
 
 class _News(Enum):
@@ -81,19 +80,6 @@ class _Item(NamedTuple):
     news: _News
     node: int
     payload: bytes = b""
-
-
-class _Peer:
-    """What is known of one other node."""
-
-    def __init__(self, node: int, address: Address, now_ns: int) -> None:
-        self.node = node
-        self.address = address
-        self.link: Link | None = None
-        self.attempt: Link | None = None
-        self.next_try_ns = now_ns
-        self.failures = 0
-        self.cut = False
 
 
 class Mesh:
@@ -117,13 +103,7 @@ class Mesh:
         """Listens at `addresses[node]`; raises OperatorError."""
         if node not in addresses or not all(0 <= n <= NODE_MAX for n in addresses):
             raise OperatorError(f"node numbers are 0 to {NODE_MAX}, and {node} needs an address")
-        if len(key) < KEY_BYTES_MIN or not is_cluster_name(cluster.encode()):
-            raise OperatorError(
-                f"a cluster needs a key of {KEY_BYTES_MIN} bytes or more and a name of up to 32 "
-                "ASCII characters"
-            )
-        if len(parameters) > PARAMETERS_BYTES_MAX:
-            raise ValueError(f"parameters have at most {PARAMETERS_BYTES_MAX} bytes")
+        check_shared(key, cluster, parameters)
         self.node = node
         self.timing = timing or Timing()
         self.received: Callable[[int, bytes], None] = lambda _node, _payload: None
@@ -138,7 +118,7 @@ class Mesh:
         self._queue_bytes_max = queue_bytes_max
         self._identity = Identity(node, cluster, parameters, random_bytes(INCARNATION_BYTES))
         now = now_ns()
-        self._peers = {n: _Peer(n, a, now) for n, a in addresses.items() if n != node}
+        self._peers = {n: Peer(n, a, now) for n, a in addresses.items() if n != node}
         self._strangers: dict[Link, None] = {}
         self._inbox: deque[_Item] = deque()
         self._inbox_bytes = 0
@@ -165,7 +145,7 @@ class Mesh:
         return self._refusals.counts
 
     def is_up(self, node: int) -> bool:
-        return self._peers[node].link is not None
+        return node in self.up_nodes()
 
     def up_nodes(self) -> frozenset[int]:
         return frozenset(node for node, peer in self._peers.items() if peer.link is not None)
@@ -200,21 +180,19 @@ class Mesh:
         """The network between this node and `node` is gone, both ways, and nobody is told."""
         peer = self._peers[node]
         peer.cut = True
-        for link in (peer.link, peer.attempt):
-            if link is not None:
-                link.frozen = True
-                self._watcher.watch(link)
+        self._freeze(peer, frozen=True)
 
     def heal(self, node: int) -> None:
         """The network is back; a link that outlived the cut goes on where it was."""
         peer = self._peers[node]
         peer.cut = False
-        peer.next_try_ns = self._now_ns()
-        peer.failures = 0
-        for link in (peer.link, peer.attempt):
-            if link is not None:
-                link.frozen = False
-                self._watcher.watch(link)
+        peer.retry(self._now_ns())
+        self._freeze(peer, frozen=False)
+
+    def _freeze(self, peer: Peer, *, frozen: bool) -> None:
+        for link in peer.links():
+            link.frozen = frozen
+            self._watcher.watch(link)
 
     def fileno(self) -> int:
         return self._watcher.fileno()
@@ -251,6 +229,7 @@ class Mesh:
     def close(self) -> None:
         """Leave, without callbacks."""
         self._watcher.close()
+        self._inbox.clear()
         self._strangers.clear()
         for peer in self._peers.values():
             peer.link = peer.attempt = None
@@ -258,8 +237,8 @@ class Mesh:
 
     # --- sockets --------------------------------------------------------------------------------
 
-    def _handshake(self, peer: int | None) -> Handshake:
-        return Handshake(
+    def _link(self, connection: socket.socket, peer: int | None, now: int) -> Link:
+        handshake = Handshake(
             self._identity,
             self._key,
             self._random_bytes(NONCE_BYTES),
@@ -268,6 +247,9 @@ class Mesh:
             name=self.name,
             difference=self._difference,
         )
+        link = Link(connection, handshake, self.timing, self._queue_bytes_max, now)
+        self._watcher.watch(link)
+        return link
 
     def _accept(self, now: int) -> None:
         for _ in range(_ACCEPTS_A_POLL):
@@ -284,28 +266,19 @@ class Mesh:
             if len(self._strangers) >= HANDSHAKES_MAX:
                 oldest = next(iter(self._strangers))
                 self._refuse(oldest, Refused(Reason.CROWDED, "too many handshakes at once"), now)
-            link = Link(connection, self._handshake(None), self.timing, self._queue_bytes_max, now)
-            self._strangers[link] = None
-            self._watcher.watch(link)
+            self._strangers[self._link(connection, None, now)] = None
 
-    def _may_connect(self, peer: _Peer) -> bool:
+    def _may_connect(self, peer: Peer) -> bool:
         return peer.node < self.node and peer.link is None and peer.attempt is None and not peer.cut
 
-    def _connect(self, peer: _Peer, now: int) -> None:
-        self._failed(peer, now)
+    def _connect(self, peer: Peer, now: int) -> None:
+        peer.failed(now, self.timing.reconnect_ns)
         try:
             connection = begin_connect(peer.address)
         except OSError as error:
             log.debug("%s does not answer: %s", self.name(peer.node), error.strerror)
             return
-        link = Link(connection, self._handshake(peer.node), self.timing, self._queue_bytes_max, now)
-        peer.attempt = link
-        self._watcher.watch(link)
-
-    def _failed(self, peer: _Peer, now: int) -> None:
-        """Until it is up, each attempt is a failure; the next one comes later."""
-        peer.next_try_ns = now + self.timing.reconnect_ns * min(_SLOWEST, 1 << peer.failures)
-        peer.failures = min(peer.failures + 1, _SLOWEST)
+        peer.attempt = self._link(connection, peer.node, now)
 
     def _serve(self, link: Link, events: int, now: int) -> None:
         try:
@@ -313,18 +286,23 @@ class Mesh:
                 link.finish_connect()
             elif events & ~select.EPOLLOUT and self._inbox_bytes <= _INBOX_BYTES_MAX:
                 link.read()
-                if link.phase is not Phase.UP and link.shake(now):
-                    self._admit(link, now)
+                if link.phase is not Phase.UP:
+                    self._shake(link, now)
                 if link.phase is Phase.UP:
                     self._take(link, now)
-            if link in self._strangers and link.node in self._peers and self._peers[link.node].cut:
-                raise Lost("it is cut off")
             link.flush(now)
             self._watcher.watch(link)
         except Lost as lost:
             self._lose(link, str(lost), now)
         except Refused as refused:
             self._refuse(link, refused, now)
+
+    def _shake(self, link: Link, now: int) -> None:
+        proved = link.shake(now)
+        if link.node is not None and self._peers[link.node].cut:
+            raise Lost("it is cut off")
+        if proved:
+            self._admit(link, now)
 
     def _take(self, link: Link, now: int) -> None:
         assert link.node is not None
@@ -346,10 +324,7 @@ class Mesh:
                 )
             self._lose(old, "replaced by a new connection", now)
         self._strangers.pop(link, None)
-        if peer.attempt is link:
-            peer.attempt = None
-        peer.link = link
-        peer.failures = 0
+        peer.connected(link)
         link.rise(now)
         self._refusals.forgive(peer.node)
         log.info("%s: %s is connected", self.name(self.node), self.name(peer.node))
@@ -364,7 +339,7 @@ class Mesh:
                 log.debug("%s does not answer: %s", self.name(peer.node), why)
             elif peer.link is link:
                 peer.link = None
-                self._failed(peer, now)
+                peer.failed(now, self.timing.reconnect_ns)
                 log.info("%s: %s is lost: %s", self.name(self.node), self.name(peer.node), why)
                 self._inbox.append(_Item(_News.DOWN, peer.node))
 

@@ -94,7 +94,9 @@ class Refusals:
         last = self._logged_ns.get((node, refused.reason))
         if last is None or now_ns - last >= _LOG_AGAIN_NS:
             self._logged_ns[node, refused.reason] = now_ns
-            log.warning("%s: a connection was refused: %s", self._who, refused.text)
+            # A member that is stopped or cut off in mid-handshake is slow, and no threat.
+            level = logging.INFO if refused.reason is Reason.SLOW else logging.WARNING
+            log.log(level, "%s: a connection was refused: %s", self._who, refused.text)
 
     def forgive(self, node: int) -> None:
         """The node is connected; what is refused next is news."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import random
 import select
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from ipc.mesh.addresses import TcpAddress, UnixAddress, parse_address
 from ipc.mesh.faults import Copy, Post, RandomFaults
 from ipc.mesh.frames import PAYLOAD_BYTES_MAX
 from ipc.mesh.link import Timing
-from tests.support.mesh import KEY, Clock, MeshBed, MeshProcess, addresses, eventually
+from tests.support.mesh import KEY, Clock, MeshBed, MeshNode, MeshProcess, addresses, eventually
 
 
 @pytest.fixture(params=[False, True], ids=["unix", "tcp"])
@@ -229,6 +231,47 @@ def test_the_descriptor_is_ready_when_something_is(tmp_path: Path) -> None:
         assert poll.poll(0) == []
 
 
+def test_a_mesh_with_nothing_to_do_sleeps(tmp_path: Path) -> None:
+    """Linked, cut off, with a full queue, alone: neither its descriptor nor its clock calls."""
+    with MeshBed(4, tmp_path, queue_bytes_max=100_000) as bed:
+        deaf = bed.nodes.pop(3)
+        while bed.nodes[0].mesh.send(3, bytes(50_000)):
+            pass
+        bed.nodes[1].mesh.cut(0)
+        bed.stop(2)
+        bed.rounds()
+        for node in bed.nodes.values():
+            assert select.select([node.mesh], [], [], 0)[0] == []
+            deadline = node.mesh.deadline_ns()
+            assert deadline is not None and deadline > bed.clock.ns
+        bed.nodes[3] = deaf
+
+
+def test_a_callback_may_close_the_mesh(tmp_path: Path) -> None:
+    """Nothing is delivered afterwards."""
+    with MeshBed(2, tmp_path) as bed:
+        node = bed.nodes[1]
+
+        def received(_peer: int, payload: bytes) -> None:
+            node.messages.append((0, payload))
+            node.mesh.close()
+
+        node.mesh.received = received
+        for text in (b"1", b"2"):
+            bed.nodes[0].mesh.send(1, text)
+        while not node.messages:
+            node.mesh.poll()
+        del bed.nodes[1]
+        assert node.messages == [(0, b"1")]
+
+
+def test_a_mesh_that_is_closed_leaves_no_socket_file(tmp_path: Path) -> None:
+    """The lock file stays: removed, it could be locked twice."""
+    with MeshBed(2, tmp_path):
+        assert (tmp_path / "node0").is_socket()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["node0.lock", "node1.lock"]
+
+
 def test_two_processes_cannot_listen_at_one_address(tmp_path: Path, tcp: bool) -> None:
     """Neither a living process's socket nor its port is taken away."""
     with MeshBed(2, tmp_path, tcp=tcp) as bed:
@@ -261,6 +304,93 @@ def test_addresses_are_written_and_read() -> None:
     for text in ("unix:", "tcp:localhost:80", "tcp:127.0.0.1", "tcp:1.2.3.4:99999", "x", ""):
         with pytest.raises(OperatorError, match="no node address"):
             parse_address(text)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_promises_hold_in_a_random_history(tmp_path: Path, seed: int) -> None:
+    """Four nodes; messages, cuts, ends, restarts, sleeps.  On failure the test's name has the seed.
+
+    Between `up` and `down` the messages of one process of the peer are a run without gaps, and
+    they were sent in that time.
+    """
+    rng = random.Random(seed)
+    with MeshBed(4, tmp_path, seed=seed, tcp=bool(seed % 2)) as bed:
+        sent = itertools.count()
+        asleep: dict[int, MeshNode] = {}
+        told = {node: _Witness(bed.nodes[node]) for node in bed.nodes}
+        accepted: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
+        for _ in range(600):
+            node = rng.choice(sorted(bed.nodes))
+            mesh = bed.nodes[node].mesh
+            other = rng.choice([peer for peer in range(4) if peer != node])
+            match rng.randrange(40):
+                case 0:
+                    mesh.cut(other)
+                case 1 | 2:
+                    mesh.heal(other)
+                case 3 if len(bed.nodes) > 2:
+                    bed.stop(node)
+                    bed.nodes[node] = bed.start(node)
+                    told[node] = _Witness(bed.nodes[node])
+                case 4 if len(bed.nodes) > 2:
+                    asleep[node] = bed.nodes.pop(node)
+                case 5 | 6 if asleep:
+                    bed.nodes |= dict([asleep.popitem()])
+                case 7 | 8:
+                    bed.advance(rng.choice([1, 3, 35]), step=1)
+                case 9 | 10 | 11 | 12:
+                    bed.poll()
+                case _:
+                    number = next(sent)
+                    if mesh.send(other, b"%d" % number):
+                        accepted[node, other].append(number)
+        bed.nodes |= asleep
+        for node, peer in itertools.permutations(range(4), 2):
+            bed.nodes[node].mesh.heal(peer)
+        bed.connect()
+        for node, peer in itertools.permutations(range(4), 2):
+            assert bed.nodes[node].mesh.send(peer, b"%d" % next(sent))
+        bed.settle(lambda: all(len(node.messages) >= 3 for node in bed.nodes.values()))
+
+        for node, witness in told.items():
+            witness.check(node, accepted)
+
+
+class _Witness:
+    """What one process of a node was told by each peer, link after link."""
+
+    def __init__(self, node: MeshNode) -> None:
+        self.links: dict[int, list[list[int]]] = collections.defaultdict(list)
+        self._up: set[int] = set()
+        before = node.mesh.received
+
+        def up(peer: int) -> None:
+            assert peer not in self._up
+            self._up.add(peer)
+            self.links[peer].append([])
+
+        def down(peer: int) -> None:
+            assert peer in self._up
+            self._up.remove(peer)
+
+        def received(peer: int, payload: bytes) -> None:
+            assert peer in self._up
+            self.links[peer][-1].append(int(payload))
+            before(peer, payload)
+
+        for peer in sorted(node.mesh.up_nodes()):
+            up(peer)
+        node.mesh.up, node.mesh.down, node.mesh.received = up, down, received
+
+    def check(self, node: int, accepted: dict[tuple[int, int], list[int]]) -> None:
+        for peer, links in self.links.items():
+            everything = [number for link in links for number in link]
+            assert everything == sorted(set(everything)), "doubled or out of order"
+            known = accepted[peer, node]
+            for link in links:
+                run = [number for number in link if number in known]
+                start = known.index(run[0]) if run else 0
+                assert run == known[start : start + len(run)], "a gap inside one link"
 
 
 # --- faults ---------------------------------------------------------------------------------------
