@@ -25,14 +25,16 @@ class Campaign:
     def __init__(self, form: str, seed: int, *, commits: int = 12, images_max: int = 4) -> None:
         self.name = f"{form}/{seed}"
         self._seed = seed
-        self._before = new_device(form, JOURNAL_BLOCKS)
+        self._before = new_device(form, JOURNAL_BLOCKS, started=seed % 2 == 0)
+        rng = random.Random(seed)
+        for _ in range(seed % 3):  # earlier lives, each ended by a power cut
+            device = LoggingDevice(self._before.copy())
+            work(device, JOURNAL_BLOCKS, rng, commits=rng.randrange(1, 8), images_max=images_max)
+            cuts = [*power_cuts(device.epochs, rng, subset_writes_max=4, samples=10)]
+            self._before = PowerCuts(self._before, device.epochs).state(rng.choice(cuts))
         self._device = LoggingDevice(self._before.copy())
         self.history: History = work(
-            self._device,
-            JOURNAL_BLOCKS,
-            random.Random(seed),
-            commits=commits,
-            images_max=images_max,
+            self._device, JOURNAL_BLOCKS, rng, commits=commits, images_max=images_max
         )
         self.writes = sum(len(epoch.writes) for epoch in self._device.epochs)
 

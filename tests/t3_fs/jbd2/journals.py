@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fs.block.device import BLOCK_BYTES, BlockDevice
 from fs.block.memory import MemoryDevice
@@ -17,6 +17,7 @@ from fs.jbd2.format import (
     MAGIC_BYTES,
 )
 from fs.jbd2.journal import Journal, format_journal
+from fs.jbd2.recovery import recover
 
 UUID = bytes(range(16))
 FORMS = {
@@ -63,9 +64,7 @@ def image(rng: random.Random) -> bytes:
 class History:
     """Contents of the home blocks after each step; None where anything is allowed."""
 
-    steps: list[dict[int, bytes | None]] = field(
-        default_factory=lambda: [dict.fromkeys(range(HOME_BLOCKS), bytes(BLOCK_BYTES))]
-    )
+    steps: list[dict[int, bytes | None]]
 
     def allows(self, step: int, device: MemoryDevice) -> bool:
         """True when the device holds what it held after this step."""
@@ -73,6 +72,17 @@ class History:
             expected is None or device.contents[block] == expected
             for block, expected in self.steps[step].items()
         )
+
+
+def recovered_home(device: BlockDevice, journal_blocks: int) -> list[bytes]:
+    """What recovery would make of the home blocks."""
+    copy = MemoryDevice.empty(device.blocks)
+    for block in range(device.blocks):
+        into = bytearray(BLOCK_BYTES)
+        device.read(block, 1, memoryview(into))
+        copy.contents[block] = bytes(into)
+    recover(area_of(copy, journal_blocks))
+    return copy.contents[:HOME_BLOCKS]
 
 
 def work(
@@ -83,8 +93,11 @@ def work(
     commits: int,
     images_max: int = 4,
 ) -> History:
-    """Commit, forget, reuse freed blocks for data, checkpoint; marks the number of each step."""
-    history = History()
+    """Commit, forget, reuse freed blocks for data, checkpoint; marks the number of each step.
+
+    The journal may hold what an earlier crash left.
+    """
+    history = History([dict(enumerate(recovered_home(device, journal_blocks)))])
     journal = Journal(area_of(device, journal_blocks), now_ns=clock)
     now: dict[int, bytes | None] = dict(history.steps[0])
 
@@ -94,7 +107,7 @@ def work(
 
     for _ in range(commits):
         blocks = rng.sample(range(HOME_BLOCKS), rng.randrange(1, images_max + 1))
-        freed = set(rng.sample(range(HOME_BLOCKS), rng.randrange(3))) - set(blocks)
+        freed = set(rng.sample(range(HOME_BLOCKS), rng.randrange(3)))
         writes = {block: image(rng) for block in blocks}
         if rng.random() < 0.5:
             for block in freed:
@@ -102,6 +115,7 @@ def work(
             journal.commit(writes)
         else:
             journal.commit(writes, freed)
+        freed -= set(blocks)
         now |= writes
         now |= dict.fromkeys(freed)
         promise()
