@@ -35,8 +35,8 @@ PATIENCE_SECONDS = 20.0
 KEY = b"a key for tests, 32 bytes long.."
 CLUSTER = "testing"
 NAMES = {0: "alpha", 1: "bravo", 2: "carol", 3: "delta"}
-FAST = Timing(1_500_000_000, 200_000_000, 50_000_000, 1_000_000_000)
-"""For processes: silence of 1.5 s is death."""
+FAST = Timing(2_500_000_000, 250_000_000, 50_000_000, 1_000_000_000)
+"""For processes: silence of 2.5 s is death."""
 
 
 def eventually(condition: Callable[[], bool], step: Callable[[], None]) -> None:
