@@ -8,6 +8,7 @@ Start with `run(spec)` in a process of its own.  It is ready when its control so
   66    an image that can't be used
   69    the hypervisor refused it, or its socket can't be made
   71    a bug of ours
+  72    the node was fenced: the cluster of its volume goes on without it
 
 What went wrong at the start is one line in `log/NAME.log`, on stderr, and in the start-up report
 `guest-NAME.error` in the run directory, which is there only after a failed start.
@@ -48,6 +49,10 @@ REATTACH_PATIENCE_SECONDS: Final = 0.1
 """The first attachment waits longer (`ipc.limits.HANDSHAKE_SECONDS`); later ones hold up work."""
 
 
+class FencedNode(Exception):
+    """This guest is a node that is not in its cluster any more."""
+
+
 def run(spec: GuestSpec) -> None:
     """Be this guest until told to stop.  Exits with an `ExitCode`."""
     log_to(spec.run_directory / "log" / f"{spec.name}.log")
@@ -61,6 +66,9 @@ def run(spec: GuestSpec) -> None:
         sys.stderr.write(f"guest {spec.name}: {error}\n")
         code = error.exit_code if isinstance(error, OperatorError) else ExitCode.NO_INPUT
         sys.exit(code)
+    except FencedNode as error:
+        log.error("event=ends why=%s", error)
+        sys.exit(ExitCode.FENCED)
     except Exception:
         log.critical("event=bug", exc_info=True)
         sys.exit(ExitCode.GUEST_DIED)
@@ -96,8 +104,17 @@ def _loop(kernel: Kernel, control: Control, answers: Answers) -> None:
         kernel.memory.budget.frames,
         kernel.fs.was_clean,
     )
+    idle_seconds = IDLE_SECONDS
+    if kernel.node is not None:
+        node = kernel.node
+        control.watch(node.mesh.fileno(), lambda _events: node.pump())
+        idle_seconds = min(idle_seconds, node.spec.timing.heartbeat_interval_ns / 1e9 / 10)
     while not answers.stopping:
-        control.wait(0 if kernel.is_running else IDLE_SECONDS)
+        if kernel.is_fenced:
+            raise FencedNode(
+                f"{kernel.name} is fenced: {kernel.node and kernel.node.fenced_because}"
+            )
+        control.wait(0 if kernel.is_running else idle_seconds)
         if kernel.is_running:
             kernel.work()
         else:

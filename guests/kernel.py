@@ -16,12 +16,17 @@ from typing import Any, Final
 
 from fs.block.counting import CountingDevice
 from fs.block.device import BlockDevice
-from fs.hooks import NoHooks
+from fs.block.file import FileDevice
+from fs.hooks import FileKey, NoHooks, PageHooks
 from fs.mount import mount_image
+from fs.ocfs2.filesystem import Ocfs2
 from fs.vfs import Vfs
 from guests.cleancache import Cleancache
 from guests.memory import Memory, divide
+from guests.node import KeptDevice, Node, NodeSpec
 from guests.pagecache import PageCache
+from guests.privatecache import TokenNames
+from guests.sharedcache import SharedCleancache
 from guests.workloads import WORKLOADS
 from guests.workloads.job import BadParameters, Findings, Job
 from ipc.channel import Channel
@@ -39,7 +44,7 @@ class GuestSpec:
     `memory_bytes` is all it may use (see `guests.memory`); `buffer_blocks` is the metadata's share
     of it, None for the default.  With `attach` it uses the hypervisor of `run_directory`, where it
     was enrolled under `name` with `token` (32 bytes).  It ends with the process `supervisor_pid`,
-    if one is named.
+    if one is named.  With a `node` the image is shared with the other guests of its cluster.
     """
 
     name: str
@@ -50,6 +55,7 @@ class GuestSpec:
     attach: bool = True
     buffer_blocks: int | None = None
     supervisor_pid: int | None = None
+    node: NodeSpec | None = None
 
 
 class Kernel:
@@ -73,26 +79,29 @@ class Kernel:
         )
         self.name = spec.name
         self._now_seconds = now_seconds
-        counting: list[CountingDevice] = []
-
-        def count(device: BlockDevice) -> BlockDevice:
-            counting.append(CountingDevice(stack(device)))
-            return counting[0]
-
-        self.fs = mount_image(
-            spec.image, clock_ns=clock_ns, buffer_blocks=budget.buffers, stack=count
-        )
-        self.device = counting[0]
-        self.memory = Memory(budget)
-        self.cleancache: Cleancache | None = None
+        self.node: Node | None = None
+        if spec.node is not None:
+            self.node = Node(spec.node, spec.image, spec.run_directory)
         try:
-            if connect is not None:
-                self.cleancache = Cleancache(connect, now_seconds, detach)
-                self.cleancache.attach(refusal_is_fatal=True)
+            if self.node is not None:
+                self.node.join()
+            self._mount(spec, budget.buffers, clock_ns, stack)
+            self.memory = Memory(budget)
+            self.cleancache: Cleancache | None = None
+            try:
+                if connect is not None:
+                    self.cleancache = self._make_cleancache(connect, now_seconds, detach)
+                    self.cleancache.attach(refusal_is_fatal=True)
+            except BaseException:
+                self.fs.unmount()
+                raise
         except BaseException:
-            self.fs.unmount()
+            if self.node is not None:
+                self.node.leave()
             raise
-        self.pages = PageCache(self.fs, self.memory, self.cleancache or NoHooks())
+        self.pages = PageCache(self.fs, self.memory, self._hooks())
+        if isinstance(self.fs, Ocfs2):
+            self.fs.attach_pages(self.pages)
         self.vfs = Vfs(self.fs, self.pages)
         self.findings = Findings()
         self.job: Job | None = None
@@ -102,7 +111,71 @@ class Kernel:
         self._began_at = 0.0
         self._stopped = False
 
+    # --- its disk and its cleancache
+
+    def _mount(
+        self,
+        spec: GuestSpec,
+        buffer_blocks: int,
+        clock_ns: Callable[[], int],
+        stack: Callable[[BlockDevice], BlockDevice],
+    ) -> None:
+        counting: list[CountingDevice] = []
+        node = self.node
+
+        def count(device: BlockDevice) -> BlockDevice:
+            counting.append(CountingDevice(stack(device)))
+            return counting[0]
+
+        def open_device(path: Path, *, read_only: bool) -> BlockDevice:
+            if node is not None:
+                return KeptDevice(node.device)
+            return FileDevice(path, read_only=read_only)
+
+        self.fs = mount_image(
+            spec.image,
+            clock_ns=clock_ns,
+            buffer_blocks=buffer_blocks,
+            stack=count,
+            locks=node.locks if node is not None else None,
+            node=node.spec.number if node is not None else 0,
+            live_nodes=node.live if node is not None else None,
+            open_device=open_device,
+        )
+        self.device = counting[0]
+        if node is not None:
+            assert isinstance(self.fs, Ocfs2), "a node has looked at its volume before"
+            node.mounted(self.fs)
+
+    def _make_cleancache(
+        self,
+        connect: Callable[[], Channel],
+        now_seconds: Callable[[], float],
+        detach: Callable[[Channel], None],
+    ) -> Cleancache:
+        if self.node is None or not self.node.spec.shared:
+            return Cleancache(connect, now_seconds, detach)
+        return SharedCleancache(connect, now_seconds, self.fs.uuid, self._token_of, detach=detach)
+
+    def _token_of(self, key: FileKey) -> int | None:
+        """The fencing token of a file's lock; None when it is not held in good standing."""
+        assert self.node is not None
+        assert isinstance(self.fs, Ocfs2)
+        return None if self.node.cluster.fence.expired() else self.fs.token_of(key) or None
+
+    def _hooks(self) -> PageHooks:
+        if self.cleancache is None:
+            return NoHooks()
+        if self.node is not None and not self.node.spec.shared:
+            return TokenNames(self.cleancache, self._token_of)
+        return self.cleancache
+
     # --- work
+
+    @property
+    def is_fenced(self) -> bool:
+        """Whether this guest is a node that the cluster goes on without."""
+        return self.node is not None and self.node.fenced_because is not None
 
     @property
     def is_running(self) -> bool:
@@ -132,10 +205,14 @@ class Kernel:
         """Go on with the workload for about `STEP_SECONDS`."""
         until = self._now_seconds() + STEP_SECONDS
         while self._steps is not None and self._now_seconds() < until:
+            if self.node is not None:
+                self.node.pump()
             self._step()
 
     def idle(self) -> None:
         """Called now and then while there is no work: look whether the hypervisor is back."""
+        if self.node is not None:
+            self.node.pump()
         if self.cleancache is not None:
             self.cleancache.attach()
 
@@ -217,10 +294,21 @@ class Kernel:
         if self._steps is not None:
             self._end(None)
         try:
-            self.vfs.unmount()
+            self._unmount()
         finally:
             if self.cleancache is not None:
                 self.cleancache.flush_fs()
+            if self.node is not None:
+                self.node.leave()
+
+    def _unmount(self) -> None:
+        """A fenced node has nothing more to write, and no right to."""
+        try:
+            self.vfs.unmount()
+        except OSError as reason:
+            if not self.is_fenced:
+                raise
+            log.info("event=not-unmounted why=%s", reason.strerror)
 
 
 def no_cleancache() -> dict[str, int | bool]:

@@ -32,6 +32,7 @@ class ExitCode(IntEnum):
     UNAVAILABLE = 69  # this machine can't do it (limits, memory, a missing program)
     HYPERVISOR_BUG = 70
     GUEST_DIED = 71
+    FENCED = 72  # a node that the cluster of its volume goes on without
     INTERRUPTED = 130
 
 

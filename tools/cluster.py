@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from typing import Any, Final, Self
 
 from guests.boot import GuestSpec
 from guests.boot import run as run_guest
+from guests.node import NodeSpec
 from hypervisor.boot import HypervisorSpec
 from hypervisor.boot import run as run_hypervisor
 from ipc.abi import TOKEN_BYTES
@@ -58,11 +60,13 @@ _STEADY_SECONDS: Final = 30.0
 
 @dataclass(frozen=True)
 class GuestPlan:
-    """A guest to start: its RAM and the image that is its disk."""
+    """A guest to start: its RAM, the image that is its disk, and its place among the nodes that
+    mount the same one."""
 
     name: str
     memory_bytes: int
     image: Path
+    node: NodeSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,7 @@ class Cluster:
             token=token,
             attach=self.plan.arena_bytes is not None,
             supervisor_pid=os.getpid(),
+            node=guest.node,
         )
         process = self._factory.spawn(run_guest, spec, guest.name)
         self._guests[guest.name] = process
@@ -264,6 +269,21 @@ class Cluster:
         )
         self._backoff_seconds = min(2 * self._backoff_seconds, _BACKOFF_SECONDS_MAX)
         return f"hypervisor died (exit code {exit_code}); it is started again"
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Send a signal to a guest that lives, or to the hypervisor: what a nemesis does."""
+        process = self._hypervisor if name == HYPERVISOR else self._guests[name]
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+    def revive(self, name: str) -> None:
+        """Start a guest that died once more; raises OperatorError if it does not come up."""
+        self.deaths.pop(name, None)
+        self._start_guest(next(guest for guest in self.plan.guests if guest.name == name))
+        self.directory.write(self._record())
+        self._await_ready(name, self.directory.guest_socket(name), "status")
+        log.info("event=revived guest=%s", name)
 
     @property
     def alive(self) -> list[str]:

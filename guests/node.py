@@ -1,0 +1,403 @@
+"""A guest as a node of a cluster: one volume that several guests mount, and all that takes.
+
+    mesh (ipc)         sockets to the other nodes: carries membership and lock messages
+    ClusterNode (fs)   heartbeat on the shared disk, agreed views, fencing
+    NodeLocks (fs)     the cluster locks
+    SharedDevice (fs)  the image, under this node's lease and reservation
+
+Everything runs in the guest's one thread: in `pump`, which the kernel calls between two steps of
+work, and while a lock is waited for.  A guest that does not come here for the length of its lease
+finds itself fenced; the lease is many times longer than a step.
+
+When a view says that nodes died, the locks that they held in EX stay held back.  Each survivor then
+goes through the slot map under the super lock, and who comes first replays the journals and says
+so to all.  A dead node's number is not admitted again before the coordinator has seen that done, so
+a slot that belongs to a member is never replayed by another node.
+
+A node that is fenced stays so: its device and its locks answer EIO, its pages go nowhere, and the
+guest ends.  Starting it again makes a new node under the old number.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Final
+
+from fs.block.device import BLOCK_BYTES, BlockDevice, Bytes
+from fs.block.file import FileDevice
+from fs.block.shared import SECTOR_BYTES, SharedDevice
+from fs.cluster.config import Timing, node_label
+from fs.cluster.node import ClusterNode
+from fs.cluster.region import Region
+from fs.dlm.locks import NodeLocks
+from fs.dlm.modes import Mode
+from fs.errors import ImageError
+from fs.ocfs2.filesystem import Ocfs2
+from fs.ocfs2.locking import LocalLocks
+from fs.ocfs2.recovery import SUPER_LOCK
+from fs.ocfs2.volume import Volume
+from ipc.errors import ExitCode, OperatorError
+from ipc.mesh.addresses import UnixAddress
+from ipc.mesh.faults import RandomFaults
+from ipc.mesh.link import Timing as LinkTiming
+from ipc.mesh.mesh import Mesh
+
+log = logging.getLogger(__name__)
+
+MEMBERSHIP: Final = b"\0"
+LOCKS: Final = b"\1"
+"""The first byte of each message between nodes: whose it is."""
+WAIT_SECONDS: Final = 0.02
+"""How long a node that waits for a lock sleeps between two looks at its timers."""
+HANDSHAKE_NS: Final = 5_000_000_000
+JOIN_DEAD_TIMES: Final = 4
+"""A node that is not in a view after so many dead times gives up."""
+LEAVE_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    """A guest's place among the nodes that mount a volume.
+
+    `names` are the guests by node number, `key` (32 bytes) is what they prove to each other,
+    `shared` says whether they share one pool of clean pages, and with `nemesis` the control socket
+    may cut links and spoil messages.
+    """
+
+    volume: str
+    number: int
+    names: tuple[str, ...]
+    key: bytes = field(repr=False)
+    timing: Timing = field(default_factory=Timing)
+    shared: bool = True
+    nemesis: bool = False
+
+
+class Fenced(OSError):
+    """This node is not in the cluster any more."""
+
+
+class Node:
+    """The node of one guest.  `clock_ns` goes on while the process is stopped."""
+
+    def __init__(
+        self,
+        spec: NodeSpec,
+        image: Path,
+        run_directory: Path,
+        *,
+        clock_ns: Callable[[], int] = lambda: time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+        random_bytes: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        """Takes its place on the disk and listens; raises ImageError or OperatorError."""
+        self.spec = spec
+        self.members: frozenset[int] = frozenset()
+        self.epoch = 0
+        self.fenced_because: str | None = None
+        self.refused_because: str | None = None
+        self.recovered_nodes = 0
+        self.fs: Ocfs2 | None = None
+        self._left = False
+        self._dead: set[int] = set()
+        self._recovering = False
+        self._clock_ns = clock_ns
+        names = dict(enumerate(spec.names))
+        generation = int.from_bytes(random_bytes(8), "little") | 1
+        layout = read_layout(image)
+        if spec.number >= layout.slots or len(spec.names) > layout.slots:
+            raise ImageError(
+                f"image {image}: has {layout.slots} slots for {len(spec.names)} nodes; make it "
+                f"anew with more"
+            )
+        self.device = SharedDevice(image, spec.number, generation, names=names)
+        try:
+            timing = spec.timing
+            self.mesh = Mesh(
+                spec.number,
+                spec.key,
+                {n: UnixAddress(f"{run_directory}/node-{name}.sock") for n, name in names.items()},
+                now_ns=clock_ns,
+                random_bytes=random_bytes,
+                cluster=spec.volume,
+                parameters=timing.encode(),
+                timing=LinkTiming(
+                    timing.idle_timeout_ns, timing.keepalive_ns, timing.reconnect_ns, HANDSHAKE_NS
+                ),
+                names=names,
+                difference=_difference,
+            )
+        except BaseException:
+            self.device.close()
+            raise
+        self.cluster = ClusterNode(
+            spec.number,
+            generation,
+            timing=timing,
+            region=Region(self.device, layout.heartbeat_sector, layout.heartbeat_nodes),
+            reservations=self.device,
+            clock=clock_ns,
+            send=lambda node, message: self._send(node, MEMBERSHIP + message),
+            events=self,
+            names=names,
+            admits=lambda node: node not in self._dead,
+        )
+        self.device.lease = self.cluster.fence
+        self.locks = NodeLocks(spec.number, _LockTransport(self._send), self._wait)
+        self.mesh.received = self._received
+        self.mesh.up = self._up
+        self.mesh.down = self._down
+
+    # --- its life
+
+    def join(self) -> None:
+        """Become a member; raises OperatorError when the others refuse it or it takes too long."""
+        patience_ns = JOIN_DEAD_TIMES * self.spec.timing.dead_ns
+        deadline_ns = self._clock_ns() + patience_ns
+        while not (self.members and self.locks.manager.ready):
+            if self.refused_because is not None:
+                raise OperatorError(self.refused_because, ExitCode.UNAVAILABLE)
+            if self._clock_ns() > deadline_ns:
+                raise OperatorError(
+                    f"{self.label} did not get into the cluster of volume {self.spec.volume} in "
+                    f"{patience_ns / 1e9:.0f} s; are other nodes stopped, or is the disk held?",
+                    ExitCode.UNAVAILABLE,
+                )
+            self._wait()
+
+    def mounted(self, fs: Ocfs2) -> None:
+        """The volume is mounted under these locks; what dead nodes left can be recovered."""
+        self.fs = fs
+        self.locks.downconvert = fs.downconvert
+
+    def leave(self) -> None:
+        """After the volume was unmounted: say goodbye, as far as the others listen."""
+        self.fs = None
+        if self.fenced_because is None and self.members:
+            deadline_ns = self._clock_ns() + int(LEAVE_SECONDS * 1e9)
+            self.locks.leave()
+            while not self.locks.manager.links.idle and self._goes_on(deadline_ns):
+                self._wait()
+            self.cluster.leave()
+            while not self._left and self._goes_on(deadline_ns):
+                self._wait()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of sockets and disk, without a word."""
+        self.mesh.close()
+        self.device.close()
+
+    def _goes_on(self, deadline_ns: int) -> bool:
+        return self.fenced_because is None and self._clock_ns() < deadline_ns
+
+    @property
+    def label(self) -> str:
+        """This node for a person."""
+        return node_label(self.spec.number, dict(enumerate(self.spec.names)))
+
+    # --- what keeps it going
+
+    def pump(self) -> None:
+        """All that is due now, without waiting: messages, timers, locks that others want."""
+        self._turn(0.0)
+        self.locks.serve()
+
+    def _wait(self) -> None:
+        """The same while a lock is waited for; raises Fenced when there is nothing to wait for."""
+        self._turn(WAIT_SECONDS)
+        if self.fenced_because is not None:
+            raise Fenced(errno.EIO, f"{self.label} is fenced: {self.fenced_because}")
+
+    def _turn(self, seconds: float) -> None:
+        self.mesh.poll(seconds)
+        now_ns = self._clock_ns()
+        self.cluster.tick(now_ns)
+        if self.fenced_because is None:
+            self.locks.manager.tick(now_ns)
+            self._recover_dead()
+
+    def live(self) -> frozenset[int]:
+        """The members now; whoever else owns a slot is dead."""
+        return self.members
+
+    # --- messages
+
+    def _send(self, node: int, message: bytes) -> None:
+        self.mesh.send(node, message)
+
+    def _received(self, node: int, untrusted_payload: bytes) -> None:
+        whose, message = untrusted_payload[:1], untrusted_payload[1:]
+        if whose == MEMBERSHIP:
+            self.cluster.deliver(node, message)
+        elif whose == LOCKS and self.fenced_because is None:
+            self.locks.manager.deliver(node, message)
+
+    def _up(self, node: int) -> None:
+        self.cluster.peer_up(node)
+        self.locks.manager.peer_up(node)
+
+    def _down(self, node: int) -> None:
+        self.cluster.peer_down(node)
+        self.locks.manager.peer_down(node)
+
+    # --- what the cluster says (`fs.cluster.node.ClusterEvents`)
+
+    def view(self, epoch: int, members: frozenset[int], dead: frozenset[int]) -> None:
+        """A new view was agreed."""
+        for node in dead:
+            self.locks.manager.hold(node)
+        self._dead |= dead
+        self.epoch, self.members = epoch, members
+        log.info("event=view epoch=%d members=%s dead=%s", epoch, sorted(members), sorted(dead))
+        self.locks.manager.set_view(epoch, members)
+
+    def fenced(self, reason: str) -> None:
+        """This node is out."""
+        self.fenced_because = reason
+        log.error("event=fenced node=%s why=%s", self.label, reason)
+
+    def left(self) -> None:
+        """This node has gone."""
+        self._left = True
+
+    def refused(self, reason: str) -> None:
+        """The others won't have this node."""
+        self.refused_because = reason
+
+    # --- recovery
+
+    def _recover_dead(self) -> None:
+        fs = self.fs
+        if self._recovering or not self._dead or fs is None or not self.locks.manager.ready:
+            return
+        self._recovering = self.locks.recovering = True
+        try:
+            for node in sorted(self._dead):
+                self._recover(fs, node)
+        finally:
+            self._recovering = self.locks.recovering = False
+
+    def _recover(self, fs: Ocfs2, node: int) -> None:
+        """Replay what a dead node left, unless another survivor has."""
+        name = node_label(node, dict(enumerate(self.spec.names)))
+        self.locks.acquire(SUPER_LOCK, Mode.EX)
+        try:
+            slots = [slot for slot, owner in enumerate(fs.slot_nodes()) if owner == node]
+            # Under the super lock: a node that is a member again has taken its own slot back.
+            if node not in self.members:
+                for slot in slots:
+                    blocks = fs.recover_slot(slot)
+                    self.recovered_nodes += 1
+                    log.info("event=recovered node=%s slot=%d blocks=%d", name, slot, blocks)
+            self.locks.manager.release_dead(node)
+            self._dead.discard(node)
+        finally:
+            self.locks.release(SUPER_LOCK, Mode.EX)
+
+    # --- the nemesis
+
+    def spoil(
+        self,
+        *,
+        cut: list[str],
+        heal: list[str],
+        faults: Mapping[str, float],
+        seed: int,
+    ) -> None:
+        """Cut and mend links, and lose, double or delay messages; raises ValueError."""
+        numbers = {name: number for number, name in enumerate(self.spec.names)}
+        if not self.spec.nemesis:
+            raise ValueError("this guest was not started for a nemesis")
+        for name in (*cut, *heal):
+            if numbers.get(name) in (None, self.spec.number):
+                raise ValueError(f"no other node is called {name!r}")
+        for name in cut:
+            self.mesh.cut(numbers[name])
+        for name in heal:
+            self.mesh.heal(numbers[name])
+        lose, duplicate, delay, reorder = (
+            float(faults.get(kind, 0.0)) for kind in ("lose", "duplicate", "delay", "reorder")
+        )
+        self.mesh.faults = (
+            RandomFaults(Random(seed), lose=lose, duplicate=duplicate, delay=delay, reorder=reorder)
+            if lose or duplicate or delay or reorder
+            else None
+        )
+
+
+class _LockTransport:
+    def __init__(self, send: Callable[[int, bytes], None]) -> None:
+        self._send = send
+
+    def send(self, to_node: int, message: bytes) -> None:
+        self._send(to_node, LOCKS + message)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a node must know of a volume before it may lock anything."""
+
+    uuid: bytes
+    slots: int
+    heartbeat_sector: int
+    heartbeat_nodes: int
+
+
+def read_layout(image: Path) -> Layout:
+    """Where the heartbeat area is; it never moves.  Raises ImageError."""
+    device = FileDevice(image, read_only=True)
+    try:
+        volume = Volume(device, LocalLocks(), 0, lambda: 0, 64)
+        blocks = volume.system_blocks(b"heartbeat")
+        run = 1
+        while run < len(blocks) and blocks[run] == blocks[0] + run:
+            run += 1
+        if not blocks or not blocks[0]:
+            raise ImageError("has no heartbeat area; make it anew with 'tmem mkfs'")
+        nodes = min(run * BLOCK_BYTES // SECTOR_BYTES, 255)
+        sector = blocks[0] * (BLOCK_BYTES // SECTOR_BYTES)
+        return Layout(volume.super.uuid, volume.super.slots, sector, nodes)
+    except ImageError as reason:
+        raise ImageError(f"image {image}: {reason}") from None
+    except OSError as reason:
+        raise ImageError(f"image {image}: {reason.strerror}") from None
+    finally:
+        device.close()
+
+
+class KeptDevice:
+    """The shared device for a file system that closes it at unmount: the heartbeat goes on."""
+
+    def __init__(self, device: BlockDevice) -> None:
+        self._device = device
+        self.block_bytes = device.block_bytes
+        self.blocks = device.blocks
+        self.read_only = device.read_only
+        self.flush = device.flush
+
+    def read(self, block: int, count: int, into: memoryview) -> None:
+        """Fill `into`."""
+        self._device.read(block, count, into)
+
+    def write(self, block: int, count: int, data: Bytes) -> None:
+        """Write whole blocks."""
+        self._device.write(block, count, data)
+
+    def close(self) -> None:
+        """Not ours to close."""
+
+
+def _difference(mine: bytes, theirs: bytes) -> str:
+    """Which timings differ, for a person."""
+    try:
+        texts = Timing.decode(mine).differences(Timing.decode(theirs), "this node", "the other")
+    except ValueError:
+        return "its timings make no sense"
+    return "; ".join(texts)
