@@ -25,7 +25,8 @@ from fs.ocfs2.format import (
 
 _REPAIR: Final = "repair it with fsck.ocfs2"
 _COMPAT: Final = Compat.STRICT_JOURNAL_SUPER
-_INCOMPAT: Final = Incompat.EXTENDED_SLOT_MAP
+_INCOMPAT: Final = Incompat.EXTENDED_SLOT_MAP | Incompat.CLUSTERINFO
+_STACK: Final = b"o2cb"
 
 _NAMES: Final[dict[int, str]] = {
     Incompat.HEARTBEAT_DEVICE: "heartbeat-device",
@@ -113,6 +114,9 @@ def _check_features(raw: SuperBlock) -> None:
     wrong += [_RO_NAMES.get(bit, f"ro_compat {bit:#x}") for bit in _bits(raw.ro_compat)]
     if raw.compat & Compat.BACKUP_SUPER:
         wrong.append("backup-super")
+    stack = bytes(raw.stack).rstrip(b"\0")
+    if raw.incompat & Incompat.CLUSTERINFO and stack != _STACK:
+        wrong.append(f"the cluster stack {stack.decode(errors='replace')!r}")
     if not raw.incompat & Incompat.EXTENDED_SLOT_MAP:
         wrong.append("a slot map that isn't extended")
     if wrong:
