@@ -76,8 +76,36 @@ class PageHooks(Protocol):
         ...
 
 
+class SharedPageHooks(PageHooks, Protocol):
+    """Pages that all nodes share that have mounted a clustered file system.
+
+    More duties of whoever calls it:
+      - `put_pages` of a file only under its cluster lock, `get_pages` likewise;
+      - a page is flushed under the exclusive lock, before it becomes dirty.  That flush may stay
+        undelivered, so before the exclusive lock is given up: `settle`.  If that fails, the lock is
+        kept, or its value tells everybody (`hand_over`);
+      - `distrust` by whoever gets a lock whose value tells so, or is not valid because an exclusive
+        holder died: nobody knows what that one still had to flush.
+    """
+
+    def settle(self, key: FileKey) -> bool:
+        """Try to deliver what is still to be flushed of a file; whether nothing is."""
+        ...
+
+    def hand_over(self, key: FileKey) -> None:
+        """What is still to be flushed of a file is the business of its lock's next holder."""
+        ...
+
+    def distrust(self, key: FileKey) -> None:
+        """What is kept of a file may be old: forget it before anything of it is got."""
+        ...
+
+
 class NoHooks:
-    """Keeps nothing: what a page cache gets when there is no tmem."""
+    """Keeps nothing: what a page cache gets when there is no tmem.
+
+    A node of a cluster whose other nodes share pages must not have it, for nobody would hear of
+    what this one changes."""
 
     def get_pages(
         self,
@@ -104,4 +132,14 @@ class NoHooks:
         """There is nothing to forget."""
 
     def flush_fs(self) -> None:
+        """There is nothing to forget."""
+
+    def settle(self, key: FileKey) -> bool:  # noqa: ARG002
+        """Nothing is owed."""
+        return True
+
+    def hand_over(self, key: FileKey) -> None:
+        """There is nothing to hand over."""
+
+    def distrust(self, key: FileKey) -> None:
         """There is nothing to forget."""

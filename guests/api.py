@@ -210,13 +210,15 @@ class Pool:
         *,
         priority: Priority = Priority.NORMAL,
         active: bool = False,
+        token: int = 0,
     ) -> bool:
         """Store a page; False if it was refused.
 
-        Whatever was stored there before is gone in either case.  `priority` and `active` (it was
-        used more than once) are hints for what goes first from an ephemeral pool.
+        Whatever was stored there before is gone in either case, unless `token` was too old: in a
+        shared ephemeral pool it numbers the lock under which the program puts.  `priority` and
+        `active` (it was used more than once) are hints for what goes first from an ephemeral pool.
         """
-        return self.put_extent(oid, index, page, priority=priority, active=active)[0]
+        return self.put_extent(oid, index, page, priority=priority, active=active, token=token)[0]
 
     def get(self, oid: int, index: int, *, keep: bool = False) -> bytes | None:
         """A page, None if it is not there.
@@ -233,6 +235,7 @@ class Pool:
         *,
         priority: Priority = Priority.NORMAL,
         active: bool = False,
+        token: int = 0,
     ) -> list[bool]:
         """Store neighbouring pages, the first at `index`; for each whether it was kept."""
         count, rest = divmod(len(pages), PAGE_BYTES)
@@ -249,7 +252,7 @@ class Pool:
             calls.channel.window.slots[: step * PAGE_BYTES] = pages[
                 start : start + step * PAGE_BYTES
             ]
-            reply = self._checked(calls.put(self.number, key, index + done, step, 0, flags))
+            reply = self._checked(calls.put(self.number, key, index + done, step, 0, flags, token))
             kept += [bool(reply.map >> number & 1) for number in range(step)]
         return kept
 
@@ -271,13 +274,16 @@ class Pool:
             ]
         return pages
 
-    def flush_page(self, oid: int, index: int) -> None:
-        """Forget a page; it need not be there."""
-        self._checked(self._tmem.calls.flush_page(self.number, _key(oid, index, 1), index))
+    def flush_page(self, oid: int, index: int, *, token: int = 0) -> None:
+        """Forget a page; it need not be there.  In a shared ephemeral pool no put under an older
+        token than this one is taken from now on."""
+        key = _key(oid, index, 1)
+        self._checked(self._tmem.calls.flush_page(self.number, key, index, 1, token))
 
-    def flush_object(self, oid: int) -> int:
-        """Forget an object; how many pages it had."""
-        return self._checked(self._tmem.calls.flush_object(self.number, _key(oid, 0, 1))).value
+    def flush_object(self, oid: int, *, token: int = 0) -> int:
+        """Forget an object; how many pages it had.  `token` as in `flush_page`."""
+        key = _key(oid, 0, 1)
+        return self._checked(self._tmem.calls.flush_object(self.number, key, token)).value
 
     def destroy(self) -> None:
         """Forget the pool and all its pages; it need not be there any more."""

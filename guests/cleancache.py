@@ -1,6 +1,6 @@
 """The cleancache client: clean pages of one mounted file system, kept in tmem while they may be.
 
-One private ephemeral pool a mount.  A page is named by (pool, object id, index): the object id is
+One private ephemeral pool a mount (`sharedcache` has the shared one).  A page is named by (pool, object id, index): the object id is
 the inode's number and generation, so an inode number that is used again never meets old pages.
 A get takes the page out of tmem (exclusive), so a page is never held twice.
 
@@ -17,7 +17,7 @@ The duties of the original (Linux's cleancache document) and where each is met:
   block size = page size                                      fs.block.device; others are refused
   no file system without a disk                               only mounted images have a page cache
   an index beyond 32 bits is not cached                       ext2 files end at 2**30 pages
-  clustered file systems use shared pools                     none is mounted here
+  clustered file systems use shared pools                     `sharedcache`
 
 When the hypervisor dies
   Every call may end in `Disconnected`.  The guest then goes on as if tmem were empty and tries to
