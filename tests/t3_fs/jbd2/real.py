@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from fs.block.device import BLOCK_BYTES
-from fs.block.file import FileDevice
 from fs.block.memory import MemoryDevice
 from fs.jbd2.area import Area
 from fs.jbd2.format import checksum
@@ -71,13 +70,15 @@ class RealImage:
 
     @contextlib.contextmanager
     def area(self) -> Iterator[Area]:
-        """The journal, for ours."""
-        blocks = self.blocks_of(JOURNAL)
-        device = FileDevice(self.path)
-        try:
-            yield Area(device, blocks)
-        finally:
-            device.close()
+        """The journal, for ours, on a device in memory that is saved at the end."""
+        device = self.contents()
+        before = list(device.contents)
+        yield Area(device, self.blocks_of(JOURNAL))
+        with self.path.open("r+b") as file:
+            for number, content in enumerate(device.contents):
+                if content is not before[number]:
+                    file.seek(number * BLOCK_BYTES)
+                    file.write(content)
 
     def need_recovery(self) -> None:
         """Set the flag that makes Linux and e2fsck look into the journal."""
