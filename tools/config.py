@@ -60,10 +60,18 @@ import contextlib
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
+from fs.cluster.config import Timing
 from ipc.attach import is_guest_name
 from ipc.errors import ExitCode, OperatorError
 from ipc.limits import GUEST_NAME_CHARACTERS_MAX, GUESTS_MAX
@@ -179,6 +187,24 @@ class VolumeConfig(_Strict):
     idle_timeout: float = Field(default=30.0, ge=0.05, le=600)
     keepalive: float = Field(default=2.0, ge=0.01, le=600)
     reconnect: float = Field(default=2.0, ge=0.01, le=600)
+    nemesis: bool = False
+    """Nodes may be told to cut links and spoil messages: for tests of the cluster itself."""
+
+    def timing(self) -> Timing:
+        """The same for the nodes; raises ValueError when it can't work."""
+        seconds = {
+            "heartbeat_interval_ns": self.heartbeat_interval,
+            "idle_timeout_ns": self.idle_timeout,
+            "keepalive_ns": self.keepalive,
+            "reconnect_ns": self.reconnect,
+        }
+        nanoseconds = {name: round(value * 1e9) for name, value in seconds.items()}
+        return Timing(dead_threshold=self.dead_threshold, **nanoseconds)
+
+    @model_validator(mode="after")
+    def _timing_works(self) -> Self:
+        self.timing()
+        return self
 
 
 class WorkConfig(BaseModel):

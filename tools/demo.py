@@ -23,18 +23,21 @@ from typing import Any, Final, Protocol
 
 from fs.errors import ImageError
 from fs.mount import mount_image
+from guests.node import NodeSpec, read_layout
 from ipc.codec import Record
 from ipc.errors import Disconnected, ExitCode, OperatorError
 from tools.administer import questions
 from tools.cluster import Cluster, ClusterPlan, GuestPlan, check_limits
-from tools.config import ClusterConfig, GuestConfig
+from tools.config import ClusterConfig, GuestConfig, VolumeConfig
 from tools.image import build_image, copy_image
 from tools.interrupts import Interrupts
 from tools.rundir import ClusterDirectory
 from tools.topology import phases as default_phases
 from tools.units import PAGE_BYTES
+from tools.volume import build_volume
 
 MODES: Final = ("off", "on")
+NODE_KEY_BYTES: Final = 32
 _POLL_SECONDS: Final = 0.25
 _PASSES: Final = 3
 
@@ -60,11 +63,16 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class Disk:
-    """What a guest's disk is made of; `copied` images are the guest's own."""
+    """What a guest's disk is made of; `copied` images are the run's own, and called `name`."""
 
+    name: str
     source: Path
     manifest: Path | None
     copied: bool
+
+    def path(self, directory: ClusterDirectory) -> Path:
+        """The image that the guest uses."""
+        return directory.images / f"{self.name}.img" if self.copied else self.source
 
 
 def check_cluster(config: ClusterConfig, directory: ClusterDirectory) -> None:
@@ -77,18 +85,30 @@ def check_cluster(config: ClusterConfig, directory: ClusterDirectory) -> None:
 
 def prepare_disks(config: ClusterConfig, cache: Path) -> dict[str, Disk]:
     """The disk of every guest; images of trees are built or taken from the cache."""
-    return {name: _prepare_disk(name, guest, cache) for name, guest in config.guests()}
+    volumes = {
+        node: disk
+        for volume in config.volume
+        for disk in [_prepare_disk(volume.name, volume, cache, slots=len(volume.nodes))]
+        for node in volume.nodes
+    }
+    return {
+        name: volumes.get(name) or _prepare_disk(name, guest, cache)
+        for name, guest in config.guests()
+    }
 
 
-def _prepare_disk(name: str, guest: GuestConfig, cache: Path) -> Disk:
-    if guest.image is not None:
-        _check_image(name, guest.image)
-        manifest = None if guest.manifest is None else Path(guest.manifest).absolute()
+def _prepare_disk(name: str, disk: GuestConfig | VolumeConfig, cache: Path, slots: int = 0) -> Disk:
+    if disk.image is not None:
+        _check_image(name, disk.image)
+        manifest = None if disk.manifest is None else Path(disk.manifest).absolute()
         if manifest is not None and not manifest.is_file():
             raise OperatorError(f"{name}: the manifest {manifest} is missing", ExitCode.NO_INPUT)
-        return Disk(Path(guest.image).absolute(), manifest, copied=False)
-    image = build_image(guest.tree, guest.tree_limit, name, cache)
-    return Disk(image.path.absolute(), image.manifest.absolute(), copied=True)
+        return Disk(name, Path(disk.image).absolute(), manifest, copied=False)
+    if slots:
+        image = build_volume(disk.tree, disk.tree_limit, name, slots, cache)
+    else:
+        image = build_image(disk.tree, disk.tree_limit, name, cache)
+    return Disk(name, image.path.absolute(), image.manifest.absolute(), copied=True)
 
 
 def _check_image(name: str, image: str) -> None:
@@ -105,17 +125,52 @@ def plan_cluster(
     """The cluster of one mode; disks that are copies are named by their place in `directory`."""
     arena = config.hypervisor.arena
     shares = divide_pages(arena, len(config.guests())) if mode == "off" else None
+    nodes = {node: spec for volume in config.volume for node, spec in _nodes(volume)}
     guests = []
     for number, (name, guest) in enumerate(config.guests()):
-        disk = disks[name]
-        image = directory.images / f"{name}.img" if disk.copied else disk.source
         memory_bytes = guest.memory + (shares[number] if shares else 0)
-        guests.append(GuestPlan(name, memory_bytes, image))
+        image = disks[name].path(directory)
+        guests.append(GuestPlan(name, memory_bytes, image, nodes.get(name)))
     if mode == "off":
         return ClusterPlan(config.name, guests, None)
-    return ClusterPlan(
-        config.name, guests, arena, config.hypervisor.options(), list(questions(config))
-    )
+    told = [*questions(config), *_grants(config, disks)]
+    return ClusterPlan(config.name, guests, arena, config.hypervisor.options(), told)
+
+
+def _nodes(volume: VolumeConfig) -> Iterator[tuple[str, NodeSpec]]:
+    """Each guest that mounts a volume, and its place among them."""
+    key = os.urandom(NODE_KEY_BYTES)
+    for number, name in enumerate(volume.nodes):
+        yield (
+            name,
+            NodeSpec(
+                volume=volume.name,
+                number=number,
+                names=tuple(volume.nodes),
+                key=key,
+                timing=volume.timing(),
+                shared=volume.pool == "shared",
+                nemesis=volume.nemesis,
+            ),
+        )
+
+
+def _grants(config: ClusterConfig, disks: dict[str, Disk]) -> Iterator[Record]:
+    """The nodes of a volume may share a pool under its uuid, all as writers."""
+    for volume in config.volume:
+        if volume.pool == "shared":
+            try:
+                uuid = read_layout(disks[volume.nodes[0]].source).uuid
+            except ImageError as error:
+                raise OperatorError(f"volume {volume.name}: {error}", ExitCode.NO_INPUT) from None
+            for name in volume.nodes:
+                yield {
+                    "verb": "auth",
+                    "action": "allow",
+                    "guest": name,
+                    "uuid": uuid.hex(),
+                    "role": "writer",
+                }
 
 
 def divide_pages(total_bytes: int, parts: int) -> list[int]:
@@ -125,11 +180,10 @@ def divide_pages(total_bytes: int, parts: int) -> list[int]:
 
 
 def copy_disks(disks: dict[str, Disk], directory: ClusterDirectory) -> None:
-    """Give every guest its own copy of a cached image."""
+    """Give every guest its own copy of a cached image, and every volume one for its nodes."""
     directory.images.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name, disk in disks.items():
-        if disk.copied:
-            copy_image(disk.source, directory.images / f"{name}.img")
+    for disk in {disk.name: disk for disk in disks.values() if disk.copied}.values():
+        copy_image(disk.source, disk.path(directory))
 
 
 def remove_disks(directory: ClusterDirectory) -> None:

@@ -109,8 +109,8 @@ def choose(files: list[TreeFile], limit_bytes: int, seed: str) -> list[TreeFile]
     return sorted(chosen, key=lambda file: file.name)
 
 
-def build_image(tree: str, limit_bytes: int, seed: str, cache: Path) -> Image:
-    """The image of a guest, from the cache or made now."""
+def choose_tree(tree: str, limit_bytes: int, seed: str) -> tuple[Path, list[TreeFile]]:
+    """The folder of a tree, and the files of it that are taken; raises OperatorError if none is."""
     folder = source_folder(tree)
     files = choose(list_tree(folder, standard_library=tree == STDLIB), limit_bytes, seed)
     if not files:
@@ -118,7 +118,13 @@ def build_image(tree: str, limit_bytes: int, seed: str, cache: Path) -> Image:
             f"no file of the tree {tree} fits in {format_size(limit_bytes)}; raise tree_limit",
             ExitCode.NO_INPUT,
         )
-    manifest = {file.name: _sha256(folder / file.name) for file in files}
+    return folder, files
+
+
+def build_image(tree: str, limit_bytes: int, seed: str, cache: Path) -> Image:
+    """The image of a guest, from the cache or made now."""
+    folder, files = choose_tree(tree, limit_bytes, seed)
+    manifest = {file.name: hash_file(folder / file.name) for file in files}
     text = json.dumps(manifest, sort_keys=True, indent=0)
     content = f"{_FORMAT}\n{text}".encode()
     digest = hashlib.sha256(content).hexdigest()[:32]
@@ -189,6 +195,7 @@ def _rounded(size_bytes: int) -> int:
     return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def _sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, as manifests have it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -196,7 +196,7 @@ class ClusterDirectory:
                 registry.add_process(pid)
             found = [f"{kind} {name}" for kind, name in registry.clean()]
         self._remove_door()
-        for pattern in ("*.sock", "listener-*", "arena", "settings*", _CLUSTER_FILE):
+        for pattern in ("*.sock", "*.sock.lock", "listener-*", "arena", "settings*", _CLUSTER_FILE):
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
         return found

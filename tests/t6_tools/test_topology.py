@@ -56,7 +56,7 @@ def _plan(
 ) -> list[int]:
     from tools.demo import Disk
 
-    disks = {name: Disk(Path("image"), None, copied=True) for name in names}
+    disks = {name: Disk(name, Path("image"), None, copied=True) for name in names}
     return [guest.memory_bytes for guest in plan_cluster(config, disks, directory, mode).guests]
 
 
