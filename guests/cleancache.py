@@ -1,8 +1,9 @@
 """The cleancache client: clean pages of one mounted file system, kept in tmem while they may be.
 
-One private ephemeral pool a mount (`sharedcache` has the shared one).  A page is named by (pool, object id, index): the object id is
-the inode's number and generation, so an inode number that is used again never meets old pages.
-A get takes the page out of tmem (exclusive), so a page is never held twice.
+One private ephemeral pool a mount (`sharedcache` has the shared one).  A page is named by (pool,
+object id, index): the object id is the inode's number and generation, so an inode number that is
+used again never meets old pages.  A get takes the page out of tmem (exclusive), so a page is never
+held twice.
 
 The duties of the original (Linux's cleancache document) and where each is met:
 
