@@ -27,7 +27,7 @@ def mount_image(
     stack: Callable[[BlockDevice], BlockDevice] = lambda device: device,
     locks: ClusterLocks | None = None,
     node: int = 0,
-    live_nodes: Collection[int] | None = None,
+    live_nodes: Callable[[], Collection[int]] | None = None,
     open_device: Callable[..., BlockDevice] = FileDevice,
 ) -> ExtFileSystem | Ocfs2:
     """Mount the image at `path`, ext2 or OCFS2; `ImageError` when that is not possible.

@@ -59,7 +59,7 @@ class Ocfs2:
         clock_ns: Callable[[], int],
         locks: ClusterLocks | None = None,
         node: int = 0,
-        live_nodes: Collection[int] | None = None,
+        live_nodes: Callable[[], Collection[int]] | None = None,
         buffer_blocks: int = BUFFERS_BLOCKS,
         read_only: bool = False,
     ) -> None:
@@ -74,7 +74,7 @@ class Ocfs2:
         self._recent: OrderedDict[int, Ocfs2Inode] = OrderedDict()
         if locks is None:
             locks = LocalLocks()
-            live_nodes = live_nodes or ()
+            live_nodes = live_nodes or tuple
         try:
             self._volume = Volume(device, locks, node, clock_ns, buffer_blocks)
             self._volume.read_only = read_only or device.read_only
@@ -86,7 +86,7 @@ class Ocfs2:
             self._files = Files(self._volume)
             self.root = self._root()
             if not self._volume.read_only:
-                self._claim_slot()
+                self._claim_slot(live_nodes)
             self._mounted = True
             if not self._volume.read_only:
                 self._recover_dead(live_nodes)
@@ -120,8 +120,12 @@ class Ocfs2:
                 raise ImageError("has no root directory; repair it with fsck.ocfs2")
         return root
 
-    def _claim_slot(self) -> None:
-        """Take a slot and its journal; what a crash left in it is put right first."""
+    def _claim_slot(self, live_nodes: Callable[[], Collection[int]] | None) -> None:
+        """Take a slot and its journal; what a crash left in it is put right first.
+
+        The journals of all dead nodes come before the first change: replayed later, they would put
+        older blocks over newer ones.
+        """
         volume = self._volume
         locks = volume.locks.locks
         locks.acquire(recovery.SUPER_LOCK, Mode.EX)
@@ -134,6 +138,9 @@ class Ocfs2:
             slots.set(slot, self.node)
             journal = recovery.slot_journal(volume, slot)
             self.was_clean = not journal.dirty
+            for dead in self._dead_slots(live_nodes):
+                self.was_clean = False
+                recovery.replay(volume, dead)
             recovery.replay(volume, slot)
             journal.mark_dirty()
             self._journal = journal
@@ -144,16 +151,29 @@ class Ocfs2:
             locks.release(recovery.SUPER_LOCK, Mode.EX)
         recovery.free_orphans(volume, self._files, self._names, slot)
 
-    def _recover_dead(self, live_nodes: Collection[int] | None) -> None:
+    def _dead_slots(self, live_nodes: Callable[[], Collection[int]] | None) -> list[int]:
+        """Slots of nodes that are not here any more. Under the super lock: a node takes its slot
+        there, so one that is a member by now is not taken for dead."""
+        if live_nodes is None:
+            return []
+        live = live_nodes()
+        return [
+            slot
+            for slot, node in enumerate(self.slot_nodes())
+            if slot != self.slot and node != self.node and node not in live
+            if node is not None or recovery.slot_journal(self._volume, slot).dirty
+        ]
+
+    def _recover_dead(self, live_nodes: Callable[[], Collection[int]] | None) -> None:
         if live_nodes is None:
             return
-        nodes = recovery.slot_map(self._volume).read()
-        for slot, node in enumerate(nodes):
-            if slot == self.slot or node in live_nodes:
-                continue
-            if node is not None or recovery.slot_journal(self._volume, slot).dirty:
-                self.was_clean = False
+        locks = self._volume.locks.locks
+        locks.acquire(recovery.SUPER_LOCK, Mode.EX)
+        try:
+            for slot in self._dead_slots(live_nodes):
                 self.recover_slot(slot)
+        finally:
+            locks.release(recovery.SUPER_LOCK, Mode.EX)
 
     def recover_slot(self, slot: int) -> int:
         """Take over the slot of a dead node; returns the blocks that were replayed."""
