@@ -204,7 +204,7 @@ class Layout:
             _WORD.pack_into(raw, _COMMIT_CHECKSUM_OFFSET, checksum(self._seed, raw))
         return bytes(raw)
 
-    def is_commit_sound(self, untrusted: bytes | bytearray, crc32: Crc32) -> bool:
+    def is_commit_sound(self, untrusted: Bytes, crc32: Crc32) -> bool:
         """False when a commit block's checksum is wrong."""
         (found,) = _WORD.unpack_from(untrusted, _COMMIT_CHECKSUM_OFFSET)
         if self.has_crc32:

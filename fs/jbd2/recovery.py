@@ -19,7 +19,10 @@ Invariants:
 Unfinished or damaged? The commit block is written only when all other blocks of its transaction
 are durable, and the next transaction only when the commit block is. So a wrong checksum means an
 unfinished transaction when it is in the last commit block, or when no commit block follows; and
-damage otherwise. Linux differs: it replays what comes before a commit block with a wrong
+damage otherwise. With checksums that start from the uuid the same is asked wherever the log ends;
+without them a damaged block in the middle of the log is taken for its end, as Linux does.
+
+Linux differs: it replays what comes before a commit block with a wrong
 checksum and then refuses to mount, and it writes the sound blocks of a damaged transaction; torn
 sectors of an unfinished commit block are damage to it. It also replays images over the journal.
 """
@@ -115,7 +118,6 @@ class _Log:
             index = superblock.advance(index, 1)
             left -= 1
             if kind in (DESCRIPTOR, REVOKE) and not self._layout.is_sealed(block):
-                self._refuse_if_committed(current.tid, index, left)
                 break
             if kind == DESCRIPTOR:
                 tags = self._layout.tags(block)
@@ -129,12 +131,14 @@ class _Log:
                 current.revokes.append(superblock.advance(index, -1))
             elif kind == COMMIT:
                 if not self._is_complete(current, block, index, left):
-                    break
+                    self.end = current.tid
+                    return
                 self.transactions.append(current)
                 current = _Transaction(following(current.tid))
             else:
                 break
         self.end = current.tid
+        self._refuse_if_committed(current.tid, index, left)
 
     def _take(self, transaction: _Transaction, index: int, tags: list[Tag]) -> None:
         """Check the images that `tags` describe; they start at journal block `index`."""
@@ -184,11 +188,18 @@ class _Log:
         return kind in (DESCRIPTOR, REVOKE) and self._layout.is_sealed(block)
 
     def _refuse_if_committed(self, tid: int, index: int, left: int) -> None:
-        """EUCLEAN when a commit block of `tid` is in the rest of the log."""
-        for step in range(left):
-            kind, block = self._header(self.superblock.advance(index, step), tid)
-            if kind == COMMIT and self._layout.is_commit_sound(block, Crc32()):
-                raise _damage(tid, "has a descriptor or revoke block with a wrong checksum")
+        """EUCLEAN when the rest of the log holds a commit block of `tid` or of a later one.
+
+        Only checksums that start from the uuid tell it from what an older file system left.
+        """
+        if not self._layout.has_crc32c:
+            return
+        for block in self._images(index, left):
+            magic, kind, sequence = HEADER.unpack_from(block)
+            later = following(sequence, -tid) < self.superblock.blocks
+            if magic == MAGIC and kind == COMMIT and later:
+                if self._layout.is_commit_sound(block, Crc32()):
+                    raise _damage(tid, "is damaged, but a later commit block is whole")
 
     def _revoke(self) -> None:
         # Only what has an image: a log can hold many more records than images.
