@@ -314,7 +314,8 @@ class World:
             fields = (0, pool, 0, oid, 0)
         elif op is Op.DESTROY_POOL:
             fields = (0, pool, 0, bytes(24), 0)
-        return REQUEST.pack(guest.sequence, op, flags, *fields, 0, 0)
+        fenced = op in (Op.PUT_PAGE, Op.GET_PAGE, Op.FLUSH_PAGE, Op.FLUSH_OBJECT)
+        return REQUEST.pack(guest.sequence, op, flags, *fields, slot & 3 if fenced else 0, 0)
 
     def _flags(self, op: Op) -> int:
         choice = self.reader.byte()
@@ -396,6 +397,9 @@ def _check_reply(message: bytes, reply: Reply) -> None:
     _hold(reply.map >> count == 0, "map has bits beyond count")
     _hold((reason is Reason.NONE) == (status in (Status.DONE, Status.MISS)), "reason and status")
     whole = reply.map == (1 << count) - 1
+    _hold((reason is Reason.STALE_TOKEN) == (status is Status.ESTALE), "stale by half")
+    if status is Status.ESTALE:
+        _hold(op in (Op.PUT_PAGE, Op.PUT_BATCH) and reply.value > 0, "what can be stale")
     if op in (Op.PUT_PAGE, Op.GET_PAGE, Op.PUT_BATCH, Op.GET_BATCH):
         _hold((status is Status.DONE) == whole, "DONE and the map disagree")
 
