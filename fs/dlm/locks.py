@@ -234,6 +234,7 @@ class NodeLocks:
                     raise error(errno.EDEADLK, f"another reader of {name!r} wants to write too")
                 self._go_down(name, entry, Mode.NL)
         entry.users[mode] += 1
+        entry.dropped = False
         self._uses += 1
         return True
 
@@ -245,7 +246,12 @@ class NodeLocks:
 
     def _ask(self, name: bytes, entry: _Entry, mode: Mode, flags: Flag) -> bool:
         entry.pending, entry.denied = True, None
-        self.manager.lock(name, mode, flags | (Flag.RECOVERING if self.recovering else NO_FLAG))
+        flags |= Flag.RECOVERING if self.recovering else NO_FLAG
+        try:
+            self.manager.lock(name, mode, flags)
+        except (OSError, ValueError):
+            entry.pending = False
+            raise
         try:
             while entry.pending:
                 self._wait()

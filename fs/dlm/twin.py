@@ -70,7 +70,7 @@ class Twin:
         self._receivers[node] = receiver
 
     def kill(self, node: int) -> None:
-        """`node` gets nothing any more."""
+        """`node` gets nothing and sends nothing any more."""
         self._receivers.pop(node, None)
         self.paused.discard(node)
         for link in [link for link in self.queues if link.to_node == node]:
@@ -78,7 +78,8 @@ class Twin:
 
     def post(self, link: Link, message: bytes) -> None:
         """A message starts on its way."""
-        if link.to_node in self._receivers and link not in self.cut:
+        alive = link.from_node in self._receivers and link.to_node in self._receivers
+        if alive and link not in self.cut:
             self.queues.setdefault(link, deque()).append(message)
 
     def ready(self) -> list[Link]:

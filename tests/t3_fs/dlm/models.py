@@ -34,6 +34,7 @@ class Node:
         self.number = number
         self.wishes = list(wishes)
         self.manager = LockManager(number, world.twin.transport(number), self)
+        world.twin.attach(number, self.manager)
         self.using: Mode | None = None
         self.again: Mode | None = None
         self.level: Mode | None = None
@@ -92,7 +93,6 @@ class LockWorld:
         self.views = [frozenset(range(len(wishes)))]
         self.deaths = deaths
         self.joins = joins
-        self.late = late
         self.value = 0
         """What the newest EX holder wrote."""
         self.newest_token = 0
@@ -106,8 +106,7 @@ class LockWorld:
             self.twin.arrive(links[0])
 
     def start(self, number: int, wishes: Iterable[Mode]) -> None:
-        node = self.nodes[number] = Node(self, number, wishes)
-        self.twin.attach(number, node.manager)
+        self.nodes[number] = Node(self, number, wishes)
 
     def steps(self) -> list[Step]:
         steps: list[Step] = [("arrive", *link) for link in self.twin.ready()]
