@@ -133,6 +133,9 @@ class Ocfs2:
             slots = recovery.slot_map(volume)
             slot = slots.choose(self.node)
             if slot is None:
+                # A dead node's slot is as good: what is done for its own after a crash helps both.
+                slot = next(iter(self._dead_slots(live_nodes)), None)
+            if slot is None:
                 taken = ", ".join(str(node) for node in slots.read())
                 raise ImageError(f"has no free slot: all belong to nodes {taken}")
             slots.set(slot, self.node)

@@ -48,6 +48,13 @@ class Names:
             raise corrupt(f"inode number {ino} of {volume.super.blocks}")
         volume.locks.reap()
         inode = volume.locks.inode(ino)
+        try:
+            with volume.locked(inode, Mode.PR):
+                return inode
+        except OSError as reason:
+            if reason.errno != errno.ESTALE:
+                raise
+        inode = volume.locks.inode(ino)  # the number is another file's by now, or nobody's
         with volume.locked(inode, Mode.PR):
             return inode
 

@@ -1,0 +1,63 @@
+"""Fixtures: OCFS2 images that fsck.ocfs2 and debugfs.ocfs2 judge at the end of the test."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fs.vfs import Vfs
+from tests.support.ocfs2 import Volume, make_volume
+
+MakeVolume = Callable[..., Volume]
+
+
+@pytest.fixture(scope="session")
+def fresh_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
+    """Empty images by size in MiB and number of slots, each made once."""
+    folder = tmp_path_factory.mktemp("fresh")
+    made: dict[tuple[int, int], Path] = {}
+
+    def fresh(mebibytes: int, slots: int) -> Path:
+        if (mebibytes, slots) not in made:
+            made[mebibytes, slots] = make_volume(
+                folder / f"{mebibytes}-{slots}", mebibytes=mebibytes, slots=slots
+            )
+        return made[mebibytes, slots]
+
+    return fresh
+
+
+@pytest.fixture
+def make_image(tmp_path: Path, fresh_images: Callable[[int, int], Path]) -> Iterator[MakeVolume]:
+    """Makes images; each is judged at the end of the test."""
+    volumes: list[Volume] = []
+    numbers = itertools.count()
+
+    def make(mebibytes: int = 24, slots: int = 2) -> Volume:
+        path = tmp_path / f"volume{next(numbers)}"
+        shutil.copyfile(fresh_images(mebibytes, slots), path)
+        volumes.append(Volume(path))
+        return volumes[-1]
+
+    yield make
+    for volume in volumes:
+        if volume.judged:
+            volume.judge(tmp_path / f"dump{next(numbers)}")
+        else:
+            volume.unmount()
+
+
+@pytest.fixture
+def volume(make_image: MakeVolume) -> Volume:
+    """An empty volume of 24 MiB with two slots."""
+    return make_image()
+
+
+@pytest.fixture
+def vfs(volume: Volume) -> Vfs:
+    """The same, mounted for writing."""
+    return volume.mount()
