@@ -134,9 +134,16 @@ class Reservations:
 
     def writing(self, node: int) -> bool:
         """Whether a write of `node` is under way."""
-        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, node, 1, 0)
+        return self._held(node)
+
+    def _held(self, byte: int) -> bool:
+        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
         answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, request)
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+    def gone(self, node: int, key: int) -> bool:
+        """Whether the process that registered `key` has certainly ended, or closed the image."""
+        return self._record(node)[1] == key and not self._held(_OWNER_BYTE + node)
 
     @contextlib.contextmanager
     def guarded(self, node: int, key: int) -> Iterator[None]:

@@ -133,6 +133,10 @@ class SharedDevice:
         """
         return self.reservations.preempt(node, key, self.node)
 
+    def gone(self, node: int, key: int) -> bool:
+        """Whether the process of that incarnation of `node` has certainly ended."""
+        return self.reservations.gone(node, key)
+
     def finish_off(self, node: int, key: int) -> bool:
         """Kill the process of a preempted node that was stopped inside a write."""
         killed = self.reservations.finish_off(node, key)

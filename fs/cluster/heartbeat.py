@@ -16,9 +16,11 @@ Invariants:
   H2  a node is declared dead not earlier than the write timeout after the end of the last round
       that saw it change. Together with H1: its lease is over by then, if clocks run equally fast.
 
-Differs from o2hb: one round a tick however late it comes, so a stopped observer never counts
-samples that it did not take; the sequence is a counter and not seconds, so that short intervals
-work; generation 0 is never live; a fenced node does not beat any more (o2hb's machine is off).
+Differs from o2hb: a node whose process has certainly ended (`gone`, asked of the reservation
+table) is dead at once and not after the dead time; one round a tick however late it comes, so a
+stopped observer never counts samples that it did not take; the sequence is a counter and not
+seconds, so that short intervals work; generation 0 is never live; a fenced node does not beat any
+more (o2hb's machine is off).
 """
 
 from __future__ import annotations
@@ -45,8 +47,13 @@ class _Slot:
     equal: int = 0
     changed_at_ns: int = 0
     live: bool = False
-    seen: bool = False
-    stirred: bool = False
+    lapsed: bool = False
+    """Silent for the dead time: a lease that such a node may have had is over."""
+
+
+def never_gone(node: int, generation: int) -> bool:  # noqa: ARG001
+    """Nothing is known of a node but its sector."""
+    return False
 
 
 class Heartbeat:
@@ -62,6 +69,7 @@ class Heartbeat:
         fence: Fence,
         clock: Callable[[], int],
         names: dict[int, str] | None = None,
+        gone: Callable[[int, int], bool] = never_gone,
     ) -> None:
         if not 0 < generation < 1 << 64 or not 0 <= node < region.nodes:
             raise ValueError(f"node {node} of {region.nodes}, generation {generation}")
@@ -77,6 +85,7 @@ class Heartbeat:
         self._fence = fence
         self._clock = clock
         self._names = names or {}
+        self._gone = gone
         self._slots = {n: _Slot() for n in range(region.nodes) if n != node}
         self._written: Beat | None = None
         self._stopped = False
@@ -107,12 +116,11 @@ class Heartbeat:
             if not slot.live and slot.generation
         }
 
-    def starting(self) -> bool:
-        """Whether a node that is not live was seen to beat, so that it soon may be."""
-        limit = self._timing.dead_threshold
-        return any(
-            slot.stirred and not slot.live and slot.generation and slot.equal < limit
-            for slot in self._slots.values()
+    def silent(self) -> bool:
+        """Whether every node of `unclean` is certainly out: its process ended or its lease did."""
+        return all(
+            self._gone(node, generation) or self._slots[node].lapsed
+            for node, generation in self.unclean().items()
         )
 
     def age_ns(self, node: int, now_ns: int) -> int | None:
@@ -202,10 +210,10 @@ class Heartbeat:
     def _sample(
         self, node: int, slot: _Slot, beat: Beat | None, began_ns: int, read_ns: int
     ) -> None:
+        ended = slot.live and self._gone(node, slot.generation)
         if beat is None:
-            if slot.live:
-                slot.equal += 1
-                self._maybe_dead(slot, began_ns, gone=False)
+            slot.equal += 1
+            self._count_silence(slot, began_ns, ended=ended)
             return
         self.beats[node] = beat
         changed = beat.seq != slot.seq
@@ -215,30 +223,27 @@ class Heartbeat:
         else:
             slot.equal += 1
         if changed or gone:
-            slot.stirred = slot.seen
             slot.changed_at_ns = read_ns
-        if gone:
+        if gone or (changed and not slot.live):
             slot.equal = 0
-        slot.seen = True
         slot.seq, slot.generation = beat.seq, beat.generation
-        if not slot.live:
-            if changed:
-                slot.equal = 0
-            if slot.changed >= LIVE_THRESHOLD and beat.generation:
-                slot.live = True
-                slot.equal = 0
-        elif not self._maybe_dead(slot, began_ns, gone=gone) and slot.changed:
-            slot.changed = slot.equal = 0
+        self._count_silence(slot, began_ns, ended=ended, restarted=gone)
+        if slot.live:
+            if slot.changed:
+                slot.changed = slot.equal = 0
+        elif slot.changed >= LIVE_THRESHOLD and beat.generation and not (gone or ended):
+            slot.live = True
+            slot.equal = 0
 
-    def _maybe_dead(self, slot: _Slot, began_ns: int, *, gone: bool) -> bool:
-        silent_ns = began_ns - slot.changed_at_ns
-        dead = (
-            slot.equal >= self._timing.dead_threshold and silent_ns >= self._timing.write_timeout_ns
+    def _count_silence(
+        self, slot: _Slot, began_ns: int, *, ended: bool, restarted: bool = False
+    ) -> None:
+        """Decide on death after this sample."""
+        slot.lapsed = (
+            slot.equal >= self._timing.dead_threshold
+            and began_ns - slot.changed_at_ns >= self._timing.write_timeout_ns
         )
-        if not dead and not gone:
-            return False
-        slot.live = False
-        if not gone:
-            slot.changed = 0
-            slot.stirred = False
-        return True
+        if slot.live and (slot.lapsed or ended or restarted):
+            slot.live = False
+            if not restarted:
+                slot.changed = 0

@@ -32,123 +32,15 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
-from fs.cluster.agreement import Attempt, Voter
-from fs.cluster.config import Timing, node_label
-from fs.cluster.messages import MAX_ROUND, Kind, Message, decode, encode
-from fs.cluster.view import NO_BALLOT, Ballot, View, make_view
-
-
-class Witness(Protocol):
-    """What membership needs to know of the disk, and may do to it."""
-
-    def live(self) -> dict[int, int]:
-        """Nodes that beat, with generations; this node too once it is steady."""
-        ...
-
-    def claims(self) -> Mapping[int, frozenset[int]]:
-        """What each live node is a member of, as its sector says."""
-        ...
-
-    def unclean(self) -> dict[int, int]:
-        """Nodes that don't beat and did not leave."""
-        ...
-
-    def starting(self) -> bool:
-        """Whether a node that is not live yet was seen to beat."""
-        ...
-
-    def highest_epoch(self) -> int:
-        """The highest epoch on the disk."""
-        ...
-
-    def preempt(self, node: int, generation: int) -> bool:
-        """Take a reservation; True when no write of that incarnation can come any more."""
-        ...
-
-    def publish(self, epoch: int, members: frozenset[int]) -> bool:
-        """Write what this node is a member of into its sector."""
-        ...
-
-    def fenced(self) -> bool:
-        """Whether this node is fenced."""
-        ...
+from fs.cluster.agreement import Attempt
+from fs.cluster.messages import MAX_ROUND, Kind, Message, decode
+from fs.cluster.participant import Participant
+from fs.cluster.view import Ballot, View, make_view
 
 
-class Outcome(Protocol):
-    """What membership tells its node."""
-
-    def installed(self, view: View, dead: frozenset[int]) -> None:
-        """A view was agreed; `dead` are members of the last one that did not leave."""
-        ...
-
-    def excluded(self, reason: str) -> None:
-        """The others went on without this node."""
-        ...
-
-    def gone(self) -> None:
-        """This node has left."""
-        ...
-
-    def refused(self, reason: str) -> None:
-        """This node may not join."""
-        ...
-
-
-def admit_all(node: int) -> bool:  # noqa: ARG001
-    """Any node that asks may join."""
-    return True
-
-
-class Membership:
+class Membership(Participant):
     """The part of one node in the agreement."""
-
-    def __init__(
-        self,
-        node: int,
-        generation: int,
-        *,
-        timing: Timing,
-        witness: Witness,
-        outcome: Outcome,
-        send: Callable[[int, bytes], None],
-        names: dict[int, str] | None = None,
-        admits: Callable[[int], bool] = admit_all,
-    ) -> None:
-        self.node = node
-        self.generation = generation
-        self.view: View | None = None
-        self.leaving = False
-        self.stopped = False
-        self.malformed = 0
-        self._timing = timing
-        self._witness = witness
-        self._outcome = outcome
-        self._send_bytes = send
-        self._names = names or {}
-        self._admits = admits
-        self._voter = Voter()
-        self._attempt: Attempt | None = None
-        self._round = 0
-        self._joiners: dict[int, int] = {}
-        self._leavers: dict[int, int] = {}
-        self._uninformed: dict[int, int] = {}
-        self._resend_at_ns = 0
-        self._handlers: dict[Kind, Callable[[int, Message], None]] = {
-            Kind.JOIN: self._on_join,
-            Kind.REFUSE: self._on_refuse,
-            Kind.PREPARE: self._on_prepare,
-            Kind.PROMISE: self._on_promise,
-            Kind.ACCEPT: self._on_accept,
-            Kind.ACCEPTED: self._on_accepted,
-            Kind.NACK: self._on_nack,
-            Kind.VIEW: self._on_view,
-            Kind.INSTALLED: self._on_installed,
-            Kind.LEAVE: self._on_leave,
-        }
-
-    # -- what the node calls
 
     def leave(self) -> None:
         """Ask to be left out of the next view. `Outcome.gone` follows."""
@@ -156,14 +48,6 @@ class Membership:
         self._resend_at_ns = 0
         if self.view is None:
             self._finish()
-
-    def coordinator(self) -> int | None:
-        """Who proposes views, as far as this node knows."""
-        if self.view is None:
-            return None
-        alive = self._alive()
-        staying = [node for node in alive if not self._leaves(node)]
-        return min(staying or alive)
 
     def tick(self, now_ns: int) -> None:
         """Look at the disk's evidence, start or restart what is due, send again what is due."""
@@ -177,6 +61,7 @@ class Membership:
         else:
             self._tick_inside(self.view, due=due)
         self._advance()
+        self._flush()
 
     def deliver(self, sender: int, untrusted_message: bytes) -> None:
         """A message came in from `sender` (the transport vouches for that number only)."""
@@ -189,22 +74,10 @@ class Membership:
             return
         if self._witness.live().get(sender) != message.generation or sender == self.node:
             return
-        self._handlers[message.kind](sender, message)
+        handler: Callable[[int, Message], None] = getattr(self, f"_on_{message.kind.name.lower()}")
+        handler(sender, message)
         self._advance()
-
-    # -- coordinator
-
-    def _alive(self) -> dict[int, int]:
-        live = self._witness.live()
-        members = self.view.generations if self.view else ()
-        alive = {node: made for node, made in members if live.get(node) == made}
-        alive[self.node] = self.generation
-        return alive
-
-    def _leaves(self, node: int) -> bool:
-        if node == self.node:
-            return self.leaving
-        return self.view is not None and self._leavers.get(node) == self.view.generation(node)
+        self._flush()
 
     def _tick_outside(self, *, due: bool) -> None:
         live = self._witness.live()
@@ -224,11 +97,13 @@ class Membership:
         strangers = [
             n for n, made in live.items() if n != self.node and self._joiners.get(n) != made
         ]
-        if self._witness.starting() or strangers or not self._preempt(self._witness.unclean()):
+        if strangers or not self._witness.silent() or not self._preempt(self._witness.unclean()):
             return
         epoch = self._witness.highest_epoch() + 1
-        if self._voter.accepted is not None and self._voter.accepted[1].epoch >= epoch - 1:
-            epoch = self._voter.accepted[1].epoch
+        accepted = self._voter.accepted
+        if accepted is not None and accepted[1].epoch > max(self._settled_epoch, epoch - 2):
+            # What was accepted may have been agreed: that is brought to its end first.
+            epoch = accepted[1].epoch
         self._propose(make_view(max(epoch, self._voter.promised.epoch), live), live, bootstrap=True)
 
     def _tick_inside(self, view: View, *, due: bool) -> None:
@@ -237,15 +112,16 @@ class Membership:
         if self.leaving and coordinator != self.node and due:
             for node in alive.keys() - {self.node}:
                 self._send(node, Kind.LEAVE)
-        if coordinator != self.node:
-            self._attempt = None
-            return
         if due:
+            # Whoever completed the agreement spreads it, coordinator or (by a new member) not.
             self._uninformed = {
                 node: made for node, made in self._uninformed.items() if alive.get(node) == made
             }
             for node in self._uninformed:
                 self._send(node, Kind.VIEW, view=view)
+        if coordinator != self.node:
+            self._attempt = None
+            return
         if self._continues(self._witness.live(), due=due):
             return
         dead = {node: made for node, made in view.generations if alive.get(node) != made}
@@ -341,89 +217,6 @@ class Membership:
             self._send(node, Kind.VIEW, view=view)
         self._install(view)
 
-    # -- everyone
-
-    def _install(self, view: View) -> None:
-        old = self.view
-        dead = view.dead
-        if view.generation(self.node) != self.generation:
-            if self.leaving:
-                self._finish()
-            elif old is not None:
-                self.stopped = True
-                self._outcome.excluded(f"the view of epoch {view.epoch} was agreed without it")
-            return
-        if old is not None:
-            dead |= old.members - view.members - view.left
-        self.view = view
-        self._attempt = None
-        self._round = 0
-        self._joiners = {n: made for n, made in self._joiners.items() if n not in view.members}
-        self._leavers = {n: made for n, made in self._leavers.items() if view.generation(n) == made}
-        self._outcome.installed(view, dead)
-
-    def _finish(self) -> None:
-        self.stopped = True
-        self._outcome.gone()
-
-    def _send(
-        self,
-        node: int,
-        kind: Kind,
-        *,
-        ballot: Ballot = NO_BALLOT,
-        bootstrap: bool = False,
-        accepted: tuple[Ballot, View] | None = None,
-        view: View | None = None,
-        epoch: int = 0,
-        timing: Timing | None = None,
-        text: str = "",
-    ) -> None:
-        message = Message(
-            kind, self.generation, ballot, bootstrap, accepted, view, epoch, timing, text
-        )
-        self._send_bytes(node, encode(message))
-
-    def _outdated(self, sender: int, message: Message) -> bool:
-        """Answer a ballot that this node's view makes pointless."""
-        view = self.view
-        if view is None:
-            return False
-        known = view.generation(sender) == message.generation
-        if message.ballot.epoch <= view.epoch or message.bootstrap or not known:
-            self._send(sender, Kind.VIEW, view=view)
-        elif message.ballot.epoch > view.epoch + 1:
-            self._send(sender, Kind.NACK, epoch=view.epoch, ballot=self._voter.promised)
-        else:
-            return False
-        return True
-
-    def _nack(self, sender: int) -> None:
-        epoch = self.view.epoch if self.view else 0
-        self._send(sender, Kind.NACK, epoch=epoch, ballot=self._voter.promised)
-
-    def _on_prepare(self, sender: int, message: Message) -> None:
-        if self._outdated(sender, message):
-            return
-        if not self._voter.promise(message.ballot):
-            self._nack(sender)
-            return
-        if self._attempt is not None and self._attempt.ballot < message.ballot:
-            self._attempt = None
-        accepted = self._voter.accepted_for(message.ballot.epoch)
-        self._send(sender, Kind.PROMISE, ballot=message.ballot, accepted=accepted)
-
-    def _on_accept(self, sender: int, message: Message) -> None:
-        view = message.view
-        if view is None or view.epoch != message.ballot.epoch or self._outdated(sender, message):
-            return
-        if not self._voter.accept(message.ballot, view):
-            self._nack(sender)
-            return
-        if self._attempt is not None and self._attempt.ballot < message.ballot:
-            self._attempt = None
-        self._send(sender, Kind.ACCEPTED, ballot=message.ballot)
-
     def _on_promise(self, sender: int, message: Message) -> None:
         attempt = self._attempt
         if attempt is None or attempt.ballot != message.ballot or attempt.chosen is not None:
@@ -454,49 +247,3 @@ class Membership:
             elif self.view is None:
                 self._voter.promise(Ballot(message.ballot.epoch, message.ballot.round, self.node))
             self._attempt = None
-
-    def _on_view(self, sender: int, message: Message) -> None:
-        new = message.view
-        if new is None:
-            return
-        if self.view is None and new.generation(self.node) != self.generation:
-            return
-        if self.view is None or new.epoch > self.view.epoch:
-            self._install(new)
-        if self.view is not None and self.view.epoch >= new.epoch:
-            self._send(sender, Kind.INSTALLED, epoch=new.epoch)
-
-    def _on_installed(self, sender: int, message: Message) -> None:
-        if self.view is not None and message.epoch == self.view.epoch:
-            self._uninformed.pop(sender, None)
-
-    def _on_join(self, sender: int, message: Message) -> None:
-        if self.view is not None:
-            if self.view.generation(sender) == message.generation:
-                self._send(sender, Kind.VIEW, view=self.view)
-                return
-            if self.coordinator() != self.node:
-                return
-        if message.timing is None:
-            return
-        mine, theirs = node_label(self.node, self._names), node_label(sender, self._names)
-        differences = self._timing.differences(message.timing, mine, theirs)
-        if differences:
-            text = f"{theirs} can't join: {'; '.join(differences)}; give all nodes the same timings"
-            self._send(sender, Kind.REFUSE, text=text)
-            return
-        self._joiners[sender] = message.generation
-
-    def _on_refuse(self, sender: int, message: Message) -> None:
-        if self.view is None:
-            self.stopped = True
-            text = message.text or "no reason given"
-            self._outcome.refused(f"{text} (said by {node_label(sender, self._names)})")
-
-    def _on_leave(self, sender: int, message: Message) -> None:
-        if self.view is None:
-            return
-        if self.view.generation(sender) == message.generation:
-            self._leavers[sender] = message.generation
-        else:
-            self._send(sender, Kind.VIEW, view=self.view)

@@ -25,10 +25,11 @@ from typing import Protocol
 from fs.cluster.config import Timing, node_label
 from fs.cluster.fencing import Fence
 from fs.cluster.heartbeat import Heartbeat
-from fs.cluster.membership import Membership, admit_all
+from fs.cluster.membership import Membership
 from fs.cluster.quorum import Quorum
 from fs.cluster.region import Region
 from fs.cluster.view import View
+from fs.cluster.witness import admit_all
 
 
 class ReservationTable(Protocol):
@@ -36,6 +37,10 @@ class ReservationTable(Protocol):
 
     def preempt(self, node: int, key: int) -> bool:
         """Take a key away; True when no write under it can come any more."""
+        ...
+
+    def gone(self, node: int, key: int) -> bool:
+        """Whether the process of that incarnation has certainly ended."""
         ...
 
     def finish_off(self, node: int, key: int) -> bool:
@@ -97,6 +102,7 @@ class ClusterNode:
             fence=self.fence,
             clock=clock,
             names=self.names,
+            gone=reservations.gone,
         )
         self.quorum = Quorum(node, timing, self.names)
         self._disk = _Disk(self.heartbeat, self.fence, reservations, timing, clock)
@@ -228,8 +234,8 @@ class _Disk:
     def unclean(self) -> dict[int, int]:
         return self._heartbeat.unclean()
 
-    def starting(self) -> bool:
-        return self._heartbeat.starting()
+    def silent(self) -> bool:
+        return self._heartbeat.silent()
 
     def highest_epoch(self) -> int:
         return self._heartbeat.highest_epoch

@@ -10,6 +10,7 @@ import errno
 import heapq
 import random
 from collections.abc import Callable
+from functools import partial
 
 from fs.block.reservations import ReservationConflict
 from fs.cluster.config import Timing
@@ -116,6 +117,13 @@ class Guest:
         """Take a reservation."""
         return self.world.disk.preempt(node, key)
 
+    def gone(self, node: int, key: int) -> bool:
+        """Whether that process has ended; a world may know nothing of processes."""
+        guest = self.world.guests.get(node)
+        if guest is None or guest.generation < key or not self.world.knows_processes:
+            return False
+        return guest.generation > key or guest.killed
+
     def finish_off(self, node: int, key: int) -> bool:
         """Kill the guest that sits in the guard."""
         victim = self.world.guests.get(node)
@@ -129,7 +137,7 @@ class Guest:
         try:
             self.node.fence.check()
             self.world.maybe_pause(self)
-            self.guarded(lambda: self.world.data_written(self))
+            self.guarded(partial(self.world.data_written, self))
         except OSError:
             return
 
@@ -166,6 +174,7 @@ class World:
         self.seed = seed
         self.timing = timing
         self.rng = random.Random(seed)
+        self.knows_processes = self.rng.random() < 0.5
         self.now_ns = 10**9
         self.disk = Disk(self, nodes)
         self.guests: dict[int, Guest] = {}
@@ -210,7 +219,7 @@ class World:
             self._mesh()
             self._deliver()
             for guest in self.shuffled():
-                self._do(guest, lambda guest=guest: guest.node.tick(self.now_ns))
+                self._do(guest, partial(guest.node.tick, self.now_ns))
                 if self.rng.random() < 0.3:
                     self._do(guest, guest.write_data)
             self.check()
@@ -268,7 +277,11 @@ class World:
         """Agreement, order, and fencing before takeover."""
         known = self.views.setdefault(view.epoch, view)
         assert known == view, (self.seed, known, view)
-        assert not guest.epochs or view.epoch == guest.epochs[-1] + 1, (self.seed, guest.epochs, view)
+        assert not guest.epochs or view.epoch == guest.epochs[-1] + 1, (
+            self.seed,
+            guest.epochs,
+            view,
+        )
         assert view.generation(guest.number) == guest.generation
         before = self.views.get(view.epoch - 1)
         if before is None:
@@ -276,9 +289,11 @@ class World:
         for node, generation in before.generations:
             if view.generation(node) == generation:
                 continue
-            assert (node in view.left) != (node in view.dead), (self.seed, view)
-            assert not guest.epochs or (node in dead) == (node in view.dead)
-            if node in view.dead:
+            # A first view names no dead: they are left to the slot map, but can't write either.
+            first = not guest.epochs and not view.dead
+            assert first or (node in view.left) != (node in view.dead), (self.seed, view)
+            assert not guest.epochs or (node in dead) == (node in view.dead), (self.seed, view)
+            if node not in view.left and self.guests[node].end != "left":
                 assert self.disk.keys.get(node) != generation, (self.seed, view)
                 assert self.disk.guarded.get(node) != generation, (self.seed, view)
 
@@ -322,12 +337,7 @@ class World:
                 again = (self.now_ns + STEP_NS, self._count, sender, to, message)
                 heapq.heappush(self._posted, again)
                 continue
-            self._do(
-                guest,
-                lambda guest=guest, sender=sender, message=message: guest.node.deliver(
-                    sender.number, message
-                ),
-            )
+            self._do(guest, partial(guest.node.deliver, sender.number, message))
 
     def _mesh(self) -> None:
         """Connections go up when both sides run, and down when one is silent for too long."""
