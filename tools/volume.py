@@ -1,98 +1,115 @@
-"""Volumes of a cluster: OCFS2 images with a copy of a real tree, made by our own mkfs and our own
-file system, cached by their content as the guests' own images are (`tools.image`).
-
-The tree, its manifest and its digest are as there.  The volume has room for a slot and a journal of
-each node, and for what nodes write.
-"""
+"""OCFS2 volumes in image files: made and checked for a person who names the file."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import tempfile
-import time
 from pathlib import Path
-from typing import Final
 
-from fs.block.device import BLOCK_BYTES
+from fs.block.device import BLOCK_BYTES, BlockDevice
 from fs.block.file import FileDevice
-from fs.directpages import DirectPages
 from fs.errors import ImageError
-from fs.ocfs2.filesystem import Ocfs2
-from fs.ocfs2.mkfs import Parameters, blocks_needed, make_volume
-from fs.vfs import Vfs
+from fs.ocfs2.fsck.checker import check
+from fs.ocfs2.fsck.problems import Problem
+from fs.ocfs2.mkfs import Parameters, make_volume
 from ipc.errors import ExitCode, OperatorError
-from tools.image import Image, choose_tree, hash_file
+from tools.units import format_size
 
-_FORMAT: Final = 1
-_ROOM_BYTES: Final = 16 * 2**20
-"""Free space for what nodes write."""
-
-
-def build_volume(tree: str, limit_bytes: int, seed: str, slots: int, cache: Path) -> Image:
-    """The volume of a tree for so many nodes, from the cache or made now."""
-    folder, files = choose_tree(tree, limit_bytes, seed)
-    manifest = {file.name: hash_file(folder / file.name) for file in files}
-    text = json.dumps(manifest, sort_keys=True, indent=0)
-    content = f"ocfs2 {_FORMAT} {slots}\n{text}".encode()
-    digest = hashlib.sha256(content).hexdigest()[:32]
-    image = Image(
-        cache / f"{digest}.img",
-        cache / f"{digest}.json",
-        len(files),
-        sum(file.size_bytes for file in files),
-    )
-    if image.path.exists() and image.manifest.exists():
-        return image
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".build-", dir=cache) as scratch:
-            made = Path(scratch, "volume")
-            _make(made, folder, list(manifest), slots, bytes.fromhex(digest))
-            made.rename(image.path)
-            written = Path(scratch, "manifest")
-            written.write_text(text)
-            written.rename(image.manifest)
-    except (OSError, ImageError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise OperatorError(
-            f"can't build a volume in {cache}: {reason}", ExitCode.UNAVAILABLE
-        ) from None
-    return image
+_EXT_MAGIC = b"\x53\xef"
+_EXT_MAGIC_AT = 1024 + 56
 
 
-def _make(path: Path, folder: Path, names: list[str], slots: int, uuid: bytes) -> None:
+def make_image(
+    path: Path,
+    *,
+    size_bytes: int | None,
+    slots: int,
+    label: bytes,
+    uuid: bytes,
+    cluster: bytes,
+    journal_bytes: int,
+    generation: int,
+    now_s: int,
+    force: bool,
+) -> str:
+    """Make a volume in the file `path`; a line that says what was made.
+
+    Without `size_bytes` the file must be there, and is used as long as it is. Raises
+    OperatorError; a file that this call has created is gone then.
+    """
     parameters = Parameters(
         slots=slots,
         uuid=uuid,
-        generation=int.from_bytes(uuid[:4], "little") | 1,
-        now_s=int(time.time()),
-        label=b"tmem",
+        generation=generation,
+        now_s=now_s,
+        label=label,
+        cluster=cluster,
+        journal_bytes=journal_bytes,
     )
-    blocks = blocks_needed(parameters) + _ROOM_BYTES // BLOCK_BYTES
-    parents = {parent for name in names for parent in Path(name).parents}
-    blocks += sum(-(-(folder / name).stat().st_size // BLOCK_BYTES) + 1 for name in names)
-    # A directory and its inode, and again as much for the groups of the inode allocators.
-    blocks += 2 * len(parents) + len(names) // 2
-    with path.open("xb") as file:
-        file.truncate(blocks * BLOCK_BYTES)
+    existed = path.exists()
+    try:
+        parameters.check()
+        fresh = _prepare(path, size_bytes, force=force)
+        device = FileDevice(path)
+        try:
+            make_volume(device, parameters, fresh=fresh)
+        finally:
+            device.close()
+    except ImageError as reason:
+        if not existed:
+            path.unlink(missing_ok=True)
+        text = str(reason)
+        text = text if text.startswith("image ") else f"image {path}: {text}"
+        raise OperatorError(text, ExitCode.USAGE) from None
+    except OSError as reason:
+        if not existed:
+            path.unlink(missing_ok=True)
+        why = reason.strerror or str(reason)
+        raise OperatorError(f"image {path}: can't be written: {why}", ExitCode.NO_INPUT) from None
+    size = format_size(path.stat().st_size)
+    return f"{path}: an OCFS2 volume of {size} with {slots} slots, uuid {uuid.hex()}"
+
+
+def _prepare(path: Path, size_bytes: int | None, *, force: bool) -> bool:
+    """Make the file or check it; True when it reads as zeros."""
+    if not path.exists():
+        if size_bytes is None:
+            raise ImageError("no such file; say how large it shall be with --size")
+        with path.open("xb") as file:
+            file.truncate(size_bytes // BLOCK_BYTES * BLOCK_BYTES)
+        return True
     device = FileDevice(path)
     try:
-        make_volume(device, parameters, fresh=True)
-        fs = Ocfs2(device, clock_ns=time.time_ns)
-    except BaseException:
-        device.close()
-        raise
-    pages = DirectPages(fs)
-    fs.attach_pages(pages)
-    vfs = Vfs(fs, pages)
-    try:
-        for parent in sorted(parents - {Path()}):
-            vfs.mkdir(f"/{parent.as_posix()}")
-        for name in names:
-            handle = vfs.open(f"/{name}", os.O_CREAT | os.O_WRONLY)
-            vfs.write(handle, (folder / name).read_bytes())
-            vfs.close(handle)
+        is_empty = all(not any(_head(device, block)) for block in range(min(3, device.blocks)))
     finally:
-        vfs.unmount()
+        device.close()
+    if not is_empty and not force:
+        raise ImageError("there is something in this file; overwrite it with --force")
+    if size_bytes is not None:
+        os.truncate(path, size_bytes // BLOCK_BYTES * BLOCK_BYTES)
+    return False
+
+
+def check_image(path: Path) -> list[Problem]:
+    """What is wrong with the volume in the file `path`; `ImageError` when it can't be checked."""
+    device = FileDevice(path, read_only=True)
+    try:
+        return check(device)
+    except ImageError as reason:
+        if _is_ext(device):
+            raise ImageError(
+                f"image {path}: is of ext2, ext3 or ext4, and this command checks OCFS2; use"
+                f" e2fsck -fn {path}"
+            ) from None
+        raise ImageError(f"image {path}: {reason}") from None
+    finally:
+        device.close()
+
+
+def _is_ext(device: BlockDevice) -> bool:
+    return _head(device, 0)[_EXT_MAGIC_AT : _EXT_MAGIC_AT + 2] == _EXT_MAGIC
+
+
+def _head(device: BlockDevice, block: int) -> bytearray:
+    data = bytearray(BLOCK_BYTES)
+    device.read(block, 1, memoryview(data))
+    return data
