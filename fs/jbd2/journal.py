@@ -78,19 +78,25 @@ class Journal:
 
     Opening replays what an earlier crash left (`recovered` tells what). `now_ns` gives commit
     blocks their time.
+
+    `ocfs2_tools` writes revoke blocks for fsck.ocfs2 1.8.7: it reads only the first half of the
+    records, so the list comes twice; and it wants the same features in all slots' journals, so
+    `journal_incompat_revoke` is not set. Linux minds neither.
     """
 
-    def __init__(self, area: Area, *, now_ns: Callable[[], int]) -> None:
+    def __init__(self, area: Area, *, now_ns: Callable[[], int], ocfs2_tools: bool = False) -> None:
         if area.device.read_only:
             raise error(errno.EROFS, "a journal is for writing")
         self._area = area
         self._now_ns = now_ns
+        self._ocfs2_tools = ocfs2_tools
         self.recovered = recover(area)
         self._superblock = Superblock(area.read(0), len(area))
         self._superblock.upgrade()
         self._layout = Layout(
             self._superblock.compat, self._superblock.incompat, self._superblock.uuid
         )
+        self._revokes_max = self._layout.records_max // (2 if ocfs2_tools else 1)
         self.max_transaction_blocks = self._superblock.blocks // 4
         """Images in one transaction at most: a quarter of the journal."""
         self._next_tid = self.recovered.next_sequence
@@ -144,7 +150,7 @@ class Journal:
         self._check_writes(writes)
         gone = self._forgotten.union(revoked).difference(writes)
         # What the log doesn't hold can't be replayed.
-        revokes = [block for block in gone if self._held[block]]
+        revokes = sorted(block for block in gone if self._held[block])
         if writes or revokes:
             length = self._room(len(writes), len(revokes))
             if length > self._superblock.log_blocks:
@@ -221,19 +227,14 @@ class Journal:
 
     def _room(self, images: int, revokes: int) -> int:
         """Blocks of the log that such a transaction takes."""
-        return (
-            -(-revokes // self._layout.records_max)
-            + -(-images // self._layout.tags_max)
-            + images
-            + 1
-        )
+        return -(-revokes // self._revokes_max) + -(-images // self._layout.tags_max) + images + 1
 
     def _commit(self, writes: Mapping[int, bytes], revokes: list[int], length: int) -> None:
         if self._free_blocks < length:
             self._checkpoint(length)
         superblock = self._superblock
         tid = self._next_tid
-        if revokes and not superblock.incompat & INCOMPAT_REVOKE:
+        if revokes and not superblock.incompat & INCOMPAT_REVOKE and not self._ocfs2_tools:
             superblock.incompat |= INCOMPAT_REVOKE
             self._area.write(0, superblock.pack())
         if not self._transactions:
@@ -261,7 +262,10 @@ class Journal:
     ) -> tuple[list[bytes], Crc32]:
         """All blocks of a transaction but its commit block, in the order of the log."""
         layout, crc32 = self._layout, Crc32()
-        body = list(layout.revokes(tid, revokes))
+        body = []
+        for start in range(0, len(revokes), self._revokes_max):
+            records = revokes[start : start + self._revokes_max]
+            body.append(layout.revoke(tid, records * (2 if self._ocfs2_tools else 1)))
         blocks = sorted(writes)
         for start in range(0, len(blocks), layout.tags_max):
             tags, images = [], []

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -173,14 +173,11 @@ class Layout:
             offset += self.tag_bytes + (0 if flags & FLAG_SAME_UUID else _UUID_BYTES)
         return found
 
-    def revokes(self, tid: int, blocks: Iterable[int]) -> Iterator[bytes]:
-        """As many revoke blocks as `blocks` need."""
-        ordered = sorted(blocks)
-        for start in range(0, len(ordered), self.records_max):
-            part = ordered[start : start + self.records_max]
-            used = _REVOKE_HEAD_BYTES + len(part) * self._record.size
-            records = b"".join(map(self._record.pack, part))
-            yield self._sealed(header(REVOKE, tid) + _WORD.pack(used) + records)
+    def revoke(self, tid: int, blocks: Sequence[int]) -> bytes:
+        """A revoke block of at most `records_max` records."""
+        used = _REVOKE_HEAD_BYTES + len(blocks) * self._record.size
+        records = b"".join(map(self._record.pack, blocks))
+        return self._sealed(header(REVOKE, tid) + _WORD.pack(used) + records)
 
     def revoked(self, untrusted: bytes | bytearray) -> list[int]:
         """The blocks that a revoke block names; EUCLEAN when its length is impossible."""

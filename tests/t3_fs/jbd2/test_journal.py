@@ -137,6 +137,26 @@ def test_forgotten_block_that_is_used_again() -> None:
     assert device.contents[3] == page("c")
 
 
+@pytest.mark.parametrize("ocfs2_tools", [False, True])
+@pytest.mark.parametrize("form", ["plain", "checksum-v3-64bit"])
+def test_many_revokes(form: str, ocfs2_tools: bool) -> None:
+    """More records than a block has room for, and all of them count."""
+    blocks = 4000
+    device = MemoryDevice.empty(3 * blocks)
+    area = Area(device, range(blocks, 2 * blocks))
+    compat, incompat = FORMS[form]
+    format_journal(area, UUID, compat=compat, incompat=incompat, zero=False)
+    journal = Journal(area, now_ns=clock, ocfs2_tools=ocfs2_tools)
+    for start in range(0, 3000, 1000):
+        journal.commit({block: page("r") for block in range(start, start + 1000)})
+    free = journal.free_blocks
+    journal.commit({}, range(1, 3000))
+    records = 4080 // 4 if form == "plain" else 4076 // 8
+    assert free - journal.free_blocks == 1 + -(-2999 // (records // (1 + ocfs2_tools)))
+    found = recover(area)
+    assert (found.replayed_blocks, found.revoked_blocks) == (1, 2999)
+
+
 def test_forgotten_but_not_committed_is_still_needed() -> None:
     """A checkpoint before the freeing is committed writes the block home."""
     device = new_device("plain")
