@@ -6,6 +6,7 @@ It is looked at between two steps of the workload, so everything in the guest is
     {"verb": "status"}                               -> Kernel.status
     {"verb": "run", "workload", "seed", "parameters"} -> {"accepted": True}
     {"verb": "exec", "argv": [...]}                  -> {"exit_code", "stdout", "stderr"}
+    {"verb": "nemesis", "cut", "heal", "faults", "seed"} -> {"spoilt": True}  (nodes made for it)
     {"verb": "stop"}                                 -> {"stopping": True}, then the guest ends
     anything else, or what can't be done             -> {"error": text}
 
@@ -173,10 +174,31 @@ class Answers:
             return self._run(untrusted)
         if verb == "exec":
             return self._exec(untrusted.get("argv"))
+        if verb == "nemesis":
+            return self._spoil(untrusted)
         if verb == "stop":
             self.stopping = True
             return {"stopping": True}
-        return {"error": f"no verb {verb!r}; there are status, run, exec, stop"}
+        return {"error": f"no verb {verb!r}; there are status, run, exec, nemesis, stop"}
+
+    def _spoil(self, untrusted: Record) -> Record:
+        names = [untrusted.get(key, []) for key in ("cut", "heal")]
+        faults, seed = untrusted.get("faults", {}), untrusted.get("seed", 0)
+        if not all(
+            isinstance(one, list) and all(isinstance(name, str) for name in one) for one in names
+        ):
+            return {"error": "nemesis needs cut and heal, lists of guests"}
+        if not isinstance(faults, dict) or not all(
+            isinstance(value, float) and 0 <= value <= 1 for value in faults.values()
+        ):
+            return {"error": "nemesis needs faults, a map of probabilities"}
+        if self._kernel.node is None or not isinstance(seed, int):
+            return {"error": "nemesis is for nodes of a volume, with a seed"}
+        try:
+            self._kernel.node.spoil(cut=names[0], heal=names[1], faults=faults, seed=seed)
+        except ValueError as error:
+            return {"error": str(error)}
+        return {"spoilt": True}
 
     def _run(self, untrusted: Record) -> Record:
         workload = untrusted.get("workload")

@@ -34,7 +34,7 @@ from tools.interrupts import Interrupts
 from tools.rundir import ClusterDirectory
 from tools.topology import phases as default_phases
 from tools.units import PAGE_BYTES
-from tools.volume import build_volume
+from tools.volumeimage import build_volume
 
 MODES: Final = ("off", "on")
 NODE_KEY_BYTES: Final = 32
@@ -205,24 +205,40 @@ def measure(
     for directory in directories.values():
         check_cluster(config, directory)
     disks = prepare_disks(config, cache)
+    results: Record = {"seed": config.seed, "name": config.name}
+    for mode, directory in directories.items():
+        results[mode] = run_work(
+            config, disks, directory, mode, reporter, interrupts, keep_images=keep_images
+        )
+    return results
+
+
+def run_work(
+    config: ClusterConfig,
+    disks: dict[str, Disk],
+    directory: ClusterDirectory,
+    mode: str,
+    reporter: Reporter,
+    interrupts: Interrupts,
+    *,
+    keep_images: bool = False,
+) -> Record:
+    """All phases on a cluster that is started for them; what was counted."""
     for name, disk in disks.items():
         if disk.manifest is None:
             raise OperatorError(
                 f"{name}: a measured run compares every file with a manifest and this image has "
                 "none; add the key manifest, or start the cluster with 'tmem up -d'"
             )
-    results: Record = {"seed": config.seed, "name": config.name}
-    for mode, directory in directories.items():
-        interrupts.check()
-        plan = plan_cluster(config, disks, directory, mode)
-        try:
-            copy_disks(disks, directory)
-            with Cluster(plan, directory, interrupts) as cluster:
-                results[mode] = _Run(config, disks, cluster, reporter, interrupts).result(mode)
-        finally:
-            if not keep_images:
-                remove_disks(directory)
-    return results
+    interrupts.check()
+    plan = plan_cluster(config, disks, directory, mode)
+    try:
+        copy_disks(disks, directory)
+        with Cluster(plan, directory, interrupts) as cluster:
+            return _Run(config, disks, cluster, reporter, interrupts).result(mode)
+    finally:
+        if not keep_images:
+            remove_disks(directory)
 
 
 class _Run:

@@ -2,6 +2,7 @@
 
     runs/<time>/            a run: results.json of a measured run, and of each cluster a folder
         off/ on/            the two clusters of a measured run, one after the other
+        private/ shared/    those of the sharing test; coherence/ that of the coherence test
         on/                 the cluster of `tmem up -d`
             cluster.json    who supervises it; here only while it lives
             registry/       every kernel object and process (`ipc.names`)
@@ -46,7 +47,7 @@ ENVIRONMENT: Final = "TMEM_RUN_DIR"
 _FOLDER_BYTES_MAX: Final = 107 - len(f"/guest-{'x' * GUEST_NAME_CHARACTERS_MAX}.sock")
 _DOOR_FILE: Final = "door"
 _CLUSTER_FILE: Final = "cluster.json"
-_CLUSTER_FOLDERS: Final = ("on", "off")
+_CLUSTER_FOLDERS: Final = ("on", "off", "shared", "private", "coherence")
 
 
 @dataclass(frozen=True)

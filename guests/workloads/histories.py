@@ -2,7 +2,7 @@
 
 Parameters: record (a file of the host, one JSON object a line), files (3), pages (4), operations
 (1000), writes (0.3: share of writes), syncs (0.1: share of writes that are followed by fsync),
-folder ("/histories").  The files are there already, full of zeros: the value 0.0.
+folder ("/histories"), prepare (0; 1: first make the files, full of zeros: the value 0.0).
 
 Each page that is written holds one value, unique in the run, from its first to its last byte:
 
@@ -39,7 +39,9 @@ def run(job: Job) -> Iterator[None]:
     pages = job.count("pages", 4, 1, 100_000)
     writes = job.number("writes", 0.3, 0.0, 1.0)
     syncs = job.number("syncs", 0.1, 0.0, 1.0)
-    job.total = job.count("operations", 1000, 1, 10_000_000)
+    if job.count("prepare", 0, 0, 1):
+        _prepare(job.vfs, folder, files, pages)
+    job.total = job.count("operations", 1000, 0, 10_000_000)
     writer = job.random.getrandbits(63)
     paths = [f"{folder}/{number}" for number in range(files)]
     with Path(job.text("record")).open("a", buffering=1) as record:
@@ -54,6 +56,15 @@ def run(job: Job) -> Iterator[None]:
                 job.findings.mismatch(f"{path} page {page}")
             job.done += 1
             yield
+
+
+def _prepare(vfs: Vfs, folder: str, files: int, pages: int) -> None:
+    vfs.mkdir(folder)
+    for number in range(files):
+        handle = vfs.open(f"{folder}/{number}", os.O_CREAT | os.O_WRONLY)
+        vfs.write(handle, bytes(pages * BLOCK_BYTES))
+        vfs.close(handle)
+    vfs.sync()
 
 
 def _write(

@@ -30,8 +30,25 @@ def up(
     ] = None,
     topo: Annotated[
         str | None,
-        typer.Option("--topo", help="NAME,key=value,... with NAME default, pair or single."),
+        typer.Option(
+            "--topo", help="NAME,key=value,... with NAME default, pair, single or shared."
+        ),
     ] = None,
+    test: Annotated[
+        str | None,
+        typer.Option("--test", help="Of guests that share a disk: sharing or coherence."),
+    ] = None,
+    nemesis: Annotated[
+        str | None,
+        typer.Option(
+            "--nemesis",
+            help="What goes wrong in --test coherence: kill,pause,partition,messages,hypervisor,"
+            "drop or all.",
+        ),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="How long --test coherence runs.", min=1.0, max=86400.0)
+    ] = 20.0,
     background: Annotated[
         bool, typer.Option("-d", "--detach", help="Stay up in the background, without work.")
     ] = False,
@@ -46,7 +63,17 @@ def up(
     """Run the work of a cluster without tmem and with it, and compare; or start one with -d."""
     from tools.rundir import ENVIRONMENT, RUNS, ClusterDirectory, new_run
 
+    if test is not None and topo is None and file is None:
+        topo = "shared"
     config = _configuration(file, topo, seed)
+    if test not in (None, "sharing", "coherence"):
+        raise OperatorError(
+            f"there is no test {test!r}; there are sharing, coherence", ExitCode.USAGE
+        )
+    if background and test is not None:
+        raise OperatorError("a test does not run in the background; leave out -d", ExitCode.USAGE)
+    if nemesis is not None and test != "coherence":
+        raise OperatorError("--nemesis belongs to --test coherence", ExitCode.USAGE)
     if run is None and (named := _environment(ENVIRONMENT)):
         run = Path(named)
     run = (run or new_run(RUNS, datetime.datetime.now(datetime.UTC).astimezone())).absolute()
@@ -59,7 +86,74 @@ def up(
         names = ", ".join(name for name, _ in config.guests())
         print(f"cluster {config.name} is up: {names} ({directory.path})")
         return ExitCode.OK
+    if test == "sharing":
+        return _sharing(config, run, cache, json=json, quiet=quiet)
+    if test == "coherence":
+        kinds = nemesis or ""
+        return _coherence(config, run, cache, kinds, seconds, json=json, quiet=quiet)
     return _measure(config, run, cache, keep_images=keep_images, json=json, quiet=quiet)
+
+
+def _sharing(config: ClusterConfig, run: Path, cache: Path, *, json: bool, quiet: bool) -> int:
+    from tools import sharing
+    from tools.interrupts import Interrupts
+    from tools.progress import make_reporter
+    from tools.report import write_results
+
+    with Interrupts() as interrupts:
+        reporter = make_reporter(sys.stderr, quiet=quiet)
+        try:
+            results = sharing.measure_sharing(config, run, cache, reporter, interrupts)
+        finally:
+            reporter.close()
+    path = write_results(results, run)
+    if json:
+        print_json(results)
+    else:
+        print_table(sharing.HEADER, sharing.table(results))
+        for line in sharing.summary(results):
+            print(line)
+        print(f"seed {config.seed}; results in {_short(path)}")
+    code, lines = sharing.verdict(results)
+    for line in lines:
+        print(f"tmem: {line}", file=sys.stderr)
+    return code
+
+
+def _coherence(
+    config: ClusterConfig,
+    run: Path,
+    cache: Path,
+    kinds: str,
+    seconds: float,
+    *,
+    json: bool,
+    quiet: bool,
+) -> int:
+    from tools import coherence
+    from tools.interrupts import Interrupts
+    from tools.nemesis import parse_kinds
+    from tools.report import write_results
+
+    plan = parse_kinds(kinds)
+    with Interrupts() as interrupts:
+        results = coherence.run_test(
+            config,
+            run,
+            cache,
+            plan,
+            seconds,
+            say=lambda line: None if quiet else print(line, file=sys.stderr, flush=True),
+            interrupts=interrupts,
+        )
+    path = write_results(results, run)
+    if json:
+        print_json(results)
+    else:
+        for line in coherence.summary(results):
+            print(line)
+        print(f"seed {config.seed}; results in {_short(path)}")
+    return coherence.exit_code(results)
 
 
 def _measure(
