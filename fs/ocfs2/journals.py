@@ -71,7 +71,7 @@ class SlotJournal:
 
     def open(self, now_ns: Callable[[], int]) -> Journal:
         """The log, replayed before, for writing."""
-        return Journal(self.area, now_ns=now_ns)
+        return Journal(self.area, now_ns=now_ns, ocfs2_tools=True)
 
 
 class ReplayedDevice:
