@@ -176,7 +176,7 @@ class Volume:
     def judge(self, folder: Path) -> None:
         """Unmount; fsck.ocfs2 finds no fault, debugfs.ocfs2 reads the tree that we read."""
         self.unmount()
-        assert not faults(self.path)
+        assert faults(self.path) == []
         vfs = self.mount(read_only=True)
         ours = vfs_tree(vfs)
         self.unmount()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,7 +150,12 @@ class Cluster:
         self.table = LockTable()
         self.clock = Clock()
 
-    def join(self, number: int, pages: type[DirectPages] = DirectPages, **options: object) -> Node:
+    def join(
+        self,
+        number: int,
+        pages: Callable[[Ocfs2], FilePages] | None = None,
+        **options: object,
+    ) -> Node:
         """Mount as one more node."""
         device = SharedImage(self.path)
         locks = TableLocks(self.table, number)
@@ -170,7 +176,7 @@ class Cluster:
             live_nodes=lambda: set(self.table.nodes),
             **options,  # type: ignore[arg-type]
         )
-        cache: FilePages = pages(node.fs)
+        cache = pages(node.fs) if pages else DirectPages(node.fs)
         node.vfs = Vfs(node.fs, cache)
         return node
 
