@@ -15,7 +15,7 @@ T ?= tests
 WORKERS ?= auto --maxprocesses=4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench fuzz sim model crash-restart lock clean
+.PHONY: help setup demo test lint format bench fuzz sim model crash-restart vm-check lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,10 @@ sim: setup  ## Simulate SEEDS=1000 clusters with faults, each in one process (SE
 
 crash-restart: setup  ## Kill and restart the hypervisor under load N=500 times
 	$(BIN)/python -m tools.crash_restart --restarts $(N)
+
+vm-check: setup  ## Let real Linux in a virtual machine judge our volumes (ONLY='killed chain', SEED=n)
+	@tools/setup.sh vm
+	@$(BIN)/python -m tools.vm $(addprefix --only ,$(ONLY)) $(if $(SEED),--seed $(SEED))
 
 lock: setup  ## Rewrite the hash-locked requirements (UPGRADE=1 takes newer versions)
 	@for group in build dev; do \
