@@ -22,6 +22,7 @@ PR, EX = Mode.PR, Mode.EX
     ],
 )
 def test_locks(wishes: list[list[Mode]], deaths: int, states_least: int) -> None:
+    """Exclusion, values, tokens and liveness in every state."""
     seen = explore(LockWorld(wishes, deaths=deaths), states_max=20_000)
     print(f"{len(wishes)} nodes, {deaths} deaths: {seen}")
     assert seen.complete
@@ -36,6 +37,7 @@ def test_locks(wishes: list[list[Mode]], deaths: int, states_least: int) -> None
     ],
 )
 def test_a_page(wishes: list[list[Mode]], deaths: int, states_least: int) -> None:
+    """A read after a remote write never returns old bytes."""
     seen = explore(PageWorld(wishes, deaths=deaths), states_max=20_000)
     print(f"{len(wishes)} nodes, {deaths} deaths: {seen}")
     assert seen.complete
@@ -43,6 +45,7 @@ def test_a_page(wishes: list[list[Mode]], deaths: int, states_least: int) -> Non
 
 
 def test_three_nodes_and_a_death_as_far_as_time_allows() -> None:
+    """The whole of it takes hours; `explorations` goes further."""
     seen = explore(LockWorld([[EX], [PR], [EX]], deaths=1), states_max=1500)
     print(f"3 nodes, 1 death: {seen}")
     assert seen.states == 1500
@@ -58,12 +61,14 @@ def test_a_pool_that_takes_any_offer_is_found_out() -> None:
 
 
 def test_a_master_that_grants_too_much_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test of the test."""
     monkeypatch.setattr("fs.dlm.resource.compatible", lambda one, other: True)
-    with pytest.raises(Broken, match="beside|was lost"):
+    with pytest.raises(Broken, match=r"beside|was lost"):
         explore(LockWorld([[EX], [PR]]), states_max=1000)
 
 
 def test_a_wish_that_is_forgotten_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test of the test: without BAST somebody waits for ever."""
     monkeypatch.setattr(models.Node, "blocking", lambda self, name, mode: None)
     with pytest.raises(Broken, match="waits for ever"):
         explore(LockWorld([[EX], [PR]]), states_max=1000)

@@ -58,17 +58,20 @@ MESSAGES: list[Message] = [
 
 
 def frame_of(message: Message, epoch: int = 1, sequence: int = 1) -> bytes:
+    """The bytes of a frame with this message."""
     return encode_frame(epoch, sequence, 0, *encode(message))
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_what_was_said_comes_out_again(message: Message) -> None:
+    """Each kind, with and without its optional parts."""
     frame = decode(frame_of(message, 3, 4))
     assert frame == (3, 4, 0, message)
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_a_message_cut_short_is_refused_or_has_a_shorter_name(message: Message) -> None:
+    """At every length."""
     whole = frame_of(message)
     for length in range(len(whole)):
         try:
@@ -94,6 +97,7 @@ def test_a_message_cut_short_is_refused_or_has_a_shorter_name(message: Message) 
     ],
 )
 def test_no_message(untrusted: bytes) -> None:
+    """Refused by name, not by crash."""
     with pytest.raises(MessageError):
         decode(untrusted)
 
