@@ -41,7 +41,10 @@ class Voter:
 
 @dataclass
 class Attempt:
-    """A proposal: first every participant promises, then every live member of the view accepts."""
+    """A proposal: first every participant promises.
+
+    Then every participant and every live member of the view accepts.
+    """
 
     ballot: Ballot
     participants: dict[int, int]
@@ -56,7 +59,8 @@ class Attempt:
         if self.chosen is None:
             return self.participants.keys() - self.promises.keys()
         needed = {node for node, made in self.chosen.generations if live.get(node) == made}
-        return needed - self.accepts
+        # Those who leave accept too: if the members go next, one who left knows what was agreed.
+        return (needed | self.participants.keys()) - self.accepts
 
     def choose(self) -> View:
         """The view to be accepted: one that may be agreed already, or else the wanted one."""

@@ -8,8 +8,8 @@ The coordinator is the lowest live member. For the view of epoch e + 1 it
   1. takes the reservations of the members that died (no write of theirs comes after that);
   2. asks all live members of e, and those who join, to promise (PREPARE, PROMISE);
   3. proposes a view: one that a participant had accepted already, else its own (ACCEPT, ACCEPTED);
-  4. when all live members of that view have accepted it, writes the epoch into its own heartbeat
-     sector, installs the view and sends it (VIEW, INSTALLED).
+  4. when all of them and all live members of that view have accepted it, writes the epoch into its
+     own heartbeat sector, installs the view and sends it (VIEW, INSTALLED).
 Each step is Paxos, except that a quorum is every live member and not a majority: o2cb lets one node
 of two go on alone, because the disk told it that the other is dead.
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from fs.block.shared import SharedDevice
+from fs.cluster.agreement import Voter
 from fs.cluster.messages import Kind, decode
 from fs.cluster.node import ClusterNode
 from fs.cluster.region import Region
-from fs.cluster.view import View
+from fs.cluster.view import Ballot, View
 from tests.t3_fs.cluster.world import MS, STEP_NS, TIMING, Guest, World
 
 DEAD_NS = TIMING.dead_ns
@@ -181,7 +182,8 @@ def test_two_first_nodes_at_once_make_one_cluster() -> None:
 
 
 @pytest.mark.parametrize(("nodes", "apart", "stay"), [
-    (2, {1}, {0}), (3, {0}, {1, 2}), (4, {2, 3}, {0, 1}), (4, {0}, {1, 2, 3}), (5, {0, 1}, {2, 3, 4}),
+    (2, {1}, {0}), (3, {0}, {1, 2}), (4, {2, 3}, {0, 1}), (4, {0}, {1, 2, 3}),
+    (5, {0, 1}, {2, 3, 4}),
 ])  # fmt: skip
 def test_the_side_without_quorum_fences_itself(nodes: int, apart: set[int], stay: set[int]) -> None:
     """It never sees a view without the others."""
@@ -376,6 +378,29 @@ def test_nodes_on_a_real_image(tmp_path: Path) -> None:
     assert world[1].told[-1] == ("left", None)
     for owner in world.values():
         owner.device.close()
+
+
+def test_a_voter_keeps_its_promises() -> None:
+    """Nothing below a promised ballot is promised or accepted; the same one again is."""
+    voter = Voter()
+    low, high = Ballot(2, 1, 5), Ballot(2, 2, 0)
+    view = View(2, ((0, 1),))
+    assert voter.promise(high) and voter.promise(high)
+    assert not voter.promise(low) and not voter.accept(low, view)
+    assert voter.accepted_for(2) is None
+    assert voter.accept(high, view)
+    assert voter.accepted_for(2) == (high, view) and voter.accepted_for(3) is None
+
+
+def test_two_that_leave_at_once_with_the_last_view_lost() -> None:
+    """The second one accepted that it is out, so it makes no other view of that epoch."""
+    world = up(2)
+    drop(world, Kind.VIEW)
+    world.guests[1].node.leave()
+    world.guests[0].node.leave()
+    world.run(4 * DEAD_NS)
+    assert {guest.end for guest in world.guests.values()} == {"left"}
+    assert world.guests[0].epochs in ([1, 2], [1])
 
 
 def test_a_view_knows_its_members() -> None:
