@@ -29,6 +29,7 @@ from types import MappingProxyType
 
 from fs.dlm.links import RETRANSMIT_NS, Links
 from fs.dlm.lock import Lock, LockEvents
+from fs.dlm.master import Master
 from fs.dlm.messages import (
     NAME_BYTES_MAX,
     NO_FLAG,
@@ -52,7 +53,7 @@ from fs.dlm.messages import (
     Value,
 )
 from fs.dlm.modes import Mode
-from fs.dlm.recovery import EPOCH_MAX, Findings, Rebuild, master_of
+from fs.dlm.recovery import EPOCH_MAX, Rebuild, master_of
 from fs.dlm.resource import Post, Resource
 from fs.dlm.transport import LockTransport
 from fs.errors import error
@@ -81,12 +82,10 @@ class LockManager:
         self.links = Links(node, transport, retransmit_ns=retransmit_ns)
         self._events = events
         self._locks: dict[bytes, Lock] = {}
-        self._resources: dict[bytes, Resource] = {}
+        self._master = Master()
         self._rebuild: Rebuild | None = None
         self._since: dict[int, int] = {}
         self._marked: set[int] = set()
-        self._known = Findings()
-        self._highest_token = 0
         self._last_request = 0
         self._too_early: list[tuple[int, Message]] = []
         self._to_self: deque[Message] = deque()
@@ -98,7 +97,7 @@ class LockManager:
     @property
     def resources(self) -> Mapping[bytes, Resource]:
         """What this node masters, for people who look."""
-        return MappingProxyType(self._resources)
+        return MappingProxyType(self._master.resources)
 
     @property
     def locks(self) -> Mapping[bytes, Lock]:
@@ -109,6 +108,15 @@ class LockManager:
     def missing(self) -> frozenset[int]:
         """Members that recovery waits for."""
         return self._rebuild.missing if self._rebuild is not None else frozenset()
+
+    @property
+    def held(self) -> frozenset[int]:
+        """Dead nodes whose journals still have to be replayed, as far as is known here.
+
+        Who replays one may die before all have heard of it: after each view a survivor looks at
+        these journals, and says `release_dead` also for those that are clean already.
+        """
+        return frozenset(death.node for death in self._master.known.held)
 
     def mode(self, name: bytes) -> Mode | None:
         """What this node holds."""
@@ -197,7 +205,7 @@ class LockManager:
         self._marked.add(dead_node)
 
     def release_dead(self, dead_node: int) -> None:
-        """The journal of `dead_node` was replayed. One node has to say so; all are told."""
+        """The journal of `dead_node` was replayed. One node has to say so, if it lives (`held`)."""
         self._release(Death(dead_node, self.epoch))
         for node in sorted(self.members - {self.node}):
             self.links.post(node, Release(Death(dead_node, self.epoch)))
@@ -215,18 +223,18 @@ class LockManager:
         done = Done(
             self.epoch,
             self.ready,
-            self._highest_token,
+            self._master.highest_token,
             tuple(Member(node, self._since[node]) for node in sorted(self.members)),
-            self._known.held | {Death(node, epoch) for node in self._marked},
-            frozenset(Death(*item) for item in self._known.released.items()),
-            self._known.graves,
+            self._master.known.held | {Death(node, epoch) for node in self._marked},
+            frozenset(Death(*item) for item in self._master.known.released.items()),
+            self._master.known.graves,
         )
-        records = [r.record() for r in self._resources.values()] if self.ready else []
+        records = self._master.records() if self.ready else []
         self._since = {node: self._since.get(node, epoch) for node in members}
-        self._known.held = done.held
+        self._master.known.held = done.held
         self._marked.clear()
         self.epoch, self.members, self.ready = epoch, members, False
-        self._resources = {}
+        self._master.start()
         self._rebuild = Rebuild(epoch, members)
         self._too_early.clear()
         self._to_self.clear()
@@ -261,7 +269,7 @@ class LockManager:
         self.links.peer_up(node)
 
     def peer_down(self, node: int) -> None:
-        """The transport does not reach `node`."""
+        """It does not."""
         self.links.peer_down(node)
 
     # The inside.
@@ -279,11 +287,10 @@ class LockManager:
                     self._finish(self._rebuild)
             case Grant() | Deny() | Bast():
                 lock = self._locks.get(message.name)
-                if lock is None or lock.master != from_node:
-                    # A lock that is gone here may still be asked for; else it is a stranger.
-                    self.refused += lock is not None
-                    return
-                self._answered(lock, message)
+                if lock is not None and lock.master == from_node:
+                    self._answered(lock, message)
+                else:
+                    self.refused += lock is not None  # one that is gone may still be asked for
             case Release(death):
                 self._release(death)
             case Request() | Cancel() | Down():
@@ -291,27 +298,10 @@ class LockManager:
                     self.refused += 1
                 elif not self.ready:
                     self._too_early.append((from_node, message))
+                elif (posts := self._master.handle(from_node, message)) is None:
+                    self.refused += 1
                 else:
-                    self._mastered(from_node, message)
-
-    def _mastered(self, from_node: int, message: Request | Cancel | Down) -> None:
-        resource = self._resources.get(message.name)
-        posts: list[Post] = []
-        match message:
-            case Request():
-                if resource is None:
-                    resource = self._resources[message.name] = self._known.new(message.name)
-                posts = resource.ask(from_node, message)
-            case _ if resource is None:
-                self.refused += 1
-                return
-            case Cancel():
-                posts = resource.cancel(from_node, message)
-            case Down():
-                posts = resource.down(from_node, message)
-        self._highest_token = max(self._highest_token, resource.token)
-        self._forget_unused(resource)
-        self._post_all(posts)
+                    self._post_all(posts)
 
     def _answered(self, lock: Lock, message: Grant | Deny | Bast) -> None:
         match message:
@@ -325,7 +315,7 @@ class LockManager:
                 lock.granted, lock.wanted = mode, None
                 lock.recovering = bool(lock.flags & Flag.RECOVERING)
                 lock.token, lock.value = token, value
-                self._highest_token = max(self._highest_token, token)
+                self._master.saw(token)
                 self._news.append(("granted", (lock.name, mode)))
             case Deny(_, request, reason):
                 if lock.wanted is None or lock.request != request:
@@ -351,13 +341,11 @@ class LockManager:
 
     def _finish(self, rebuild: Rebuild) -> None:
         self._rebuild = None
-        findings = rebuild.finish(self._known)
+        findings = rebuild.finish(self._master.known)
         if self.node in findings.expelled:
             self._expel()
             return
-        self._known = findings
-        self._resources = findings.resources
-        self._highest_token = max(self._highest_token, findings.floor)
+        self._master.adopt(findings)
         self.ready = True
         self._news.append(("recovered", (self.epoch,)))
         self._post_all(rebuild.posts)
@@ -366,23 +354,14 @@ class LockManager:
             self._handle(from_node, message)
 
     def _release(self, death: Death) -> None:
-        self._known.release(Death(death.node, min(death.epoch, self.epoch)))
-        for resource in list(self._resources.values()):
-            if resource.deaths:
-                self._post_all(resource.release(self._known.unreleased(resource.deaths)))
-                self._forget_unused(resource)
-
-    def _forget_unused(self, resource: Resource) -> None:
-        if resource.unused:
-            self._known.floor = max(self._known.floor, resource.token)
-            del self._resources[resource.name]
+        self._post_all(self._master.release(Death(death.node, min(death.epoch, self.epoch))))
 
     def _expel(self) -> None:
         self.expelled = True
         self.ready = False
         self.members = frozenset()
         self._locks.clear()
-        self._resources.clear()
+        self._master.start()
         self._rebuild = None
         self._to_self.clear()
         self._too_early.clear()

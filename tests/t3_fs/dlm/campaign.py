@@ -154,7 +154,7 @@ class Node:
         if value is not None:
             assert int.from_bytes(value, "little") == file.value, "an old value"
         else:
-            assert not file.value or self.world.epoch > file.value_view, "a value was lost"
+            assert not file.value or self.view > file.value_view, "a value was lost"
         if name not in self.pages:
             page = file.pool.page
             self.pages[name] = file.disk if page is None else page
@@ -171,7 +171,7 @@ class Node:
         file.written += 1
         self.pages[name] = file.written
         file.value += 1
-        file.value_view = self.world.epoch
+        file.value_view = self.view
         self.locks.set_value(name, file.value.to_bytes(VALUE_BYTES, "little"))
 
     def downconvert(self, name: bytes, to: Mode) -> None:
@@ -195,7 +195,7 @@ class Node:
             self.downconvert(name, Mode.NL)
             self.locks.drop(name)
             # The value lives as long as somebody has a lock.
-            self.world.files[name].value_view = 0
+            self.world.files[name].value_view = -1
 
 
 class Campaign:
@@ -269,7 +269,7 @@ class Campaign:
             self.twin.cut.clear()
         if self.twin.paused and chance.random() < 0.01:
             self.twin.paused.clear()
-        if self.replays and chance.random() < 0.01:
+        if chance.random() < 0.01:
             self._replay()
         self._check()
 
@@ -355,6 +355,11 @@ class Campaign:
         ready = [n for n in self.nodes.values() if n.view == self.epoch and n.locks.manager.ready]
         if not ready:
             return
+        for node in ready:
+            for dead in node.locks.manager.held - self.replays.keys():
+                node.locks.manager.release_dead(dead)  # who replayed it died too soon
+        if not self.replays:
+            return
         dead = self.chance.choice(sorted(self.replays))
         for name in self.replays.pop(dead):
             file = self.files[name]
@@ -388,8 +393,7 @@ class Campaign:
                 self.put(node)
             for _ in range(12):
                 self.twin.step(self.chance)
-            if self.replays:
-                self._replay()
+            self._replay()
             self._check()
             if all(node.done >= goal[node.number] for node in self.nodes.values()):
                 return
