@@ -92,11 +92,9 @@ class LockManager:
         self._news: deque[tuple[str, tuple[object, ...]]] = deque()
         self._draining = False
 
-    # What the node asks.
-
     @property
     def resources(self) -> Mapping[bytes, Resource]:
-        """What this node masters, for people who look."""
+        """What this node masters, to look at."""
         return MappingProxyType(self._master.resources)
 
     @property
@@ -145,8 +143,6 @@ class LockManager:
     def master_of(self, name: bytes) -> int | None:
         """The master of a name in this view."""
         return master_of(name, self.members) if self.members else None
-
-    # What the node wants.
 
     def lock(self, name: bytes, mode: Mode, flags: Flag = NO_FLAG) -> None:
         """Ask for a new lock, or for more than what is held; `LockEvents` has the answer."""
