@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -32,6 +33,17 @@ STEPS = 400
 def losing(expect_warning: Callable[[str], None]) -> None:
     """An attachment ends, or there is none."""
     expect_warning("cleancache event=")
+
+
+@pytest.fixture
+def silent() -> Iterator[None]:
+    """A history may meet the end of an attachment, or not."""
+    loggers = [logging.getLogger(f"guests.{name}") for name in ("cleancache", "sharedcache")]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    yield
+    for logger in loggers:
+        logger.setLevel(logging.NOTSET)
 
 
 def page(number: int) -> bytes:
@@ -399,7 +411,7 @@ def test_a_reader_that_becomes_one_stops_putting() -> None:
 # --- histories
 
 
-@pytest.mark.usefixtures("losing")
+@pytest.mark.usefixtures("silent")
 @pytest.mark.parametrize("number", range(SEEDS))
 def test_no_read_returns_old_bytes(number: int) -> None:
     """Deaths, zombies, lost and late calls, restarts with and without the arena, evictions."""
@@ -413,7 +425,7 @@ def test_no_read_returns_old_bytes(number: int) -> None:
         ) from (error)
 
 
-@pytest.mark.usefixtures("losing")
+@pytest.mark.usefixtures("silent")
 def test_histories_meet_what_they_are_for() -> None:
     """Late puts, and debts that went with the lock."""
     histories = [History(seed) for seed in range(4)]
@@ -443,7 +455,7 @@ def _nothing_owed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SharedCleancache, "settle", lambda *_: True)
 
 
-@pytest.mark.usefixtures("losing")
+@pytest.mark.usefixtures("silent")
 @pytest.mark.parametrize("break_it", [_no_fencing, _no_trust_lost, _nothing_owed])
 def test_each_part_of_the_rule_is_needed(
     break_it: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch

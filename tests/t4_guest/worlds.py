@@ -66,7 +66,6 @@ class LocalHypervisor:
         self.is_up = False
         self._crashed = True
         if arena_lost:
-            self._mapping[:] = bytes(len(self._mapping))
             format_arena(self._mapping)
 
     def start(self) -> None:
