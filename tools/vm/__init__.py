@@ -7,6 +7,7 @@ works in it, and leaves or loses power. Then ours looks at what Linux left.
     python -m tools.vm              the campaign: every check, see `tools.vm.campaign`
     python -m tools.vm IMAGE        let Linux judge one image
 
+    programs.py    Debian's programs that all this needs
     kernel.py      Debian's kernel package, fetched and unpacked below .cache, never installed
     modules.py     which kernel modules, in which order
     cpio.py        the archive format of an initramfs

@@ -4,7 +4,7 @@
     python -m tools.vm IMAGE [--node N] [--expect PATH:SHA256|PATH:absent]... [--marker NAME]
                              [--work] [--crash] [--in-place]
 
-Exit codes: 0 good, 1 not good, 2 could not run.
+Exit codes: 0 good, 1 not good, 2 could not run, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
+from types import FrameType
 
 from ipc.errors import ExitCode, OperatorError
 from tools.vm.campaign import CHECKS, Bad, Story
 from tools.vm.judge import judge
 from tools.vm.kernel import CACHE, get_kernel
+from tools.vm.programs import need_all
 
 _EXPECT = re.compile(r"(.+):([0-9a-f]{64}|absent)", re.DOTALL)
 
@@ -37,6 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
     except OperatorError as reason:
         print(f"vm-check could not run: {reason}", file=sys.stderr)
         return ExitCode.INCONCLUSIVE
+    except KeyboardInterrupt:
+        print("vm-check was interrupted", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Whatever ends us must end the machine too."""
+    del number, frame
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +80,7 @@ def _expectation(text: str) -> tuple[bytes, str | None]:
 
 def run_campaign(names: list[str], seed: int, *, keep: bool) -> int:
     """Run checks one after the other; one that could not run does not stop the others."""
+    need_all()
     kernel = get_kernel()
     print(f"Linux {kernel.version}, seed {seed}", flush=True)
     code = ExitCode.OK
@@ -118,4 +131,6 @@ def _judge_image(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_number, _interrupt)
     sys.exit(main())

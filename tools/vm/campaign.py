@@ -32,7 +32,7 @@ from typing import Final
 from ipc.errors import ExitCode, OperatorError
 from tools.vm import tree, volume
 from tools.vm.judge import LAST_REMOVED, Verdict, judge
-from tools.vm.kernel import need
+from tools.vm.programs import need
 from tools.vm.tree import Entry, Tree
 
 IMAGE_BYTES: Final = 256 << 20
@@ -76,7 +76,7 @@ class Story:
     def make_theirs(self) -> None:
         """A volume of mkfs.ocfs2 with the same features."""
         self._blank()
-        command = [need("mkfs.ocfs2", "ocfs2-tools"), "-q", "-M", "cluster", "-N", str(SLOTS)]
+        command = [need("mkfs.ocfs2"), "-q", "-M", "cluster", "-N", str(SLOTS)]
         command += ["-b", "4K", "-C", "4K", "-J", "size=4M"]
         command += [f"--fs-features={','.join('no' + name for name in _FEATURES_OFF)}"]
         answer = subprocess.run(

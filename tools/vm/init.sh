@@ -117,20 +117,19 @@ if [ "$REPLAYS" -gt 0 ]; then
 fi
 
 # list NAME - all entries: names and link targets end with NUL, the other lists are in the order of the names.
+# (Not with xargs -0: busybox 1.35's mixes up names when they are many.)
 list() {
     tell "list-$1" started
     cd /mnt || return
-    find . -xdev -print0 >/tmp/names 2>/tmp/complaints
-    find . -xdev -type f -print0 >/tmp/files 2>/dev/null
-    find . -xdev -type l -print0 >/tmp/links 2>/dev/null
-    xargs -0 stat -c '%f %u %g %h %s %Y %n' </tmp/names >/tmp/stats 2>>/tmp/complaints
-    : >/tmp/sums
-    if [ -s /tmp/files ]; then xargs -0 sha256sum </tmp/files >/tmp/sums 2>>/tmp/complaints; fi
-    : >/tmp/targets
-    if [ -s /tmp/links ]; then
+    {
+        find . -xdev -print0 >/tmp/names
+        find . -xdev -type f -print0 >/tmp/files
+        find . -xdev -type l -print0 >/tmp/links
+        find . -xdev -exec stat -c '%f %u %g %h %s %Y %n' {} + >/tmp/stats
+        find . -xdev -type f -exec sha256sum {} + >/tmp/sums
         # shellcheck disable=SC2016
-        xargs -0 -n 1 sh -c 'readlink -n "$1"; printf "\0"' sh </tmp/links >/tmp/targets 2>>/tmp/complaints
-    fi
+        find . -xdev -type l -exec sh -c 'for link; do readlink -n "$link"; printf "\0"; done' sh {} + >/tmp/targets
+    } 2>/tmp/complaints
     cd /
     for part in complaints names files links stats sums targets; do send "$1-$part" /tmp/$part; done
     rm -f /tmp/names /tmp/files /tmp/links /tmp/stats /tmp/sums /tmp/targets

@@ -16,8 +16,9 @@ from typing import Final
 
 from ipc.errors import ExitCode, OperatorError
 from tools.vm.cpio import Archive
-from tools.vm.kernel import Kernel, need
+from tools.vm.kernel import Kernel
 from tools.vm.modules import read_module
+from tools.vm.programs import need
 
 _HERE: Final = Path(__file__).parent
 
@@ -45,7 +46,7 @@ def _base(kernel: Kernel) -> bytes:
 
 
 def _add_busybox(archive: Archive) -> None:
-    path = Path(need("busybox", "busybox-static"))
+    path = Path(need("busybox"))
     data = path.read_bytes()
     if b"ld-linux" in data[:4096]:
         raise OperatorError(

@@ -26,6 +26,7 @@ from ipc.errors import ExitCode, OperatorError
 from tools.vm import initramfs, report, tree, volume
 from tools.vm.kernel import CACHE, get_kernel
 from tools.vm.machine import GUEST_LIMIT_SECONDS, run_machine
+from tools.vm.programs import need_all
 from tools.vm.report import Report
 from tools.vm.tree import Tree
 from tools.vm.volume import NotOcfs2, Slot, Volume
@@ -140,6 +141,7 @@ def _check(image: Path, task: Task) -> None:
         )
     if not image.is_file():
         raise OperatorError(f"image {image}: no such file", ExitCode.INCONCLUSIVE)
+    need_all()
 
 
 def _copy(image: Path, place: Path) -> Path:

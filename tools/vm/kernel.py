@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Final
 
 from ipc.errors import ExitCode, OperatorError
-from tools.image import find_program
 from tools.vm import modules
+from tools.vm.programs import need
 
 CACHE: Final = Path(".cache", "vm")
 _META_PACKAGE: Final = "linux-image-amd64"
-_PACKAGE: Final = re.compile(r"linux-image-(\d+\.\d+[0-9a-z.+~-]*-amd64)\b")
+_PACKAGE: Final = re.compile(r"linux-image-(\d+\.\d+\.\d+(?:-\d+|\+deb\d+)-amd64)(?![\w-])")
 _PATIENCE_SECONDS: Final = 600
 
 
@@ -138,26 +138,8 @@ def _keep_wanted(root: Path, folder: Path, version: str) -> None:
     (root / "boot" / f"vmlinuz-{version}").rename(folder / "vmlinuz")
 
 
-def need(name: str, package: str) -> str:
-    """The path of a program; the OperatorError names Debian's package."""
-    path = find_program(name)
-    if path is None:
-        raise OperatorError(
-            f"{name} is missing; as root: apt-get install {package}", ExitCode.INCONCLUSIVE
-        )
-    return path
-
-
-_PACKAGES: Final = {
-    "dpkg-deb": "dpkg",
-    "depmod": "kmod",
-    "apt-get": "apt",
-    "apt-cache": "apt",
-}
-
-
 def _run(command: list[str], folder: Path) -> None:
-    command = [need(command[0], _PACKAGES[command[0]]), *command[1:]]
+    command = [need(command[0]), *command[1:]]
     try:
         answer = subprocess.run(
             command,
@@ -177,7 +159,7 @@ def _run(command: list[str], folder: Path) -> None:
 
 def _ask(command: list[str]) -> str:
     """What a query prints; nothing where it fails."""
-    program = need(command[0], _PACKAGES[command[0]])
+    program = need(command[0])
     return subprocess.run(
         [program, *command[1:]],
         stdin=subprocess.DEVNULL,

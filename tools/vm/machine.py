@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Final
 
 from ipc.errors import ExitCode, OperatorError
-from tools.vm.kernel import Kernel, need
+from tools.vm.kernel import Kernel
+from tools.vm.programs import need
 
 MEMORY_MIB: Final = 256
 NICER: Final = 5
@@ -42,7 +43,7 @@ def run_machine(
     kernel: Kernel, initramfs: bytes, disk: Path, folder: Path, *, patience_seconds: float
 ) -> Run:
     """Boot, and wait until the machine is off. Its files are left in `folder`."""
-    qemu = need("qemu-system-x86_64", "qemu-system-x86 seabios")
+    qemu = need("qemu-system-x86_64")
     (folder / "initramfs").write_bytes(initramfs)
     # A comma in a path would end an option of QEMU's; links have names of our own.
     link = folder / "disk"

@@ -63,14 +63,16 @@ def parse(text: bytes) -> Report:
     position = 0
     while position < len(text):
         end = text.find(b"\n", position)
-        line = text[position : end if end >= 0 else len(text)]
-        position = end + 1 if end >= 0 else len(text)
+        if end < 0:
+            break
+        line = text[position:end]
+        position = end + 1
         if data := _DATA.fullmatch(line):
             size = int(data[2])
             if position + size <= len(text):  # otherwise the machine died while it told
                 report.data[data[1].decode()] = text[position : position + size]
             position += size
-        elif told := _LINE.fullmatch(line):
+        elif (told := _LINE.fullmatch(line)) and told[1] != b"data":
             step = told[1].decode()
             report.order.append(step)
             report.results[step] = told[2].decode(errors="replace")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from ipc.errors import ExitCode, OperatorError
-from tools.vm.kernel import need
+from tools.vm.programs import need
 
 _PATIENCE_SECONDS: Final = 120
 _CLEAN_LINES: Final = (
@@ -110,7 +110,7 @@ def fsck(image: Path) -> list[str]:
     It exits with 0 and says that all passes succeeded on damaged images too, so every line that
     it does not print for a sound one counts.
     """
-    program = need("fsck.ocfs2", "ocfs2-tools")
+    program = need("fsck.ocfs2")
     answer = _run([program, "-fn", image.name], image.parent)
     lines = fsck_complaints(answer.stdout + answer.stderr)
     if answer.returncode and not lines:
@@ -128,7 +128,7 @@ def fsck_complaints(text: str) -> list[str]:
 
 
 def _debugfs(image: Path, command: str) -> str:
-    program = need("debugfs.ocfs2", "ocfs2-tools")
+    program = need("debugfs.ocfs2")
     answer = _run([program, "-R", command, image.name], image.parent)
     return answer.stdout + answer.stderr
 
