@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import marshal
 import pickle
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 Step: TypeAlias = tuple[Hashable, ...]
 
@@ -110,7 +111,7 @@ def replay(start: World, steps: Sequence[Step]) -> World:
 
 def fingerprint(essence: object) -> bytes:
     """A hash of everything reachable, the same in every process."""
-    return hashlib.blake2b(repr(_plain(essence)).encode(), digest_size=16).digest()
+    return hashlib.blake2b(marshal.dumps(_plain(essence), 2), digest_size=16).digest()
 
 
 def _expect(check: object, path: Sequence[Step]) -> None:
@@ -121,19 +122,27 @@ def _expect(check: object, path: Sequence[Step]) -> None:
         raise Broken(str(problem) or type(problem).__name__, path) from problem
 
 
-def _plain(thing: object) -> object:
+_ATOMS = frozenset((int, bytes, str, bool, type(None)))
+
+
+def _plain(thing: object) -> Any:
     """Nested tuples that are equal if the things are."""
+    if type(thing) in _ATOMS:
+        return thing
     if isinstance(thing, enum.Enum):
         return thing.value
-    match thing:
-        case None | bool() | int() | str() | bytes():
-            return thing
-        case Mapping():
-            return tuple(sorted((repr(_plain(k)), _plain(v)) for k, v in thing.items()))
-        case AbstractSet():
-            return tuple(sorted(repr(_plain(each)) for each in thing))
-        case list() | tuple() | deque():
-            return tuple(_plain(each) for each in thing)
-    slots = getattr(type(thing), "__slots__", None)
-    names = slots if slots is not None else sorted(vars(thing))
-    return tuple(_plain(getattr(thing, name)) for name in names)
+    if isinstance(thing, (tuple, list, deque)):
+        return tuple([_plain(each) for each in thing])
+    if isinstance(thing, Mapping):
+        items = [(_plain(key), _plain(value)) for key, value in thing.items()]
+        return tuple(sorted(items, key=_sort_key))
+    if isinstance(thing, AbstractSet):
+        return tuple(sorted([_plain(each) for each in thing], key=_sort_key))
+    names = getattr(type(thing), "__slots__", None)
+    if names is None:
+        names = sorted(vars(thing))
+    return tuple([_plain(getattr(thing, name)) for name in names])
+
+
+def _sort_key(thing: Any) -> bytes:
+    return marshal.dumps(thing, 2)
