@@ -10,6 +10,8 @@
                reads that
     reclaimed  Linux's power is cut: ours takes the same node number and slot
     chain      ours dies, Linux replays it and dies, ours recovers that and dies, Linux replays
+    cut        Linux's power is cut in the middle of its work, at steps that the seed chooses, and
+               ours recovers it each time
     control    damage that Linux, fsck and the listings must each find
 
 After each turn that ends with an unmount `fsck.ocfs2 -fn` must be clean by what it prints, no slot
@@ -27,17 +29,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from random import Random
 from typing import Final
 
+from fs.block.device import BLOCK_BYTES
+from fs.ocfs2.format import FIRST_GROUP_BLOCK, GROUP_BITMAP_OFFSET, SLOT_ENTRY
 from ipc.errors import ExitCode, OperatorError
 from tools.vm import tree, volume
-from tools.vm.judge import LAST_REMOVED, Verdict, judge
+from tools.vm.judge import LAST_REMOVED, WORK_STEPS, Verdict, judge
 from tools.vm.programs import need
 from tools.vm.tree import Entry, Tree
 
 IMAGE_BYTES: Final = 256 << 20
 SLOTS: Final = 4
-_PATIENCE_SECONDS: Final = 600
+_PATIENCE_SECONDS: Final = 900
 _UNSYNCED_SECONDS: Final = 3.0
 _ROOT: Final = Path(__file__).resolve().parents[2]
 _FEATURES_OFF: Final = (
@@ -59,8 +64,10 @@ class Story:
         self.image = folder / "volume.img"
         self.tree: Tree = {}
         """What must be on the volume."""
-        self._unsynced = b""
+        self._unknown: list[bytes] = []
+        """Folders of which nothing is known until the next turn."""
         self._seed = seed
+        self._random = Random(seed)
         self._say = say
         self._turn = 0
         folder.mkdir(parents=True)
@@ -101,9 +108,12 @@ class Story:
         words = " ".join(f"{name} {value}" for name, value in options.items())
         self._say(f"our node {node}: {command} {words}".rstrip())
         found = _tree(self._run_node(command, node=str(node), **options))
-        # What it adds to or changes is known from its own account only: Linux will judge that.
-        own = os.fsencode(options.get("folder", "")) if command == "change" else b""
-        self._compare(f"our node {node}", found, own, exact=command in ("read", "recover"))
+        # What it changes is known from its own account only: Linux will judge that.
+        if command == "change":
+            self._unknown.append(os.fsencode(options["folder"]))
+        elif command == "clear":
+            self._unknown += [b"by-linux", b"for-linux"]
+        self._compare(f"our node {node}", found, exact=command in ("read", "recover"))
         self.tree = found
         self._check_image(f"our node {node}")
 
@@ -142,7 +152,7 @@ class Story:
         synced = _tree(line)
         self._compare(f"our node {node}", synced)
         self.tree = synced
-        self._unsynced = os.fsencode(folder) + b"-unsynced"
+        self._unknown = [os.fsencode(folder) + b"-unsynced"]
         slots = volume.read_slots(self.image, SLOTS)
         if not any(slot.node == node and slot.dirty for slot in slots):
             raise Bad(f"the killed node {node} left no slot with a dirty journal")
@@ -176,6 +186,41 @@ class Story:
         if begun < replays:
             raise Bad(f"Linux replayed {begun} journals where {replays} were dirty")
         self.tree = _after(verdict, marker, work=work, crash=crash)
+
+    def linux_is_cut(self, node: int) -> None:
+        """Linux loses power in the middle of its work. What it had not begun to change is known."""
+        self._turn += 1
+        step = self._random.randrange(1, WORK_STEPS)
+        self._say(f"Linux as node {node} works and loses power at step {step} of {WORK_STEPS}")
+        verdict = judge(
+            self.image,
+            node=node,
+            work=True,
+            cut_at=step,
+            in_place=True,
+            keep=self.folder / f"{self._turn}-linux",
+        )
+        if verdict.complaints:
+            raise Bad("\n".join(f"Linux as node {node}: {line}" for line in verdict.complaints))
+        self._compare(f"Linux as node {node}", verdict.before, exact=True)
+        self._unknown = [b"by-linux", b"for-linux"]
+
+    # Damage
+
+    def damage(self, offset: int, data: bytes) -> None:
+        """Overwrite bytes of the image."""
+        with self.image.open("r+b") as file:
+            file.seek(offset)
+            file.write(data)
+
+    def linux_finds(self, what: str, evidence: str) -> None:
+        """The judge must say no, and why."""
+        self._turn += 1
+        self._say(f"{what}: must be found")
+        verdict = judge(self.image, marker=_MARKER, keep=self.folder / f"{self._turn}-linux")
+        if not any(evidence in line for line in verdict.complaints):
+            found = "\n".join(verdict.complaints) or "nothing"
+            raise Bad(f"{what} was not found; found was:\n{found}")
 
     # Helpers
 
@@ -212,8 +257,8 @@ class Story:
 
         Once after a node was killed that what it had not synced may be there, whole or in part.
         """
-        free = [folder for folder in (changed, self._unsynced) if folder]
-        self._unsynced = b""
+        free = [*self._unknown, *([changed] if changed else [])]
+        self._unknown = []
 
         def judged(path: bytes) -> bool:
             return not any(path == folder or path.startswith(folder + b"/") for folder in free)
@@ -330,6 +375,36 @@ def chain(story: Story) -> None:
     story.ours("read", 0)
 
 
+def cut(story: Story) -> None:
+    """Ours recovers a Linux that lost power anywhere."""
+    story.make()
+    story.ours("fill", 0)
+    for _ in range(2):
+        story.linux_is_cut(1)
+        story.ours_recovers(2, dead_node=1)
+        story.ours("clear", 0)
+    story.linux(3, work=False)
+
+
+def control(story: Story) -> None:
+    """The judge finds what it is there for."""
+    story.make()
+    sound = story.image.read_bytes()
+    free_cluster = 32_000
+    offset = FIRST_GROUP_BLOCK * BLOCK_BYTES + GROUP_BITMAP_OFFSET + free_cluster // 8
+    story.damage(offset, b"\xff")
+    story.linux_finds("clusters that nobody owns", "fsck.ocfs2: ")
+    story.image.write_bytes(sound)
+    root = volume.first_block(story.image, "/")
+    story.damage(root * BLOCK_BYTES + 8, b"\1\1")
+    story.linux_finds("a root directory that makes no sense", "kernel: ")
+    story.image.write_bytes(sound)
+    story.ours_dies(1, "killed")
+    slot_map = volume.first_block(story.image, "//slot_map")
+    story.damage(slot_map * BLOCK_BYTES, bytes(SLOTS * SLOT_ENTRY.size))
+    story.linux_finds("a dirty journal of no node", "belongs to no node")
+
+
 CHECKS: Final[Mapping[str, Callable[[Story], None]]] = {
     "fresh": fresh,
     "written": written,
@@ -339,4 +414,6 @@ CHECKS: Final[Mapping[str, Callable[[Story], None]]] = {
     "power-cut": power_cut,
     "reclaimed": reclaimed,
     "chain": chain,
+    "cut": cut,
+    "control": control,
 }

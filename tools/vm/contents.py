@@ -29,15 +29,15 @@ def fill(vfs: Vfs, random: Random, folder: str) -> None:
     _links(vfs, top + b"/links")
     _sizes(vfs, random, top + b"/sizes")
     vfs.mkdir(top + b"/trees")
-    # 1100 extents: more than four leaves of an extent tree.
-    interleave(vfs, random, [top + b"/trees/a", top + b"/trees/b"], 1100)
+    # 800 extents: four leaves of an extent tree.
+    interleave(vfs, random, [top + b"/trees/a", top + b"/trees/b"], 800)
 
 
 def fill_for_linux(vfs: Vfs, random: Random) -> None:
     """What work.sh changes: files with extent trees to append to, to cut and to remove."""
     vfs.mkdir("/for-linux")
     names = [b"/for-linux/" + name for name in (b"append", b"cut", b"overwrite", b"remove")]
-    interleave(vfs, random, names, 600)
+    interleave(vfs, random, names, 300)
     write(vfs, b"/for-linux/move", random.randbytes(10_000))
     for folder in (b"/for-linux/folder", b"/for-linux/remove-folder"):
         vfs.mkdir(folder)
@@ -60,6 +60,21 @@ def change(vfs: Vfs, random: Random, folder: str) -> None:
             vfs.rename(path, path.rpartition(b"/")[0] + b"/renamed-%d" % number)
         elif act == 3:
             vfs.unlink(path)
+
+
+def remove(vfs: Vfs, top: bytes) -> None:
+    """Remove a folder with all that is in it, or nothing where there is none."""
+    try:
+        inside = listing(vfs, top)
+    except FileNotFoundError:
+        return
+    for name, entry in inside.items():
+        if not stat.S_ISDIR(entry.mode):
+            vfs.unlink(top + b"/" + name)
+    folders = [name for name in inside if name and stat.S_ISDIR(inside[name].mode)]
+    for name in sorted(folders, key=lambda name: -name.count(b"/")):
+        vfs.rmdir(top + b"/" + name)
+    vfs.rmdir(top)
 
 
 def write(vfs: Vfs, path: bytes, data: bytes, flags: int = os.O_TRUNC) -> None:
@@ -86,7 +101,7 @@ def interleave(vfs: Vfs, random: Random, paths: list[bytes], pages: int) -> None
 def _many_files(vfs: Vfs, random: Random, top: bytes) -> None:
     """A folder of several blocks with holes in it, more inodes than one group would hold."""
     vfs.mkdir(top)
-    for number in range(400):
+    for number in range(300):
         write(vfs, b"%s/file-%04d-%s" % (top, number, b"n" * random.randrange(60)), b"%d" % number)
     for name in vfs.listdir(top)[::3]:
         vfs.unlink(top + b"/" + os.fsencode(name))

@@ -25,6 +25,7 @@ from tools.vm.programs import need
 MEMORY_MIB: Final = 256
 NICER: Final = 5
 """A machine keeps a CPU busy all the time; whoever waits for an answer here goes first."""
+_NAP_SECONDS: Final = 0.05
 GUEST_LIMIT_SECONDS: Final = 40_000
 """Of the machine's own clock: a wait for a disk moves it by some 1000 s a second."""
 
@@ -37,12 +38,23 @@ class Run:
     report: bytes
     seconds: float
     timed_out: bool
+    cut: bool
+    """Its power was cut from here."""
 
 
 def run_machine(
-    kernel: Kernel, initramfs: bytes, disk: Path, folder: Path, *, patience_seconds: float
+    kernel: Kernel,
+    initramfs: bytes,
+    disk: Path,
+    folder: Path,
+    *,
+    patience_seconds: float,
+    cut_at: bytes | None = None,
 ) -> Run:
-    """Boot, and wait until the machine is off. Its files are left in `folder`."""
+    """Boot, and wait until the machine is off. Its files are left in `folder`.
+
+    Its power is cut when `cut_at` stands in the report.
+    """
     qemu = need("qemu-system-x86_64")
     (folder / "initramfs").write_bytes(initramfs)
     # A comma in a path would end an option of QEMU's; links have names of our own.
@@ -66,26 +78,34 @@ def run_machine(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     ) as process:
-        timed_out = False
         try:
             os.setpriority(os.PRIO_PROCESS, process.pid, os.nice(0) + NICER)
-            _, complaints = process.communicate(timeout=patience_seconds)
-        except subprocess.TimeoutExpired:
-            timed_out = True
+            while process.poll() is None and time.monotonic() < start + patience_seconds:
+                if cut_at is not None and cut_at in _read(folder / "report"):
+                    break
+                time.sleep(_NAP_SECONDS)
+            ended = process.poll() is not None
+        finally:
             process.kill()
-            _, complaints = process.communicate()
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode and not timed_out:
+        assert process.stderr is not None
+        complaints = process.stderr.read()
+    told = _read(folder / "report")
+    cut = not ended and cut_at is not None and cut_at in told
+    if ended and process.returncode:
         text = complaints.decode(errors="replace").strip()
         raise OperatorError(
             f"qemu failed ({process.returncode}): {text.splitlines()[-1] if text else 'no word'}",
             ExitCode.INCONCLUSIVE,
         )
     return Run(
-        (folder / "console").read_bytes(),
-        (folder / "report").read_bytes(),
+        _read(folder / "console"),
+        told,
         time.monotonic() - start,
-        timed_out,
+        timed_out=not ended and not cut,
+        cut=cut,
     )
+
+
+def _read(path: Path) -> bytes:
+    """What the machine said so far; it may not have begun."""
+    return path.read_bytes() if path.exists() else b""

@@ -7,6 +7,7 @@
     fill      write a tree below /FOLDER and what Linux is to change, unmount
     read      read everything, unmount
     change    work on /FOLDER, which another wrote, read everything, unmount
+    clear     remove /by-linux and /for-linux, and write the second anew
     recover   take over the slot of a dead node after the mount, read everything, unmount
     die       write a tree below /FOLDER, sync, go on without a sync, and wait to be killed
 
@@ -71,7 +72,7 @@ def _die(vfs: Vfs, random: Random, folder: str) -> None:
     """Everything at `tell` is synced. What follows may be on the disk, or half of it."""
     contents.fill(vfs, random, folder)
     path = f"/{folder}/open-without-a-name".encode()
-    contents.interleave(vfs, random, [path, path + b"-too"], 300)
+    contents.interleave(vfs, random, [path, path + b"-too"], 270)
     handles = [vfs.open(path, os.O_RDWR), vfs.open(path + b"-too", os.O_RDWR)]
     vfs.unlink(path)
     vfs.unlink(path + b"-too")
@@ -89,7 +90,7 @@ def _tell(vfs: Vfs) -> None:
 def main() -> int:
     """Command line; returns an exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.vm.node", description=__doc__)
-    commands = ("mkfs", "fill", "read", "change", "recover", "die")
+    commands = ("mkfs", "fill", "read", "change", "clear", "recover", "die")
     parser.add_argument("command", choices=commands)
     parser.add_argument("image", type=Path)
     parser.add_argument("--node", type=int, default=0)
@@ -113,6 +114,10 @@ def main() -> int:
         contents.fill_for_linux(vfs, random)
     elif options.command == "change":
         contents.change(vfs, random, options.folder)
+    elif options.command == "clear":
+        for name in ("by-linux", "for-linux"):
+            contents.remove(vfs, f"/{name}".encode())
+        contents.fill_for_linux(vfs, random)
     elif options.command == "recover":
         fs = vfs.fs
         assert isinstance(fs, Ocfs2)

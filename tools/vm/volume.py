@@ -71,11 +71,25 @@ def parse_volume(stats: str, heartbeat: str) -> Volume:
     uuid = value("UUID", "[0-9A-F]{32}")
     slots = int(value("Max Node Slots", r"\d{1,3}"))
     bits = int(value("Block Size Bits", "9|10|11|12"))
-    start = re.search(r"## Offset .*Block#.*\n\s*\d+\s+\d+\s+\d+\s+(\d+)", heartbeat)
+    start = parse_first_block(heartbeat)
     if start is None:
         raise NotOcfs2("no heartbeat area")
     named = re.search(r"\bCluster name: *([A-Za-z0-9_-]+)", stats)
-    return Volume(uuid, named[1] if named else "tmem", slots, int(start[1]) << (bits - 9))
+    return Volume(uuid, named[1] if named else "tmem", slots, start << (bits - 9))
+
+
+def first_block(image: Path, path: str) -> int:
+    """The block where a file begins; a path that begins with `//` is of the system directory."""
+    block = parse_first_block(_debugfs(image, f"stat {path}"))
+    if block is None:
+        raise NotOcfs2(f"{path} has no block")
+    return block
+
+
+def parse_first_block(text: str) -> int | None:
+    """Of what `debugfs.ocfs2` prints for `stat`."""
+    found = re.search(r"## Offset .*Block#.*\n\s*\d+\s+\d+\s+\d+\s+(\d+)", text)
+    return int(found[1]) if found else None
 
 
 def read_slots(image: Path, count: int) -> list[Slot]:
