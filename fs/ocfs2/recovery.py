@@ -160,9 +160,9 @@ def free_orphans(volume: Volume, files: Files, names: Names, slot: int) -> int:
     for ino in numbers:
         try:
             inode = names.iget(ino)
+            freed += inode.nlink == 0 and files.free(inode)
         except OSError as reason:
-            if reason.errno in (errno.ESTALE, errno.EUCLEAN):
-                continue  # freed by another node meanwhile, or damage that the checker must see
-            raise
-        freed += inode.nlink == 0 and files.free(inode)
+            # Freed by another node meanwhile, or damaged: that one stays for the checker to see.
+            if reason.errno not in (errno.ESTALE, errno.EUCLEAN):
+                raise
     return freed

@@ -18,6 +18,8 @@ from fs.vfs import Vfs
 from tests.support.tools import need_tool
 
 BLOCK = 4096
+ALL = os.environ.get("CRASH_CLUSTER") == "1"
+"""Every case of the long campaigns, not the part that `make test` has time for."""
 FEATURES = (
     "noinline-data,noindexed-dirs,norefcount,nodiscontig-bg,noxattr,noappend-dio,nobackup-super,"
     "nosparse,nounwritten"

@@ -97,7 +97,7 @@ class TableLocks:
                 using = [used for used in Mode if node.locks.uses[name, used]]
                 assert not using, f"node {self._node} waits for {name!r} of node {other}"
                 self._table.downconverts += 1
-                node.fs.downconvert(name, to)
+                assert node.fs.downconvert(name, to) is not False
                 holders[other] = to
             holders[self._node] = mode
             if mode == Mode.EX:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import pytest
@@ -231,14 +232,15 @@ def test_a_read_only_mount_changes_nothing(volume: Volume) -> None:
     volume.unmount()
     before = volume.path.read_bytes()
     vfs = volume.mount(read_only=True)
-    for change in (
+    changes: list[Callable[[], object]] = [
         lambda: vfs.mkdir("/d"),
         lambda: vfs.unlink("/f"),
         lambda: vfs.truncate("/f", 0),
         lambda: vfs.rename("/f", "/g"),
         lambda: vfs.link("/f", "/g"),
         lambda: write(vfs, "/g", b""),
-    ):
+    ]
+    for change in changes:
         with refused(errno.EROFS):
             change()
     assert read(vfs, "/f") == b"x"
