@@ -76,7 +76,9 @@ def replay(volume: Volume, slot: int) -> int:
     replayed = journal.replay().replayed_blocks
     volume.device.flush()
     journal.mark_clean(recovered=True)
-    volume.locks.doubt_all()
+    # Before this mount has a journal of its own nothing was changed here, and what was read came
+    # from before the replay, whoever held which lock. Later it holds no lock that the dead had.
+    volume.locks.doubt_all(also_held=not volume.has_journal)
     return replayed
 
 

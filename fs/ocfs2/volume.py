@@ -43,6 +43,7 @@ class Volume:
         self.node = node
         self.now_ns = clock_ns
         self.read_only = False
+        self.has_journal = False
         self.super = Superblock(device)
         cache = BlockCache(device, buffer_blocks)
         self.transactions = Transactions(device, cache, None, LOGGED_BLOCKS_MAX)
@@ -86,6 +87,7 @@ class Volume:
     def use_journal(self, journal: MetadataJournal, slot: int) -> None:
         """Changes go through the journal of this slot from now on."""
         self.transactions.use_journal(journal)
+        self.has_journal = True
         self.space.slot = slot
 
     def system_blocks(self, name: bytes) -> list[int]:
