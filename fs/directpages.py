@@ -94,5 +94,12 @@ class DirectPages:
     def invalidate(self, inode: Inode) -> None:
         """Nothing is kept."""
 
+    def settle(self, inode: Inode) -> bool:  # noqa: ARG002
+        """Nothing is owed."""
+        return True
+
+    def distrust(self, inode: Inode) -> None:
+        """Nothing is kept."""
+
     def forget(self, inode: Inode) -> None:
         """Nothing is kept."""

@@ -259,6 +259,15 @@ class FilePages(Protocol):
         """
         ...
 
+    def settle(self, inode: Inode) -> bool:
+        """Whether a shared pool holds nothing of a file that is older than the disk: only then may
+        the exclusive cluster lock be given up."""
+        ...
+
+    def distrust(self, inode: Inode) -> None:
+        """A node died that had the file's cluster lock in EX: who knows what it did not flush."""
+        ...
+
     def forget(self, inode: Inode) -> None:
         """The file is gone.
 

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 
 STEP_SECONDS: Final = 0.005
 """Work between two looks at the control socket."""
+OWING_SECONDS_MAX: Final = 30.0
+"""How long other nodes wait for locks that are kept because of flushes that could not be delivered;
+then the node gives itself up, and whoever gets the locks distrusts the pool."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ class Kernel:
             if self.node is not None:
                 self.node.leave()
             raise
-        self.pages = PageCache(self.fs, self.memory, self._hooks())
+        shared = self.cleancache if isinstance(self.cleancache, SharedCleancache) else None
+        self.pages = PageCache(self.fs, self.memory, self._hooks(), shared)
         if isinstance(self.fs, Ocfs2):
             self.fs.attach_pages(self.pages)
         self.vfs = Vfs(self.fs, self.pages)
@@ -110,6 +114,7 @@ class Kernel:
         self._seconds = 0.0
         self._began_at = 0.0
         self._stopped = False
+        self._owing_since: float | None = None
 
     # --- its disk and its cleancache
 
@@ -205,16 +210,27 @@ class Kernel:
         """Go on with the workload for about `STEP_SECONDS`."""
         until = self._now_seconds() + STEP_SECONDS
         while self._steps is not None and self._now_seconds() < until:
-            if self.node is not None:
-                self.node.pump()
+            self._pump()
             self._step()
 
     def idle(self) -> None:
         """Called now and then while there is no work: look whether the hypervisor is back."""
-        if self.node is not None:
-            self.node.pump()
+        self._pump()
         if self.cleancache is not None:
             self.cleancache.attach()
+
+    def _pump(self) -> None:
+        node = self.node
+        if node is None:
+            return
+        node.pump()
+        shared = self.cleancache
+        if not isinstance(shared, SharedCleancache) or not shared.owes or not node.locks.wanted:
+            self._owing_since = None
+        elif self._owing_since is None:
+            self._owing_since = self._now_seconds()
+        elif self._now_seconds() - self._owing_since > OWING_SECONDS_MAX:
+            node.cluster.fence.trip("it could not flush what it changed from the shared pool")
 
     def _step(self) -> None:
         assert self._steps is not None
@@ -293,12 +309,20 @@ class Kernel:
         self._stopped = True
         if self._steps is not None:
             self._end(None)
+        owing = False
         try:
             self._unmount()
+            owing = (
+                isinstance(self.cleancache, SharedCleancache) and not self.cleancache.settle_all()
+            )
         finally:
             if self.cleancache is not None:
                 self.cleancache.flush_fs()
-            if self.node is not None:
+            if self.node is not None and owing:
+                # What it did not flush nobody would distrust: to the others it has died.
+                log.warning("event=left-without-a-word why=pages of a shared pool are not flushed")
+                self.node.close()
+            elif self.node is not None:
                 self.node.leave()
 
     def _unmount(self) -> None:

@@ -30,7 +30,7 @@ from typing import Final
 from fs.block.device import BLOCK_BYTES, Bytes
 from fs.errors import corrupt
 from fs.filesystem import FileSystem
-from fs.hooks import Extent, PageHooks
+from fs.hooks import Extent, PageHooks, SharedPageHooks
 from fs.inode import Inode
 from fs.runs import runs
 from guests.memory import TRANSFER_PAGES, Memory
@@ -75,10 +75,18 @@ class PageCacheCounters:
 class PageCache:
     """The `FilePages` of one mounted file system."""
 
-    def __init__(self, fs: FileSystem, memory: Memory, hooks: PageHooks) -> None:
+    def __init__(
+        self,
+        fs: FileSystem,
+        memory: Memory,
+        hooks: PageHooks,
+        shared: SharedPageHooks | None = None,
+    ) -> None:
+        """`shared` are the hooks once more, if other nodes use the same pool."""
         self._fs = fs
         self._memory = memory
         self._hooks = hooks
+        self._shared = shared
         frames = memory.budget.frames
         self._lists = PageLists(frames)
         self._owners: list[CachedFile | None] = [None] * frames
@@ -199,6 +207,16 @@ class PageCache:
             self._let_go([(file, indexes[start : start + TRANSFER_PAGES])])
         del self._files[inode.ino]
 
+    def settle(self, inode: Inode) -> bool:
+        """Whether the other nodes can find nothing old of this file in cleancache."""
+        return self._shared is None or self._shared.settle(inode.key)
+
+    def distrust(self, inode: Inode) -> None:
+        """What cleancache holds of the file may be older than the disk."""
+        if self._shared is not None:
+            self._file(inode)
+            self._shared.distrust(inode.key)
+
     def forget(self, inode: Inode) -> None:
         """The file is gone: nothing of it is written, kept or offered any more."""
         file = self._files.pop(inode.ino, None)
@@ -213,11 +231,17 @@ class PageCache:
         file = self._files.get(inode.ino)
         if file is None:
             if len(self._files) >= FILES_MAX:
-                for ino in [ino for ino, known in self._files.items() if not known.frames]:
-                    del self._files[ino]
+                self._forget_empty_files()
             file = self._files[inode.ino] = CachedFile(inode)
         assert file.inode is inode, "two objects for one inode"
         return file
+
+    def _forget_empty_files(self) -> None:
+        """But for those of which something is owed to a shared pool: while their inodes live, their
+        cluster locks are not given up unasked."""
+        for ino in [ino for ino, known in self._files.items() if not known.frames]:
+            if self._shared is None or self._shared.settle(self._files[ino].inode.key):
+                del self._files[ino]
 
     def _present(self, file: CachedFile, index: int, wanted: int) -> int:
         """The frame of a page below the end of the file, read if need be.

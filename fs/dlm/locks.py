@@ -15,8 +15,9 @@ When a lock is given up:
   G4  during the callback the lock is still held, and may be used as far as it is held. The
       callback may wait, which may give up other locks. It must not take a lock that comes before
       one in use in the file system's order: no lock manager can help then.
-  G5  if the callback fails, the lock is kept and the error goes to whoever waited; another
-      attempt is made later. A file system that wants to lose its data instead must not raise.
+  G5  if the callback says False the lock is kept, and the callback is asked again later; if it
+      fails, too, and the error goes to whoever waited. A file system that wants to lose its data
+      instead must not raise.
 
 Two readers that both want to write: the master denies the second (`resource`). If it does not use
 its PR, it goes down to NL and asks anew; if it does, `acquire` raises EDEADLK, and the caller has
@@ -86,8 +87,8 @@ class NodeLocks:
     ) -> None:
         """`pump` delivers what has come, or waits a little for it; it may raise to end a wait."""
         self.manager = LockManager(node, transport, self, retransmit_ns=retransmit_ns)
-        self.downconvert: Callable[[bytes, Mode], None] = _nothing_to_forget
-        """The file system's callback."""
+        self.downconvert: Callable[[bytes, Mode], bool | None] = _nothing_to_forget
+        """The file system's callback; False: it can't be given up yet."""
         self.on_recovered: Callable[[int], None] | None = None
         self.on_expelled: Callable[[], None] | None = None
         self.recovering = False
@@ -162,6 +163,11 @@ class NodeLocks:
             self.drop(name)
 
     @property
+    def wanted(self) -> int:
+        """Locks that other nodes wait for."""
+        return len(self._wanted)
+
+    @property
     def uses(self) -> int:
         """Locks in use now, each as often as it is."""
         return self._uses
@@ -224,7 +230,10 @@ class NodeLocks:
             elif entry.giving_up:
                 raise error(errno.EDEADLK, f"{name!r} is being given up")
             elif not entry.in_use and entry.level is not None and self._held(name) > entry.level:
-                self._give_up(name, entry)
+                if not self._give_up(name, entry):
+                    if self._held(name) >= mode:
+                        break
+                    self._wait()
             elif self._ask(name, entry, mode, flags):
                 break
             elif entry.denied == Reason.AGAIN and flags & Flag.NOQUEUE:
@@ -232,7 +241,8 @@ class NodeLocks:
             elif entry.denied == Reason.DEADLOCK:
                 if entry.in_use:
                     raise error(errno.EDEADLK, f"another reader of {name!r} wants to write too")
-                self._go_down(name, entry, Mode.NL)
+                if not self._go_down(name, entry, Mode.NL):
+                    self._wait()
         entry.users[mode] += 1
         entry.dropped = False
         self._uses += 1
@@ -268,29 +278,34 @@ class NodeLocks:
         self._pump()
         self.serve()
 
-    def _give_up(self, name: bytes, entry: _Entry) -> None:
+    def _give_up(self, name: bytes, entry: _Entry) -> bool:
+        """False if the file system is not ready to."""
         level = Mode.NL if entry.level is None else entry.level
-        self._go_down(name, entry, level)
+        ready = self._go_down(name, entry, level)
         if self._held(name) <= level and entry.level == level:
             entry.level = None
             self._wanted.pop(name, None)
+        return ready
 
-    def _go_down(self, name: bytes, entry: _Entry, to: Mode) -> None:
+    def _go_down(self, name: bytes, entry: _Entry, to: Mode) -> bool:
         if self._held(name) > to:
             entry.giving_up = True
             self._depth += 1
             try:
-                self.downconvert(name, to)
+                ready = self.downconvert(name, to) is not False
             finally:
                 self._depth -= 1
                 entry.giving_up = False
+            if not ready:
+                return False
             self.downconverts += 1
         if entry.in_use:
-            return  # the callback still uses it: later
+            return True  # the callback still uses it: later
         if entry.dropped:
             self._forget(name)
         elif self._held(name) > to:
             self.manager.down(name, to)
+        return True
 
     def _forget(self, name: bytes) -> None:
         del self._entries[name]

@@ -29,7 +29,8 @@ Truth about a resource:
   - if the dead node held EX, the resource is held back until its journal was replayed, when the
     file system asked for that. A master that died takes with it the knowledge who held EX: then
     each resource without record, PR and EX claims is held back for all unreplayed nodes, and a
-    `Grave` remembers which these are, also for names that nobody asks for until later.
+    `Grave` remembers which these are, also for names that nobody asks for until later. It stays
+    after the journals were replayed: the first value of such a name is lost, not zeros.
 
 A node that missed a view without it (it was dead for the others) has lost its locks, whatever it
 believes: its claims don't count, and it learns that it is *expelled*. Starting again with a new
@@ -51,7 +52,7 @@ from fs.dlm.messages import (
     Request,
 )
 from fs.dlm.modes import Mode
-from fs.dlm.resource import Post, Resource
+from fs.dlm.resource import FIRST_VALUE, Post, Resource
 
 EPOCH_SHIFT = 32
 EPOCH_MAX = (1 << 32) - 1
@@ -92,12 +93,10 @@ class Findings:
             self.released[death.node] = max(death.epoch, self.released.get(death.node, -1))
         self.held = self.unreleased(self.held)
         left = {
-            Grave(grave.lost, grave.members, unreleased)
-            for grave in self.graves
-            if (unreleased := self.unreleased(grave.deaths))
+            Grave(grave.lost, grave.members, self.unreleased(grave.deaths)) for grave in self.graves
         }
         if len(left) > GRAVES_MAX:
-            # Holds back too much, until the journals were replayed.
+            # Holds back too much, until the journals were replayed, and distrusts all values.
             members = frozenset[int]().union(*(grave.members for grave in left))
             all_deaths = frozenset[Death]().union(*(grave.deaths for grave in left))
             left = {Grave(members, members, all_deaths)}
@@ -105,7 +104,8 @@ class Findings:
 
     def new(self, name: bytes) -> Resource:
         """A resource that nobody remembers."""
-        resource = Resource(name, self.floor)
+        graves = [grave for grave in self.graves if master_of(name, grave.members) in grave.lost]
+        resource = Resource(name, self.floor, None if graves else FIRST_VALUE)
         resource.deaths = self.buried(name)
         return resource
 

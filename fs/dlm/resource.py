@@ -23,9 +23,10 @@ While `deaths` is not empty only the node that replays the dead node's journal i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from fs.dlm.messages import (
+    VALUE_BYTES,
     Bast,
     Cancel,
     Death,
@@ -40,6 +41,9 @@ from fs.dlm.messages import (
     Value,
 )
 from fs.dlm.modes import Mode, compatible, highest_beside
+
+FIRST_VALUE: Final = bytes(VALUE_BYTES)
+"""The value of a resource that nobody has written to."""
 
 
 class Waiter(NamedTuple):
@@ -61,11 +65,11 @@ class Post(NamedTuple):
 class Resource:
     """The master's side. Every method returns what has to be told to whom, in order."""
 
-    def __init__(self, name: bytes, token: int) -> None:
+    def __init__(self, name: bytes, token: int, value: Value = FIRST_VALUE) -> None:
         self.name = name
         self.token = token
         self.stamp = token
-        self.value: Value = None
+        self.value = value
         self.holders: dict[int, Mode] = {}
         self.converting: list[Waiter] = []
         self.waiting: list[Waiter] = []
@@ -75,7 +79,10 @@ class Resource:
 
     @property
     def unused(self) -> bool:
-        """Nobody would notice if it were forgotten (the token must outlive it)."""
+        """Nobody would notice if it were forgotten (the token must outlive it). That a value was
+        lost is remembered until there is a new one."""
+        if self.value is None:
+            return False
         return not (self.holders or self.converting or self.waiting or self.deaths)
 
     @property

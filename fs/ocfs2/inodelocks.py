@@ -25,7 +25,13 @@ from weakref import WeakValueDictionary
 from fs.dlm.modes import Mode
 from fs.errors import corrupt, error
 from fs.ocfs2.dinode import Dinodes, Ocfs2Inode, blank
-from fs.ocfs2.locking import META, ClusterLocks, decode_value, encode_value, lock_name
+from fs.ocfs2.locking import (
+    META,
+    ClusterLocks,
+    decode_value,
+    encode_value,
+    lock_name,
+)
 from fs.ocfs2.transaction import Transactions
 
 _NODE_BITS: Final = 8
@@ -97,6 +103,9 @@ class InodeLocks:
         self._counter = now_ns() // 1000
         self._live: WeakValueDictionary[int, Ocfs2Inode] = WeakValueDictionary()
         self._departed: list[int] = []
+        self.distrust: Callable[[Ocfs2Inode], None] = lambda _inode: None
+        """Told of a file of which a shared pool may hold old pages: a node died that had it in EX,
+        and may not have flushed what it changed."""
         self.system_blocks: set[int] = set()
         """Inodes whose locks are named with the volume's generation."""
 
@@ -176,8 +185,11 @@ class InodeLocks:
     def _refresh(self, inode: Ocfs2Inode, state: LockState) -> None:
         if inode.gone:
             raise error(errno.ESTALE, f"inode {inode.ino} was freed")
+        distrusted = False
         if not state.fresh:
-            version = decode_value(self.locks.value(state.name))
+            value = self.locks.value(state.name)
+            version = decode_value(value)
+            distrusted = value is None
             if version is None or version != state.version:
                 self._transactions.cache.drop(inode.ino)
                 state.serial += 1
@@ -186,6 +198,8 @@ class InodeLocks:
             state.serial = max(state.serial, 1)
             self._dinodes.load(inode)
             inode.serial = state.serial
+        if distrusted and inode.is_file:
+            self.distrust(inode)
         state.fresh = True
 
     def loaded(self, inode: Ocfs2Inode) -> None:
@@ -199,9 +213,12 @@ class InodeLocks:
         state = self._states.get(block)
         if state is None or not state.exclusive:
             return
-        self._counter += 1
-        state.version = self._counter << _NODE_BITS | self._node & 0xFF
+        state.version = self._next_version()
         self.locks.set_value(state.name, encode_value(state.version))
+
+    def _next_version(self) -> int:
+        self._counter += 1
+        return self._counter << _NODE_BITS | self._node & 0xFF
 
     def exclusive(self, inode: Ocfs2Inode) -> bool:
         """True when the lock is in use in EX."""

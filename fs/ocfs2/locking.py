@@ -61,7 +61,7 @@ class ClusterLocks(Protocol):
 
     A lock that was acquired is in use until it is released; then it stays cached at this node
     until another node wants it. Before it is given up the file system's `downconvert(name, to)`
-    is called, never while the lock is in use.
+    is called, never while the lock is in use; False: not yet.
     """
 
     def acquire(self, name: bytes, mode: Mode) -> None:
@@ -77,7 +77,10 @@ class ClusterLocks(Protocol):
         ...
 
     def value(self, name: bytes) -> bytes | None:
-        """The 64 bytes of the lock's value block; None: not valid."""
+        """The 64 bytes of the lock's value block, zeros of a lock that nobody has written to.
+
+        None: it is lost, because a node died that had the lock in EX.
+        """
         ...
 
     def set_value(self, name: bytes, value: bytes) -> None:
@@ -119,7 +122,7 @@ class LocalLocks:
 
     def value(self, name: bytes) -> bytes | None:
         """What was set."""
-        return self._values.get(name)
+        return self._values.get(name, bytes(VALUE_BYTES))
 
     def set_value(self, name: bytes, value: bytes) -> None:
         """Remember."""

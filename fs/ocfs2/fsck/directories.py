@@ -117,12 +117,16 @@ class Directories:
             self._orphan(ino, where, shown, target)
             return
         self._names[target] += 1
-        if stat.S_ISDIR(file.mode) and self._parents.setdefault(target, ino) != ino:
+        if not stat.S_ISDIR(file.mode):
+            return
+        if target in self._parents:
             self._found.add(
                 "DIR_PARENT_DUP",
                 where,
-                f"directory {target} is in directory {self._parents[target]} already.",
+                f"directory {target} has a name in directory {self._parents[target]} already.",
             )
+        else:
+            self._parents[target] = ino
 
     def _orphan(self, ino: int, where: str, shown: str, target: int) -> None:
         volume, file = self._volume, self._volume.files[target]

@@ -46,9 +46,14 @@ class Allocators:
                 "CHAIN_CPG", name, f"its groups shall have {head.clusters_per_group} clusters."
             )
         groups: list[Group] = []
+        empty: list[int] = []
         for chain in range(min(head.used, CHAINS_MAX)):
             record = ChainRecord.read(block, chain_offset(chain))
+            if record.block == 0:
+                empty.append(chain)
             groups += self._chain(ino, name, chain, record, head, is_global=is_global)
+        if empty:
+            self._found.add("CHAIN_EMPTY", name, f"{len(empty)} chains in use have no group.")
         self._check_totals(raw, name, groups, is_global=is_global)
         if is_global:
             self._check_places(name, groups)
@@ -68,8 +73,6 @@ class Allocators:
         groups: list[Group] = []
         own: set[int] = set()
         block, broken = record.block, False
-        if block == 0:
-            self._found.add("CHAIN_EMPTY", place, "it has no group.")
         code = "CHAIN_HEAD_LINK_RANGE"
         while block:
             if not self._volume.is_block(block):
@@ -183,11 +186,11 @@ class Allocators:
             self._found.add(
                 "CHAIN_I_SIZE", name, f"its size is {raw.size} with {raw.clusters} clusters."
             )
-        if is_global and bits != self._volume.blocks:
+        if is_global and raw.clusters != self._volume.blocks:
             self._found.add(
                 "SUPERBLOCK_CLUSTERS",
                 "superblock",
-                f"it says {self._volume.blocks} clusters, the global bitmap {bits}.",
+                f"it says {self._volume.blocks} clusters, the global bitmap {raw.clusters}.",
             )
 
     def _check_places(self, name: str, groups: list[Group]) -> None:

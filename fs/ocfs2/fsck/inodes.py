@@ -193,16 +193,18 @@ class _Tree:
         used = min(head.used, room)
         if depth and used == 0:
             self._bad("EXTENT_LIST_FREE", "an inner node of its extent tree is empty.")
+        empty = 0
         for index in range(used):
             record = read_extent(data, offset, index, leaf=depth == 0)
             if depth:
                 self._inner(record.first, record.clusters, record.block, depth, index == used - 1)
             elif record.clusters == 0:
                 # Linux leaves empty records only at the start of a list.
-                if index:
-                    self._bad("EXTENT_OVERLAP", f"record {index} of an extent list is empty.")
+                empty += index > 0
             else:
                 self._leaf(record.first, record.clusters, record.block, record.flags)
+        if empty:
+            self._bad("EXTENT_LIST_FREE", f"{empty} records of an extent list are empty.")
 
     def _inner(self, first: int, clusters: int, block: int, depth: int, is_last: bool) -> None:
         volume = self._volume

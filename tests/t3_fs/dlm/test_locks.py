@@ -150,7 +150,7 @@ def test_value_and_token_count_while_held() -> None:
     zero, one = nodes.locks
     value = b"v" * VALUE_BYTES
     zero.acquire(A, EX)
-    assert zero.value(A) is None
+    assert zero.value(A) == bytes(VALUE_BYTES)
     zero.set_value(A, value)
     token = zero.token(A)
     zero.release(A, EX)
