@@ -23,7 +23,10 @@ from tests.support.ocfs2 import Clock
 
 
 class SharedImage:
-    """An image file that several nodes have open; `cut` makes a node's writes fail."""
+    """An image file that several nodes have open; `cut` makes a node's writes fail.
+
+    With `cut_after` that happens by itself after so many block writes: the node dies there.
+    """
 
     block_bytes = BLOCK_BYTES
     read_only = False
@@ -32,6 +35,7 @@ class SharedImage:
         self._file = path.open("r+b", buffering=0)
         self.blocks = path.stat().st_size // BLOCK_BYTES
         self.cut = False
+        self.cut_after: int | None = None
         self.writes = 0
 
     def read(self, block: int, count: int, into: memoryview) -> None:
@@ -41,11 +45,15 @@ class SharedImage:
 
     def write(self, block: int, count: int, data: Bytes) -> None:
         assert block >= 0 and block + count <= self.blocks
-        if self.cut:
-            raise OSError(5, "this node is dead")
-        self.writes += 1
-        self._file.seek(block * BLOCK_BYTES)
-        self._file.write(memoryview(data)[: count * BLOCK_BYTES])
+        for number in range(count):
+            if self.writes == self.cut_after:
+                self.cut = True
+            if self.cut:
+                raise OSError(5, "this node is dead")
+            self.writes += 1
+            self._file.seek((block + number) * BLOCK_BYTES)
+            page = memoryview(data)[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
+            self._file.write(page)
 
     def flush(self) -> None:
         if self.cut:
@@ -72,6 +80,14 @@ class LockTable:
                 self.values.pop(name, None)
         del self.nodes[node]
 
+    def bury(self, dead: Node, survivor: Node) -> None:
+        """A node has died by itself: its locks go, and another one recovers its slot."""
+        dead.device.cut = True
+        dead.device.close()
+        self.kill(dead.number)
+        assert dead.fs.slot is not None
+        survivor.fs.recover_slot(dead.fs.slot)
+
 
 class TableLocks:
     """The `ClusterLocks` of one node."""
@@ -97,7 +113,13 @@ class TableLocks:
                 using = [used for used in Mode if node.locks.uses[name, used]]
                 assert not using, f"node {self._node} waits for {name!r} of node {other}"
                 self._table.downconverts += 1
-                assert node.fs.downconvert(name, to) is not False
+                try:
+                    assert node.fs.downconvert(name, to) is not False
+                except OSError:
+                    # It died while it gave the lock up: whoever waits for it recovers it first.
+                    assert node.device.cut
+                    self._table.bury(node, self._table.nodes[self._node])
+                    continue
                 holders[other] = to
             holders[self._node] = mode
             if mode == Mode.EX:
