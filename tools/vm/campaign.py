@@ -33,6 +33,7 @@ from random import Random
 from typing import Final
 
 from fs.block.device import BLOCK_BYTES
+from fs.cluster import region
 from fs.ocfs2.format import FIRST_GROUP_BLOCK, GROUP_BITMAP_OFFSET, SLOT_ENTRY
 from ipc.errors import ExitCode, OperatorError
 from tools.vm import tree, volume
@@ -43,7 +44,7 @@ from tools.vm.tree import Entry, Tree
 IMAGE_BYTES: Final = 256 << 20
 SLOTS: Final = 4
 _PATIENCE_SECONDS: Final = 900
-_UNSYNCED_SECONDS: Final = 3.0
+_UNSYNCED_SECONDS_MAX: Final = 3.0
 _ROOT: Final = Path(__file__).resolve().parents[2]
 _FEATURES_OFF: Final = (
     *("inline-data", "indexed-dirs", "refcount", "discontig-bg", "xattr", "append-dio"),
@@ -123,10 +124,16 @@ class Story:
         dead = [slot.number for slot in slots if slot.node == dead_node and slot.dirty]
         if not dead:
             raise Bad(f"node {dead_node} left no slot with a dirty journal")
+        beat = region.decode(self._heartbeat_sector(dead_node))
+        if beat is None or beat.node != dead_node or not beat.generation:
+            raise Bad(f"node {dead_node} left a heartbeat that we do not understand: {beat}")
         self.ours("recover", node, slot=str(dead[0]))
 
     def ours_dies(self, node: int, folder: str) -> None:
-        """A node of ours works and is killed; the tree is what it had synced."""
+        """A node of ours works and is killed; the tree is what it had synced.
+
+        It leaves the heartbeat of a node of ours, which Linux must take for that of a dead one.
+        """
         self._turn += 1
         self._say(f"our node {node} works and is killed")
         with (
@@ -143,7 +150,7 @@ class Story:
             try:
                 line = process.stdout.readline()
                 # It goes on without a sync, and some of that reaches the disk.
-                time.sleep(_UNSYNCED_SECONDS)
+                time.sleep(self._random.uniform(0, _UNSYNCED_SECONDS_MAX))
                 ended = process.poll()
             finally:
                 process.kill()
@@ -156,6 +163,10 @@ class Story:
         slots = volume.read_slots(self.image, SLOTS)
         if not any(slot.node == node and slot.dirty for slot in slots):
             raise Bad(f"the killed node {node} left no slot with a dirty journal")
+        beat = region.Beat(
+            7, node, 1 + self._random.randrange(1 << 32), 62_000, 3, frozenset({node})
+        )
+        self.damage(self._heartbeat_offset(node), region.encode(beat))
 
     # Turns of Linux
 
@@ -272,6 +283,15 @@ class Story:
         differences = tree.compare(wanted, have)
         if differences:
             raise Bad("\n".join(f"{who}: {line}" for line in differences))
+
+    def _heartbeat_offset(self, node: int) -> int:
+        first = volume.read_volume(self.image).heartbeat_sector
+        return (first + node) * region.SECTOR_BYTES
+
+    def _heartbeat_sector(self, node: int) -> bytes:
+        with self.image.open("rb") as file:
+            file.seek(self._heartbeat_offset(node))
+            return file.read(region.SECTOR_BYTES)
 
     def _check_image(self, who: str) -> None:
         complaints = [f"fsck.ocfs2: {line}" for line in volume.fsck(self.image)]

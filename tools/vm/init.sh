@@ -84,11 +84,16 @@ join_cluster() {
     ip link set lo up
     mount -t configfs none /sys/kernel/config || return
     cluster=/sys/kernel/config/cluster/$CLUSTER
-    mkdir "$cluster" "$cluster/node/self" || return
-    echo 7777 >"$cluster/node/self/ipv4_port"
-    echo 127.0.0.1 >"$cluster/node/self/ipv4_address"
-    echo "$NODE" >"$cluster/node/self/num"
-    echo 1 >"$cluster/node/self/local"
+    mkdir "$cluster" || return
+    # The sectors of nodes that are not configured are never looked at.
+    for number in $NODES; do
+        folder=$cluster/node/node$number
+        mkdir "$folder" || return
+        echo 7777 >"$folder/ipv4_port"
+        echo "127.0.$number.1" >"$folder/ipv4_address"
+        echo "$number" >"$folder/num"
+        if [ "$number" = "$NODE" ]; then echo 1 >"$folder/local"; fi
+    done
     # No other node lives, so nobody is to be declared dead; and this one may be late without harm.
     echo 100000 >"$cluster/heartbeat/dead_threshold"
     region=$cluster/heartbeat/$UUID

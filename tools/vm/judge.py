@@ -105,7 +105,8 @@ def judge(
         replays = _judge_slots(slots, node, verdict)
         if not verdict.good:
             return verdict
-        job = _job(task, facts, replays)
+        owners = {slot.node for slot in slots if slot.node is not None}
+        job = _job(task, facts, replays, sorted({node} | owners | set(range(facts.slots))))
         run = run_machine(
             kernel,
             initramfs.build(kernel, job),
@@ -197,8 +198,9 @@ def _judge_slots(slots: list[Slot], node: int, verdict: Verdict) -> int:
     return replays
 
 
-def _job(task: Task, facts: Volume, replays: int) -> dict[str, str]:
+def _job(task: Task, facts: Volume, replays: int, nodes: list[int]) -> dict[str, str]:
     return {
+        "NODES": " ".join(str(node) for node in nodes),
         "NODE": str(task.node),
         "CLUSTER": facts.cluster,
         "UUID": facts.uuid,
