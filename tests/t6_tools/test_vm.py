@@ -14,9 +14,10 @@ import pytest
 from ipc.errors import ExitCode, OperatorError
 from tools.vm import __main__ as command
 from tools.vm import kernel, modules, programs, report, tree, volume
-from tools.vm.campaign import CHECKS, Bad, Story
+from tools.vm.campaign import CHECKS
 from tools.vm.cpio import Archive
 from tools.vm.judge import Task, Verdict, judge_report
+from tools.vm.story import Bad, Story
 from tools.vm.tree import Entry
 from tools.vm.volume import NotOcfs2
 

@@ -18,8 +18,10 @@ works in it, and leaves or loses power. Then ours looks at what Linux left.
     volume.py      what ocfs2-tools say about an image on this side
     judge.py       one volume, one machine, one verdict
     node.py        a node of ours as a process that can be killed
+    guests.py      a whole cluster of ours that loses its power
     contents.py    the files that our nodes write
-    campaign.py    the checks
+    story.py       one image on which ours and Linux take turns
+    campaign.py    the checks: stories
 
 Exit codes: 0 good, 1 not good (a kernel that hangs or panics on the image is), 2 the check could
 not run. Nothing is skipped without a word: what can't run makes it 2.

@@ -22,10 +22,11 @@ from pathlib import Path
 from types import FrameType
 
 from ipc.errors import ExitCode, OperatorError
-from tools.vm.campaign import CHECKS, Bad, Story
+from tools.vm.campaign import CHECKS
 from tools.vm.judge import judge
 from tools.vm.kernel import CACHE, get_kernel
 from tools.vm.programs import need_all
+from tools.vm.story import Bad, Story
 
 _EXPECT = re.compile(r"(.+):([0-9a-f]{64}|absent)", re.DOTALL)
 
