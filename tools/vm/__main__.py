@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from types import FrameType
 
@@ -103,6 +104,11 @@ def run_campaign(names: list[str], seed: int, *, keep: bool) -> int:
             continue
         except OperatorError as reason:
             say(f"COULD NOT RUN: {reason}; kept in {folder}")
+            code = code or ExitCode.INCONCLUSIVE
+            continue
+        except Exception:  # noqa: BLE001 - our own bug is no verdict, and the other checks go on
+            say(f"COULD NOT RUN; kept in {folder}")
+            traceback.print_exc(file=sys.stdout)
             code = code or ExitCode.INCONCLUSIVE
             continue
         say("good")

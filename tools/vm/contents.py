@@ -187,7 +187,13 @@ def listing(vfs: Vfs, top: bytes = b"/") -> Tree:
             pending.extend(reversed(below))
         with fs.reading(inode):
             content = _content(vfs, inode)
-            tree[path] = Entry(inode.mode, inode.nlink, 0 if inode.is_dir else inode.size, content)
+            tree[path] = Entry(
+                inode.mode,
+                inode.nlink,
+                0 if inode.is_dir else inode.size,
+                content,
+                inode.mtime_ns // 10**9,
+            )
     return tree
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -349,6 +350,8 @@ def _after(verdict: Verdict, marker: str, *, work: bool, crash: bool) -> Tree:
     if work and crash:
         for name in LAST_REMOVED:
             del found[name]
+            folder = name.rpartition(b"/")[0]
+            found[folder] = replace(found[folder], mtime_s=-1)
     text = verdict.marker_text.encode()
     found[os.fsencode(marker)] = Entry(0o100644, 1, len(text), tree.digest(text))
     return found

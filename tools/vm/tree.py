@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from tools.vm.report import Report
@@ -23,10 +23,21 @@ class Entry:
     links: int
     size: int
     content: str
+    mtime_s: int = -1
+    """When it was changed, -1: not known."""
+
+    def agrees(self, other: Entry) -> bool:
+        """Whether both can be the same entry."""
+        if -1 in (self.mtime_s, other.mtime_s):
+            return replace(self, mtime_s=-1) == replace(other, mtime_s=-1)
+        return self == other
 
     def __str__(self) -> str:
         """For a person."""
-        return f"mode {self.mode:o}, {self.links} links, {self.size} bytes, {self.content[:12]}"
+        return (
+            f"mode {self.mode:o}, {self.links} links, {self.size} bytes, "
+            f"changed {self.mtime_s}, {self.content[:12]}"
+        )
 
 
 Tree = dict[bytes, Entry]
@@ -55,13 +66,13 @@ def from_report(report: Report, name: str) -> Tree:
     stats = _Lines(part("stats"))
     for path in names:
         line = stats.take(b" " + path)
-        mode, links_count, size = _fields(line)
+        mode, links_count, size, mtime_s = _fields(line)
         content = ""
         if not stat.S_ISDIR(mode):
             content = contents.get(path, UNREADABLE)
         elif mode:
             size = 0  # of a folder it is how the file system stores it
-        tree[_relative(path)] = Entry(mode, links_count, size, content)
+        tree[_relative(path)] = Entry(mode, links_count, size, content, mtime_s)
     return tree
 
 
@@ -88,27 +99,27 @@ def _sums(files: list[bytes], text: bytes) -> dict[bytes, str]:
     return {path: line.decode(errors="replace") for path, line in sums if line is not None}
 
 
-def _fields(line: bytes | None) -> tuple[int, int, int]:
-    """Mode, links, size of a line of `stats`; zeros when there is none."""
+def _fields(line: bytes | None) -> tuple[int, int, int, int]:
+    """Mode, links, size, time of a line of `stats`; zeros when there is none."""
     words = (line or b"").split()
     if len(words) != 6:
-        return 0, 0, 0
-    return int(words[0], 16), int(words[3]), int(words[4])
+        return 0, 0, 0, -1
+    return int(words[0], 16), int(words[3]), int(words[4]), int(words[5])
 
 
 def _relative(path: bytes) -> bytes:
     return path.removeprefix(b".").removeprefix(b"/")
 
 
-def to_json(tree: Mapping[bytes, Entry]) -> dict[str, list[int | str]]:
+def to_json(tree: Mapping[bytes, Entry]) -> dict[str, tuple[int, int, int, str, int]]:
     """For another process: paths in hexadecimal."""
     return {
-        path.hex(): [entry.mode, entry.links, entry.size, entry.content]
+        path.hex(): (entry.mode, entry.links, entry.size, entry.content, entry.mtime_s)
         for path, entry in tree.items()
     }
 
 
-def from_json(record: Mapping[str, tuple[int, int, int, str]]) -> Tree:
+def from_json(record: Mapping[str, tuple[int, int, int, str, int]]) -> Tree:
     """What `to_json` made."""
     return {bytes.fromhex(path): Entry(*fields) for path, fields in record.items()}
 
@@ -119,7 +130,9 @@ def compare(wanted: Mapping[bytes, Entry], found: Mapping[bytes, Entry]) -> list
     for path in sorted(wanted.keys() | found.keys()):
         have = found.get(path)
         want = wanted.get(path)
-        if have == want or path == _LOST_AND_FOUND or not path:
+        if path == _LOST_AND_FOUND or not path:
+            continue
+        if have and want and have.agrees(want):
             continue
         lines.append(f"{path!r}: {have or 'missing'} instead of {want or 'nothing'}")
     if len(lines) > _DIFFERENCES_SHOWN:
