@@ -260,12 +260,13 @@ class FilePages(Protocol):
         ...
 
     def settle(self, inode: Inode) -> bool:
-        """Whether a shared pool holds nothing of a file that is older than the disk: only then may
-        the exclusive cluster lock be given up."""
+        """Before the exclusive cluster lock of a file is given up: whether a shared pool holds
+        nothing of it that is older than the disk. If not, the lock's value has to tell its next
+        holders to `distrust` the file."""
         ...
 
     def distrust(self, inode: Inode) -> None:
-        """A node died that had the file's cluster lock in EX: who knows what it did not flush."""
+        """Who had the file's cluster lock in EX could not flush all, or died."""
         ...
 
     def forget(self, inode: Inode) -> None:

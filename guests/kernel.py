@@ -35,9 +35,6 @@ log = logging.getLogger(__name__)
 
 STEP_SECONDS: Final = 0.005
 """Work between two looks at the control socket."""
-OWING_SECONDS_MAX: Final = 30.0
-"""How long other nodes wait for locks that are kept because of flushes that could not be delivered;
-then the node gives itself up, and whoever gets the locks distrusts the pool."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,6 @@ class Kernel:
         self._seconds = 0.0
         self._began_at = 0.0
         self._stopped = False
-        self._owing_since: float | None = None
 
     # --- its disk and its cleancache
 
@@ -220,17 +216,8 @@ class Kernel:
             self.cleancache.attach()
 
     def _pump(self) -> None:
-        node = self.node
-        if node is None:
-            return
-        node.pump()
-        shared = self.cleancache
-        if not isinstance(shared, SharedCleancache) or not shared.owes or not node.locks.wanted:
-            self._owing_since = None
-        elif self._owing_since is None:
-            self._owing_since = self._now_seconds()
-        elif self._now_seconds() - self._owing_since > OWING_SECONDS_MAX:
-            node.cluster.fence.trip("it could not flush what it changed from the shared pool")
+        if self.node is not None:
+            self.node.pump()
 
     def _step(self) -> None:
         assert self._steps is not None

@@ -208,8 +208,14 @@ class PageCache:
         del self._files[inode.ino]
 
     def settle(self, inode: Inode) -> bool:
-        """Whether the other nodes can find nothing old of this file in cleancache."""
-        return self._shared is None or self._shared.settle(inode.key)
+        """Whether the other nodes can find nothing old of this file in cleancache.
+
+        False: the exclusive lock's next holders must `distrust` it.
+        """
+        if self._shared is None or self._shared.settle(inode.key):
+            return True
+        self._shared.hand_over(inode.key)
+        return False
 
     def distrust(self, inode: Inode) -> None:
         """What cleancache holds of the file may be older than the disk."""

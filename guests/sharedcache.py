@@ -187,11 +187,6 @@ class SharedCleancache(Cleancache):
                 self._refused(calls, "flush", status)
         return key not in self._owed
 
-    @property
-    def owes(self) -> bool:
-        """Whether anything is still to be flushed."""
-        return bool(self._owed)
-
     def settle_all(self) -> bool:
         """The same for all files, before the node leaves."""
         return not [key for key in list(self._owed) if not self.settle(key)]

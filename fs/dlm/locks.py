@@ -15,9 +15,8 @@ When a lock is given up:
   G4  during the callback the lock is still held, and may be used as far as it is held. The
       callback may wait, which may give up other locks. It must not take a lock that comes before
       one in use in the file system's order: no lock manager can help then.
-  G5  if the callback says False the lock is kept, and the callback is asked again later; if it
-      fails, too, and the error goes to whoever waited. A file system that wants to lose its data
-      instead must not raise.
+  G5  if the callback fails, the lock is kept and the error goes to whoever waited; another
+      attempt is made later. A file system that wants to lose its data instead must not raise.
 
 Two readers that both want to write: the master denies the second (`resource`). If it does not use
 its PR, it goes down to NL and asks anew; if it does, `acquire` raises EDEADLK, and the caller has
@@ -87,8 +86,8 @@ class NodeLocks:
     ) -> None:
         """`pump` delivers what has come, or waits a little for it; it may raise to end a wait."""
         self.manager = LockManager(node, transport, self, retransmit_ns=retransmit_ns)
-        self.downconvert: Callable[[bytes, Mode], bool | None] = _nothing_to_forget
-        """The file system's callback; False: it can't be given up yet."""
+        self.downconvert: Callable[[bytes, Mode], None] = _nothing_to_forget
+        """The file system's callback."""
         self.on_recovered: Callable[[int], None] | None = None
         self.on_expelled: Callable[[], None] | None = None
         self.recovering = False
@@ -163,11 +162,6 @@ class NodeLocks:
             self.drop(name)
 
     @property
-    def wanted(self) -> int:
-        """Locks that other nodes wait for."""
-        return len(self._wanted)
-
-    @property
     def uses(self) -> int:
         """Locks in use now, each as often as it is."""
         return self._uses
@@ -230,10 +224,7 @@ class NodeLocks:
             elif entry.giving_up:
                 raise error(errno.EDEADLK, f"{name!r} is being given up")
             elif not entry.in_use and entry.level is not None and self._held(name) > entry.level:
-                if not self._give_up(name, entry):
-                    if self._held(name) >= mode:
-                        break
-                    self._wait()
+                self._give_up(name, entry)
             elif self._ask(name, entry, mode, flags):
                 break
             elif entry.denied == Reason.AGAIN and flags & Flag.NOQUEUE:
@@ -241,8 +232,7 @@ class NodeLocks:
             elif entry.denied == Reason.DEADLOCK:
                 if entry.in_use:
                     raise error(errno.EDEADLK, f"another reader of {name!r} wants to write too")
-                if not self._go_down(name, entry, Mode.NL):
-                    self._wait()
+                self._go_down(name, entry, Mode.NL)
         entry.users[mode] += 1
         entry.dropped = False
         self._uses += 1
@@ -278,34 +268,29 @@ class NodeLocks:
         self._pump()
         self.serve()
 
-    def _give_up(self, name: bytes, entry: _Entry) -> bool:
-        """False if the file system is not ready to."""
+    def _give_up(self, name: bytes, entry: _Entry) -> None:
         level = Mode.NL if entry.level is None else entry.level
-        ready = self._go_down(name, entry, level)
+        self._go_down(name, entry, level)
         if self._held(name) <= level and entry.level == level:
             entry.level = None
             self._wanted.pop(name, None)
-        return ready
 
-    def _go_down(self, name: bytes, entry: _Entry, to: Mode) -> bool:
+    def _go_down(self, name: bytes, entry: _Entry, to: Mode) -> None:
         if self._held(name) > to:
             entry.giving_up = True
             self._depth += 1
             try:
-                ready = self.downconvert(name, to) is not False
+                self.downconvert(name, to)
             finally:
                 self._depth -= 1
                 entry.giving_up = False
-            if not ready:
-                return False
             self.downconverts += 1
         if entry.in_use:
-            return True  # the callback still uses it: later
+            return  # the callback still uses it: later
         if entry.dropped:
             self._forget(name)
         elif self._held(name) > to:
             self.manager.down(name, to)
-        return True
 
     def _forget(self, name: bytes) -> None:
         del self._entries[name]

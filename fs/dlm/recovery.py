@@ -30,7 +30,8 @@ Truth about a resource:
     file system asked for that. A master that died takes with it the knowledge who held EX: then
     each resource without record, PR and EX claims is held back for all unreplayed nodes, and a
     `Grave` remembers which these are, also for names that nobody asks for until later. It stays
-    after the journals were replayed: the first value of such a name is lost, not zeros.
+    after the journals were replayed, and there is one for a master that left cleanly, too: the
+    first value of such a name is lost, not zeros.
 
 A node that missed a view without it (it was dead for the others) has lost its locks, whatever it
 believes: its claims don't count, and it learns that it is *expelled*. Starting again with a new
@@ -185,7 +186,7 @@ class Rebuild:
             for node in before & dones.keys()
             if dones[node].epoch_before != newest.epoch_before or not dones[node].ready
         )
-        if lost and findings.held:
+        if lost:
             findings.graves |= {Grave(lost, before, findings.held)}
         findings.release()
         for name in sorted(self._claims.keys() | self._records.keys()):

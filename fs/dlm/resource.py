@@ -80,8 +80,8 @@ class Resource:
     @property
     def unused(self) -> bool:
         """Nobody would notice if it were forgotten (the token must outlive it). That a value was
-        lost is remembered until there is a new one."""
-        if self.value is None:
+        lost is remembered until there is a new one, and so is a value whose last byte is set."""
+        if self.value is None or self.value[-1]:
             return False
         return not (self.holders or self.converting or self.waiting or self.deaths)
 

@@ -199,28 +199,24 @@ class Ocfs2:
         self._volume.locks.distrust = pages.distrust
         self._volume.transactions.before_commit = pages.sync_all
 
-    def downconvert(self, name: bytes, to: Mode) -> bool:
-        """Another node wants the lock `name`: make what is cached under it ready for `to`.
-
-        False: not yet, a shared pool may hold older pages of the file than the disk.
-        """
+    def downconvert(self, name: bytes, to: Mode) -> None:
+        """Another node wants the lock `name`: make what is cached under it ready for `to`."""
         block = lock_block(name)
         if block is None or not self._mounted:
-            return True
+            return
         inode = self._volume.locks.known(block)
         if inode is not None and inode.is_file and self._pages is not None:
-            if not self._pages.settle(inode):
-                return False
             if to == Mode.NL:
                 self._pages.invalidate(inode)
             else:
                 self._pages.sync(inode)
+            if not self._pages.settle(inode):
+                self._volume.locks.warn(block)
         if self._volume.transactions.cache.pinned(block):
             self._volume.transactions.commit()
             self._volume.transactions.checkpoint()
         if to == Mode.NL:
             self._volume.locks.given_up(block)
-        return True
 
     def token_of(self, key: FileKey) -> int:
         """The fencing token under which this node may put pages of a file into a shared pool."""

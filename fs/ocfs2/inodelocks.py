@@ -15,6 +15,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import weakref
@@ -30,6 +31,7 @@ from fs.ocfs2.locking import (
     ClusterLocks,
     decode_value,
     encode_value,
+    is_distrusted,
     lock_name,
 )
 from fs.ocfs2.transaction import Transactions
@@ -104,8 +106,8 @@ class InodeLocks:
         self._live: WeakValueDictionary[int, Ocfs2Inode] = WeakValueDictionary()
         self._departed: list[int] = []
         self.distrust: Callable[[Ocfs2Inode], None] = lambda _inode: None
-        """Told of a file of which a shared pool may hold old pages: a node died that had it in EX,
-        and may not have flushed what it changed."""
+        """Told of a file of which a shared pool may hold old pages: a node that had it in EX could
+        not flush what it changed, or died."""
         self.system_blocks: set[int] = set()
         """Inodes whose locks are named with the volume's generation."""
 
@@ -189,7 +191,7 @@ class InodeLocks:
         if not state.fresh:
             value = self.locks.value(state.name)
             version = decode_value(value)
-            distrusted = value is None
+            distrusted = is_distrusted(value)
             if version is None or version != state.version:
                 self._transactions.cache.drop(inode.ino)
                 state.serial += 1
@@ -200,6 +202,9 @@ class InodeLocks:
             inode.serial = state.serial
         if distrusted and inode.is_file:
             self.distrust(inode)
+            if state.exclusive:
+                # From now on it is this node's business; `warn` says so if it can't see to it.
+                self.changed(inode.ino)
         state.fresh = True
 
     def loaded(self, inode: Ocfs2Inode) -> None:
@@ -215,6 +220,18 @@ class InodeLocks:
             return
         state.version = self._next_version()
         self.locks.set_value(state.name, encode_value(state.version))
+
+    def warn(self, block: int) -> None:
+        """Before EX is given up: the next holders have to distrust the file.
+
+        Under PR nothing is done: the value told this node so, and still does.
+        """
+        state = self._states.get(block)
+        if state is not None:
+            version = self._next_version()
+            with contextlib.suppress(ValueError):
+                self.locks.set_value(state.name, encode_value(version, distrusted=True))
+                state.version = version
 
     def _next_version(self) -> int:
         self._counter += 1

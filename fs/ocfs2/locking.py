@@ -24,7 +24,7 @@ FLOCK: Final = b"F"
 NAME_BYTES: Final = 31
 VALUE_BYTES: Final = 64
 
-_VALUE: Final = struct.Struct("<B7xQ48x")
+_VALUE: Final = struct.Struct("<B7xQ47xB")
 _VALUE_FORMAT: Final = 1
 
 
@@ -43,16 +43,22 @@ def lock_block(name: bytes) -> int | None:
         return None
 
 
-def encode_value(version: int) -> bytes:
-    """The value block of a meta lock."""
-    return _VALUE.pack(_VALUE_FORMAT, version)
+def encode_value(version: int, *, distrusted: bool = False) -> bytes:
+    """The value block of a meta lock. With `distrusted` its last byte is set: a shared pool may
+    hold older pages of the file than the disk."""
+    return _VALUE.pack(_VALUE_FORMAT, version, distrusted)
+
+
+def is_distrusted(value: bytes | None) -> bool:
+    """Whether who had the file in EX did not flush all from a shared pool, or nobody knows."""
+    return value is None or len(value) != VALUE_BYTES or bool(value[-1])
 
 
 def decode_value(value: bytes | None) -> int | None:
     """The version in a value block; None when it is not valid, or not ours."""
     if value is None or len(value) != VALUE_BYTES:
         return None
-    layout, version = _VALUE.unpack(value)
+    layout, version, _ = _VALUE.unpack(value)
     return version if layout == _VALUE_FORMAT and version else None
 
 
@@ -61,7 +67,7 @@ class ClusterLocks(Protocol):
 
     A lock that was acquired is in use until it is released; then it stays cached at this node
     until another node wants it. Before it is given up the file system's `downconvert(name, to)`
-    is called, never while the lock is in use; False: not yet.
+    is called, never while the lock is in use.
     """
 
     def acquire(self, name: bytes, mode: Mode) -> None:
@@ -79,7 +85,8 @@ class ClusterLocks(Protocol):
     def value(self, name: bytes) -> bytes | None:
         """The 64 bytes of the lock's value block, zeros of a lock that nobody has written to.
 
-        None: it is lost, because a node died that had the lock in EX.
+        None: it is lost, because a node died that had the lock in EX, or with the master. A value
+        whose last byte is set is kept when nobody has the lock any more.
         """
         ...
 
