@@ -122,8 +122,11 @@ def _loop(kernel: Kernel, control: Control, answers: Answers) -> None:
 
 
 def _connector(spec: GuestSpec) -> Callable[[], Channel]:
-    """Attaches: patiently the first time, and then only if it is quick."""
-    patience = [HANDSHAKE_SECONDS]
+    """Attaches: patiently the first time, and then only if it is quick.
+
+    A node has no time for patience: its lease runs meanwhile.
+    """
+    patience = [HANDSHAKE_SECONDS if spec.node is None else REATTACH_PATIENCE_SECONDS]
 
     def connect() -> Channel:
         seconds, patience[0] = patience[0], REATTACH_PATIENCE_SECONDS

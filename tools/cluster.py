@@ -292,9 +292,9 @@ class Cluster:
 
     # --- talk
 
-    def ask_guest(self, name: str, question: Record) -> Record:
+    def ask_guest(self, name: str, question: Record, *, timeout_seconds: float = 10.0) -> Record:
         """The answer of a guest; raises Disconnected."""
-        return ask(self.directory.guest_socket(name), question)
+        return ask(self.directory.guest_socket(name), question, timeout_seconds=timeout_seconds)
 
     def stats(self) -> Record:
         """The hypervisor's figures; raises Disconnected."""

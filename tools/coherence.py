@@ -43,6 +43,8 @@ _FAULTS: Final = {"lose": 0.05, "duplicate": 0.1, "delay": 0.2, "reorder": 0.1}
 _OPERATIONS: Final = 10_000_000
 """More than a run can do: the end of the time ends the work."""
 _SETTLE_DEAD_TIMES: Final = 3
+_TELL_SECONDS: Final = 0.5
+"""A guest that waits for a lock does not hear the nemesis; it is left alone then."""
 
 
 def run_test(
@@ -226,7 +228,7 @@ class _Test:
     def _tell(self, name: str, question: Record) -> None:
         if name in self._cluster.alive:
             with contextlib.suppress(Disconnected):
-                answer = self._cluster.ask_guest(name, question)
+                answer = self._cluster.ask_guest(name, question, timeout_seconds=_TELL_SECONDS)
                 if "error" in answer:
                     self._problems.append(f"{name}: {answer['error']}")
 
