@@ -43,6 +43,7 @@ _FAULTS: Final = {"lose": 0.05, "duplicate": 0.1, "delay": 0.2, "reorder": 0.1}
 _OPERATIONS: Final = 10_000_000
 """More than a run can do: the end of the time ends the work."""
 _SETTLE_DEAD_TIMES: Final = 3
+_MEND_SECONDS: Final = 10.0
 _TELL_SECONDS: Final = 0.5
 """A guest that waits for a lock does not hear the nemesis; it is left alone then."""
 
@@ -218,17 +219,19 @@ class _Test:
 
     def _cut(self, names: list[str], what: str) -> None:
         for name, other in (names, names[::-1]):
-            self._tell(name, {"verb": "nemesis", what: [other]})
+            # A cut that is not made is no harm; one that is not mended is.
+            seconds = _TELL_SECONDS if what == "cut" else _MEND_SECONDS
+            self._tell(name, {"verb": "nemesis", what: [other]}, seconds)
 
     def _spoil(self, faults: dict[str, float]) -> None:
         for name in self._volume.nodes:
             if name not in self._paused:
                 self._tell(name, {"verb": "nemesis", "faults": faults, "seed": self._seed})
 
-    def _tell(self, name: str, question: Record) -> None:
+    def _tell(self, name: str, question: Record, seconds: float = _TELL_SECONDS) -> None:
         if name in self._cluster.alive:
             with contextlib.suppress(Disconnected):
-                answer = self._cluster.ask_guest(name, question, timeout_seconds=_TELL_SECONDS)
+                answer = self._cluster.ask_guest(name, question, timeout_seconds=seconds)
                 if "error" in answer:
                     self._problems.append(f"{name}: {answer['error']}")
 
