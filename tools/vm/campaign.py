@@ -14,6 +14,9 @@
                ours recovers it each time
     guests     a cluster of four guests of ours loses its power: Linux takes the slot of one and
                replays the other three; ours reads that
+    again      a cluster of four guests of ours loses its power and comes again; Linux reads that
+    survivors  Linux's power is cut: a cluster of four guests takes its slot over and finds what was
+               synced; Linux reads that
     control    damage that Linux, fsck and the listings must each find
 
 After each turn that ends with an unmount `fsck.ocfs2 -fn` must be clean by what it prints, no slot
@@ -127,6 +130,23 @@ def guests(story: Story) -> None:
     story.ours("read", 0)
 
 
+def again(story: Story) -> None:
+    """Ours recovers four guests of ours at once."""
+    sums = story.guests_die()
+    story.guests_find_files(sums)
+    story.linux_finds_files(1, sums)
+    story.ours("read", 0)
+
+
+def survivors(story: Story) -> None:
+    """Guests of ours recover a dead Linux."""
+    story.make()
+    story.linux(9, crash=True)
+    sums = story.files()
+    story.guests_find_files(sums)
+    story.linux_finds_files(0, sums, work=False)
+
+
 def control(story: Story) -> None:
     """The judge finds what it is there for."""
     story.make()
@@ -157,5 +177,7 @@ CHECKS: Final[Mapping[str, Callable[[Story], None]]] = {
     "chain": chain,
     "cut": cut,
     "guests": guests,
+    "again": again,
+    "survivors": survivors,
     "control": control,
 }

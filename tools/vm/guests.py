@@ -31,22 +31,24 @@ class ClusterFailed(Exception):
 
 
 class Guests:
-    """A running cluster of four guests that share a disk; leaving the context ends it."""
+    """A running cluster of four guests that share a disk; leaving the context kills it.
 
-    def __init__(self, folder: Path) -> None:
+    The disk is a new one with a copy of a tree, or `image`.
+    """
+
+    def __init__(self, folder: Path, image: Path | None = None) -> None:
         self._folder = folder.absolute()
         self._directory = ClusterDirectory(self._folder / "on")
-
-    @property
-    def image(self) -> Path:
-        """The disk that they share."""
-        return self._directory.images / "data.img"
+        self._given = image
+        self.image = (image or self._directory.images / "data.img").absolute()
 
     def __enter__(self) -> Self:
         # The timing of o2cb: a busy machine must not make a node fence itself.
-        topology = f"shared,n={len(NAMES)},tree=2M,timing=o2cb"
+        what = ["--topo", f"shared,n={len(NAMES)},tree=2M,timing=o2cb"]
+        if self._given is not None:
+            what = ["--file", str(self._write_file(self._given))]
         try:
-            self._tmem("up", "-d", "--topo", topology)
+            self._tmem("up", "-d", *what)
         except BaseException:
             self.cut_power()
             raise
@@ -59,6 +61,19 @@ class Guests:
         trace: TracebackType | None,
     ) -> None:
         self.cut_power()
+
+    def _write_file(self, image: Path) -> Path:
+        lines = [f'[[guest]]\nname = "{name}"\nmemory = "3M"' for name in NAMES]
+        lines.append(f"[[volume]]\nname = 'data'\nnodes = {list(NAMES)}")
+        lines.append(f"image = '{image.absolute()}'")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / "cluster.toml"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    def stop(self) -> None:
+        """Unmount everywhere and end the cluster."""
+        self._tmem("down")
 
     def run(self, guest: str, *words: str) -> str:
         """What a command in a guest prints."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -164,14 +165,17 @@ class Story:
                 for number, name in enumerate(NAMES):
                     guests.run(name, "mkdir", f"/of-{name}")
                     for path in source[number::_COPIED_EVERY]:
-                        guests.run(name, "cp", path, f"/of-{name}{path.replace('/', '_')}"[:200])
+                        guests.run(name, "cp", path, f"/of-{name}/{path.replace('/', '_')}")
                     copies = f"/of-{NAMES[number - 1]}" if number else "/"
                     guests.run(name, "cp", source[number], f"{copies}/by-{name}")
                 sums = guests.sums(NAMES[-1])
-                for name in NAMES:
+                for number, name in enumerate(NAMES):
+                    # This takes no lock from another node, so the change stays in the journal.
+                    old, new = f"of-{name}/{source[number].replace('/', '_')}", f"of-{name}/renamed"
+                    guests.run(name, "mv", f"/{old}", f"/{new}")
+                    sums[os.fsencode(new)] = sums.pop(os.fsencode(old))
                     guests.run(name, "sync")
-                for name in NAMES:
-                    guests.run(name, "cp", source[0], f"/unsynced-by-{name}")
+                guests.run(NAMES[-1], "cp", source[0], f"/of-{NAMES[-1]}/unsynced")
                 guests.cut_power()
                 self.image.write_bytes(guests.image.read_bytes())
         except ClusterFailed as reason:
@@ -182,26 +186,55 @@ class Story:
             raise Bad(f"{len(NAMES)} killed guests left the journals of slots {dirty} dirty")
         return sums
 
+    def guests_find_files(self, sums: Mapping[bytes, str]) -> None:
+        """A cluster of guests comes to the volume, finds these files, works and leaves."""
+        self._turn += 1
+        self._say(f"{len(NAMES)} guests look for {len(sums)} files, work, leave")
+        try:
+            with Guests(self.folder / f"run-{self._turn}", self.image) as guests:
+                for name in NAMES:
+                    guests.run(name, "mkdir", f"/new-of-{name}")
+                    guests.run(name, "cp", f"/{os.fsdecode(min(sums))}", f"/new-of-{name}/copy")
+                for name in NAMES:
+                    found = guests.sums(name)
+                    lost = [path for path, content in sums.items() if found.get(path) != content]
+                    if lost:
+                        raise Bad(f"guest {name} misses {len(lost)} files, {lost[0]!r} first")
+                guests.stop()
+        except ClusterFailed as reason:
+            raise Bad(f"our cluster: {reason}") from None
+        self._check_image("our cluster")
+
     # Turns of Linux
 
-    def linux_finds_files(self, node: int, sums: Mapping[bytes, str], replays: int) -> None:
+    def files(self) -> dict[bytes, str]:
+        """sha256 of all regular files that must be there, but for names that a line can't hold."""
+        return {
+            path: entry.content
+            for path, entry in self.tree.items()
+            if stat.S_ISREG(entry.mode) and path.isascii() and path.decode().isprintable()
+        }
+
+    def linux_finds_files(
+        self, node: int, sums: Mapping[bytes, str], *, work: bool = True, replays: int = 0
+    ) -> None:
         """Linux finds all that guests had synced, works and leaves."""
         self._turn += 1
-        self._say(f"Linux as node {node} looks for {len(sums)} files, works, leaves")
+        self._say(f"Linux as node {node} looks for {len(sums)} files{', works' * work}, leaves")
         marker = f"{_MARKER}-{node}-{self._turn}"
         verdict = judge(
             self.image,
             node=node,
             expect=sums,
             marker=marker,
-            work=True,
+            work=work,
             in_place=True,
             keep=self.folder / f"{self._turn}-linux",
         )
         if verdict.complaints:
             raise Bad("\n".join(f"Linux as node {node}: {line}" for line in verdict.complaints))
         self._check_replays(verdict, replays)
-        self.tree = _after(verdict, marker, work=True, crash=False)
+        self.tree = _after(verdict, marker, work=work, crash=False)
 
     def linux(self, node: int, *, work: bool = True, crash: bool = False, replays: int = 0) -> None:
         """Linux reads everything, works, and leaves or loses power.
