@@ -96,6 +96,8 @@ class _Test:
         self._interrupts = interrupts
         self._records = cluster.directory.path / "histories"
         self._records.mkdir(exist_ok=True)
+        for old in self._records.glob("*.jsonl"):
+            old.unlink()
         self._lives: dict[str, int] = {}
         self._lost: set[str] = set()
         self._paused: set[str] = set()
