@@ -212,6 +212,9 @@ class Ocfs2:
                 self._pages.sync(inode)
             if not self._pages.settle(inode):
                 self._volume.locks.warn(block)
+                if to != Mode.NL:
+                    # It reads on, under a value that warns this node as well.
+                    self._pages.distrust(inode)
         if self._volume.transactions.cache.pinned(block):
             self._volume.transactions.commit()
             self._volume.transactions.checkpoint()
