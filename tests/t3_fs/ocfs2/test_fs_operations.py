@@ -246,3 +246,25 @@ def test_a_read_only_mount_changes_nothing(volume: Volume) -> None:
     assert read(vfs, "/f") == b"x"
     volume.unmount()
     assert volume.path.read_bytes() == before
+
+
+def test_freed_blocks_wait_for_the_commit(vfs: Vfs) -> None:
+    """Else new data could lie in a file that a power cut brings back."""
+    free = vfs.statfs().blocks_free
+
+    def blocks_of(name: bytes) -> set[int]:
+        inode = vfs.fs.lookup(vfs.fs.root, name)
+        return set(vfs.fs.map_blocks(inode, 0, 600))
+
+    write(vfs, "/old", b"o" * 600 * BLOCK)
+    vfs.sync()
+    old = blocks_of(b"old")
+    vfs.unlink("/old")
+    taken: set[int] = set()
+    for number in range(free // 600 - 1):
+        write(vfs, f"/{number}", b"n" * 600 * BLOCK)
+        taken |= blocks_of(b"%d" % number)
+    assert not old & taken
+    vfs.sync()
+    write(vfs, "/after", b"a" * 600 * BLOCK)
+    assert old & blocks_of(b"after")
