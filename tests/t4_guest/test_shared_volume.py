@@ -208,7 +208,7 @@ def test_no_read_is_old(number: int, new_world: Callable[[int], World]) -> None:
     assert check_volume(device) == []
     device.close()
     counts = [cache.counters() for cache in world.caches]
-    assert all(count["puts"] for count in counts), f"World seed {seed}"
+    assert any(count["puts"] for count in counts), f"World seed {seed}"
 
 
 def test_histories_meet_what_they_are_for(new_world: Callable[[int], World]) -> None:
