@@ -9,13 +9,14 @@ TIME ?= 60
 N ?= 500
 SEEDS ?= 1000
 STEPS ?= 1000000
+STATES ?= 1000000
 # What pytest runs: `make test T=tests/t0_ipc` for one layer.
 T ?= tests
 # Each worker may hold a cluster's worth of the kernel's 256 message queues, so their number is bounded.
 WORKERS ?= auto --maxprocesses=4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench fuzz sim model crash-restart vm-check lock clean
+.PHONY: help setup demo test lint format bench fuzz sim model crash-restart coherence campaigns vm-check lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -57,6 +58,20 @@ sim: setup  ## Simulate SEEDS=1000 clusters with faults, each in one process (SE
 
 crash-restart: setup  ## Kill and restart the hypervisor under load N=500 times
 	$(BIN)/python -m tools.crash_restart --restarts $(N)
+
+coherence: SEEDS = 20
+coherence: setup  ## Run the coherence test with every nemesis over SEEDS=20 seeds (SEED=first)
+	@for seed in $$(seq $(or $(SEED),1) $$(($(or $(SEED),1) + $(SEEDS) - 1))); do \
+	    echo "seed $$seed"; \
+	    $(BIN)/tmem up --topo shared,n=3,tree=2M --test coherence --nemesis all --seconds 20 \
+	        --seed $$seed -q || exit; \
+	done
+
+campaigns: setup  ## Long campaigns of journal, lock manager and membership: SEEDS=1000, STATES=1000000
+	$(BIN)/python -m tests.t3_fs.jbd2.campaign --seeds $(SEEDS)
+	$(BIN)/python -m tests.t3_fs.dlm.campaign --seeds $(SEEDS)
+	$(BIN)/python -m tests.t3_fs.dlm.explorations --states $(STATES)
+	TMEM_CLUSTER_RUNS=$(SEEDS) $(BIN)/python -m pytest -q --timeout=0 tests/t3_fs/cluster
 
 vm-check: setup  ## Let real Linux in a virtual machine judge our volumes (ONLY='killed chain', SEED=n)
 	@tools/setup.sh vm
