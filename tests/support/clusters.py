@@ -71,6 +71,36 @@ def cluster_toml(
     return "\n".join(lines) + "\n"
 
 
+FAST_TIMING = {
+    "heartbeat_interval": 0.1,
+    "dead_threshold": 10,
+    "idle_timeout": 0.6,
+    "keepalive": 0.1,
+    "reconnect": 0.1,
+}
+"""A silent node is dead after a second."""
+
+
+def volume_toml(
+    name: str,
+    tree: Path,
+    *,
+    image: Path | None = None,
+    guests: tuple[str, ...] = ("red", "blue", "green"),
+    arena: str = "4M",
+    **timing: float,
+) -> str:
+    """A cluster of guests that mount one volume, as a cluster file."""
+    lines = [f'name = "{name}"', "seed = 7", "[hypervisor]", f'arena = "{arena}"']
+    for guest in guests:
+        lines += ["[[guest]]", f'name = "{guest}"', 'memory = "1M"']
+    nodes = ", ".join(f'"{guest}"' for guest in guests)
+    lines += ["[[volume]]", 'name = "data"', f"nodes = [{nodes}]"]
+    lines += [f'tree = "{tree}"' if image is None else f'image = "{image}"']
+    lines += [f"{key} = {value}" for key, value in (FAST_TIMING | timing).items()]
+    return "\n".join(lines) + "\n"
+
+
 def tmem(*arguments: str, cwd: Path, timeout: float = 90) -> subprocess.CompletedProcess[str]:
     """Run one command to its end."""
     return subprocess.run(

@@ -1,0 +1,194 @@
+"""Nodes of a volume that die or sleep too long, as real processes of a cluster in the background.
+
+What the others do meanwhile is asked of them over their control sockets; what a node saw of its
+cluster stands in its log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fs.block.file import FileDevice
+from fs.ocfs2.fsck.checker import check as check_volume
+from ipc.codec import Record
+from ipc.errors import Disconnected
+from tests.support.clusters import left_behind, tmem, volume_toml, wait_until, write_tree
+from tools.control import ask
+from tools.histories import check, read_history
+from tools.rundir import ClusterDirectory
+from tools.volumeimage import build_volume
+
+pytestmark = pytest.mark.cluster
+
+
+class SharedCluster:
+    """A cluster that is up: red, blue and green on one volume."""
+
+    def __init__(self, folder: Path, image: Path) -> None:
+        (path,) = (folder / "runs").glob("*/on")
+        self.folder = folder
+        self.directory = ClusterDirectory(path)
+        self.image = image
+        self._seed = 0
+
+    def pid(self, name: str) -> int:
+        """The process of a guest, or of the hypervisor."""
+        rows = json.loads(tmem("ps", "--json", cwd=self.folder).stdout)
+        return next(int(row["pid"]) for row in rows if row["name"] == name)
+
+    def ask(self, name: str, question: Record) -> Record:
+        """Over the guest's control socket."""
+        return ask(self.directory.guest_socket(name), question)
+
+    def status(self, name: str) -> Any:
+        """What the guest says of its work."""
+        return self.ask(name, {"verb": "status"})
+
+    def start(self, name: str, **parameters: object) -> Path:
+        """Begin the workload histories; where it writes down what it sees.
+
+        Each has a seed of its own, or two would write the same values.
+        """
+        self._seed += 1
+        seed = self._seed
+        record = self.folder / f"{name}-{seed}.jsonl"
+        everything = {"record": os.fspath(record), **parameters}
+        question = {"verb": "run", "workload": "histories", "seed": seed, "parameters": everything}
+        assert self.ask(name, question) == {"accepted": True}
+        return record
+
+    def finish(self, name: str) -> None:
+        """Wait for the end of the workload."""
+        wait_until(lambda: self.status(name)["state"] != "running", f"the work of {name}")
+        assert self.status(name)["error"] is None
+
+    def log(self, name: str) -> str:
+        """What a process has logged."""
+        return self.directory.log(name).read_text()
+
+    def recovered(self, name: str) -> bool:
+        """Whether another node has replayed what this one left."""
+        others = {"red", "blue", "green"} - {name}
+        return any(f"event=recovered node=node {name} " in self.log(other) for other in others)
+
+    def await_log(self, name: str, text: str) -> None:
+        """Wait until a process has logged something."""
+        wait_until(lambda: text in self.log(name), f"{text!r} in the log of {name}")
+
+
+@pytest.fixture
+def cluster(folder: Path, cluster_name: str) -> Iterator[SharedCluster]:
+    """Up, and with the files of the workload made by red; afterwards down and sound."""
+    tree = write_tree(folder / "tree", files=12)
+    image = build_volume(str(tree), 2**20, "data", 3, folder / "made").path
+    (folder / "cluster.toml").write_text(volume_toml(cluster_name, tree, image=image))
+    done = tmem("up", "-d", "-f", "cluster.toml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    cluster = SharedCluster(folder, image)
+    try:
+        cluster.start("red", prepare=1, pages=40, operations=40)
+        cluster.finish("red")
+        yield cluster
+    finally:
+        tmem("down", cwd=folder)
+    assert left_behind(folder, cluster_name) == []
+
+
+def is_sound(image: Path) -> bool:
+    """Whether our checker finds nothing but journals to replay."""
+    device = FileDevice(image, read_only=True)
+    try:
+        return not [problem for problem in check_volume(device) if not problem.pending]
+    finally:
+        device.close()
+
+
+def test_node_that_slept_past_its_death_wakes_fenced(cluster: SharedCluster, folder: Path) -> None:
+    """It reads nothing old, writes nothing, ends with the code for it, and the others go on."""
+    records = [cluster.start("red", operations=1_000_000, writes=0.5)]
+    wait_until(lambda: cluster.status("red")["done"] > 20, "some work of red")
+    red = cluster.pid("red")
+    os.kill(red, signal.SIGSTOP)
+    try:
+        records += [cluster.start(name, operations=150) for name in ("blue", "green")]
+        for name in ("blue", "green"):
+            cluster.finish(name)
+        assert cluster.recovered("red")
+    finally:
+        os.kill(red, signal.SIGCONT)
+    cluster.await_log("supervisor", "event=guest-died guest=red exit_code=72")
+
+    assert "event=fenced node=node red (0)" in cluster.log("red")
+    assert "event=bug" not in cluster.log("red")
+    with pytest.raises(Disconnected):
+        cluster.status("red")
+    # What the others wrote over what red had open is what they read now.
+    records.append(cluster.start("blue", operations=60, writes=0.0))
+    cluster.finish("blue")
+    calls = [call for path in folder.glob("*.jsonl") for call in _calls(path)]
+    assert check(calls, frozenset({"red"})) == []
+    assert {path.stem for path in records} <= {path.stem for path in folder.glob("*.jsonl")}
+    assert tmem("down", cwd=folder).returncode == 0
+    assert is_sound(cluster.image)
+
+
+def _calls(path: Path) -> list[Any]:
+    return read_history(path.stem.partition("-")[0], path)
+
+
+def test_reads_of_other_files_go_on_while_a_node_is_dead(cluster: SharedCluster) -> None:
+    """Between the kill and the recovery a survivor reads what the dead node had nothing to do
+    with; a writer of the dead node's files waits for the recovery."""
+    quiet = {"folder": "/quiet", "pages": 4, "files": 2}
+    cluster.start("green", prepare=1, operations=40, **quiet)
+    cluster.finish("green")
+    cluster.start("green", operations=1_000_000, writes=0.0, **quiet)
+    cluster.start("red", operations=1_000_000, writes=1.0)
+    wait_until(lambda: cluster.status("red")["done"] > 20, "some work of red")
+    os.kill(cluster.pid("red"), signal.SIGKILL)
+
+    # Blue writes each of red's files, so it meets a lock that red had.
+    record = cluster.start("blue", operations=20, writes=1.0)
+    time.sleep(0.4)
+    # Well after the kill, and a good time before a silent node is dead.
+    assert not cluster.recovered("red")
+    done = before = cluster.status("green")["done"]
+    while not cluster.recovered("red"):
+        time.sleep(0.02)
+        if not cluster.recovered("red"):
+            done = cluster.status("green")["done"]
+    cluster.finish("blue")
+
+    assert done > before, "green did not read"
+    assert len(record.read_text().splitlines()) >= 2 * 20
+    assert cluster.ask("green", {"verb": "status"})["state"] == "running"
+    assert tmem("down", cwd=cluster.folder).returncode == 0
+    assert is_sound(cluster.image)
+
+
+def test_hypervisor_is_killed_while_nodes_share(cluster: SharedCluster, folder: Path) -> None:
+    """Flushes that it did not hear are owed; no page that it kept is old."""
+    for name in ("red", "blue", "green"):
+        cluster.start(name, operations=300, writes=0.4, pages=40)
+    for _ in range(2):
+        with contextlib.suppress(ProcessLookupError, StopIteration):
+            os.kill(cluster.pid("hypervisor"), signal.SIGKILL)
+        restarts = cluster.log("supervisor").count("event=hypervisor-restart")
+        wait_until(
+            lambda now=restarts: cluster.log("supervisor").count("event=hypervisor-restart") > now,
+            "the hypervisor",
+        )
+    for name in ("red", "blue", "green"):
+        cluster.finish(name)
+        assert cluster.status(name)["counters"]["mismatches"] == 0
+
+    assert check(call for path in folder.glob("*.jsonl") for call in _calls(path)) == []
