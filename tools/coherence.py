@@ -44,7 +44,7 @@ _OPERATIONS: Final = 10_000_000
 """More than a run can do: the end of the time ends the work."""
 _SETTLE_DEAD_TIMES: Final = 3
 _MEND_SECONDS: Final = 10.0
-_TELL_SECONDS: Final = 0.5
+_TELL_SECONDS: Final = 2.0
 """A guest that waits for a lock does not hear the nemesis; it is left alone then."""
 
 

@@ -66,8 +66,7 @@ def test_readme_lists_every_exit_code_and_parameter() -> None:
     """What commands may answer and what topologies take is documented completely."""
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
 
-    # 2 is for experiments that can't decide; no command of today answers it.
-    assert listed == {int(code) for code in ExitCode} - {ExitCode.INCONCLUSIVE}
+    assert listed == {int(code) for code in ExitCode}
     for name in PARAMETERS:
         assert f"`{name}`" in README
 
