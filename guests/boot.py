@@ -32,6 +32,7 @@ from typing import Final
 from fs.errors import ImageError
 from guests.control import Answers, Control, socket_path
 from guests.kernel import GuestSpec, Kernel
+from guests.node import Fenced
 from ipc import attach
 from ipc.channel import Channel
 from ipc.errors import ExitCode, OperatorError
@@ -66,7 +67,7 @@ def run(spec: GuestSpec) -> None:
         sys.stderr.write(f"guest {spec.name}: {error}\n")
         code = error.exit_code if isinstance(error, OperatorError) else ExitCode.NO_INPUT
         sys.exit(code)
-    except FencedNode as error:
+    except (FencedNode, Fenced) as error:
         log.error("event=ends why=%s", error)
         sys.exit(ExitCode.FENCED)
     except Exception:

@@ -8,6 +8,7 @@ pages and metadata to the disk, image marked clean, pool destroyed, attachment e
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from fs.ocfs2.filesystem import Ocfs2
 from fs.vfs import Vfs
 from guests.cleancache import Cleancache
 from guests.memory import Memory, divide
-from guests.node import KeptDevice, Node, NodeSpec
+from guests.node import Fenced, KeptDevice, Node, NodeSpec
 from guests.pagecache import PageCache
 from guests.privatecache import TokenNames
 from guests.sharedcache import SharedCleancache
@@ -95,9 +96,11 @@ class Kernel:
             except BaseException:
                 self.fs.unmount()
                 raise
-        except BaseException:
+        except BaseException as reason:
             if self.node is not None:
                 self.node.leave()
+                if self.node.fenced_because is not None:
+                    raise Fenced(errno.EIO, self.node.fenced_because) from reason
             raise
         shared = self.cleancache if isinstance(self.cleancache, SharedCleancache) else None
         self.pages = PageCache(self.fs, self.memory, self._hooks(), shared)

@@ -103,6 +103,7 @@ class _Test:
         self._paused: set[str] = set()
         self._undo: list[tuple[float, Callable[[], None]]] = []
         self._problems: list[str] = []
+        self._absent: dict[str, str] = {}
         self._mismatches: dict[str, int] = {}
         self._seed = config.seed
 
@@ -145,10 +146,12 @@ class _Test:
         try:
             self._cluster.revive(name)
         except OperatorError as error:
+            # Cut off from another node, for example. Its end is seen, and it is tried again.
             self._cluster.deaths.pop(name, None)
-            self._problems.append(f"{name} did not come back: {error}")
-            self._say(self._problems[-1])
+            self._absent[name] = f"{name} did not come back: {error}"
+            self._say(self._absent[name])
             return
+        self._absent.pop(name, None)
         self._say(f"{name} is back")
         self._start(name, {"operations": _OPERATIONS})
 
@@ -246,6 +249,7 @@ class _Test:
             calls += read_history(path.stem, path)
         violations = check(calls, frozenset(self._lost))
         damage = _examine(image)
+        self._problems += self._absent.values()
         mismatches = sum(self._mismatches.values())
         shared = _shared_reads(calls)
         return {
