@@ -1,0 +1,106 @@
+"""`tmem mkfs` and `tmem fsck`: what they say and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.tools import need_tool
+from tools.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
+    """Exit code, output and error output of a command."""
+    code = main([str(word) for word in words])
+    output, errors = capsys.readouterr()
+    return code, output, errors
+
+
+def test_made_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A new volume is clean; one flipped bit is one line and exit code 1."""
+    image = tmp_path / "image"
+    uuid = "00112233-4455-6677-8899-aabbccddeeff"
+    words: list[str | Path] = [
+        "mkfs",
+        image,
+        "--size",
+        "32M",
+        "--slots",
+        "2",
+        "--label",
+        "x",
+        "--uuid",
+        uuid,
+    ]
+    code, output, errors = run(capsys, *words)
+    assert (code, errors) == (0, "")
+    assert "32.0 MiB with 2 slots, uuid 00112233445566778899aabbccddeeff" in output
+    assert run(capsys, "fsck", image) == (0, f"{image}: clean\n", "")
+
+    with image.open("r+b") as file:
+        file.seek(3 * 4096 + 0x40 + 900)
+        file.write(b"\1")
+    code, output, errors = run(capsys, "fsck", image)
+    assert code == 1 and errors == ""
+    assert "[CLUSTER_ALLOC_BIT] clusters 7200 to 7200: " in output
+    assert output.endswith("problems; repair it with fsck.ocfs2 -fy\n")
+    code, output, _ = run(capsys, "fsck", "--json", image)
+    answer = json.loads(output)
+    assert code == 1 and answer["damaged"] and not answer["clean"]
+    assert "CLUSTER_ALLOC_BIT" in {problem["code"] for problem in answer["problems"]}
+
+
+def test_what_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unless --force says otherwise."""
+    image = tmp_path / "image"
+    image.write_bytes(os.urandom(32 << 20))
+    before = image.read_bytes()
+    code, output, errors = run(capsys, "mkfs", image)
+    assert (code, output) == (64, "")
+    assert "overwrite it with --force" in errors
+    assert image.read_bytes() == before
+    assert run(capsys, "mkfs", image, "--force", "--slots", "2")[0] == 0
+    assert run(capsys, "fsck", image)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ([], 64, "say how large it shall be with --size"),
+        (["--size", "much"], 64, "'much' is no size"),
+        (["--size", "8M"], 64, "is too small: 4 slots with journals of 4 MiB need 28 MiB"),
+        (["--size", "64M", "--slots", "33"], 64, "can't have 33 slots; take 1 to 32"),
+        (["--size", "64M", "--journal", "1M"], 64, "take 4 to 256 MiB"),
+        (["--size", "64M", "--uuid", "7"], 64, "'7' is no uuid"),
+    ],
+)
+def test_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, says: str
+) -> None:
+    """And no file is left behind."""
+    image = tmp_path / "image"
+    got, output, errors = run(capsys, "mkfs", image, *words)
+    assert (got, output) == (code, "")
+    assert says in errors and errors.count("\n") == 1
+    assert not image.exists()
+
+
+def test_not_to_be_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing file, noise, and an ext image, for which e2fsck is named."""
+    ext = tmp_path / "ext"
+    ext.write_bytes(bytes(4 << 20))
+    subprocess.run([need_tool("mke2fs"), "-q", str(ext)], check=True, capture_output=True)
+    noise = tmp_path / "noise"
+    noise.write_bytes(b"noise" * 10_000)
+    for path, says in (
+        (tmp_path / "missing", "no such file"),
+        (noise, "holds no OCFS2 volume"),
+        (ext, f"checks OCFS2; use e2fsck -fn {ext}"),
+    ):
+        code, output, errors = run(capsys, "fsck", path)
+        assert (code, output) == (66, "")
+        assert says in errors and errors.count("\n") == 1
