@@ -66,6 +66,9 @@ class Guests:
         lines = [f'[[guest]]\nname = "{name}"\nmemory = "3M"' for name in NAMES]
         lines.append(f"[[volume]]\nname = 'data'\nnodes = {list(NAMES)}")
         lines.append(f"image = '{image.absolute()}'")
+        # A dead node's heartbeat is waited for as long as this allows, at o2cb's pace a minute; a
+        # cluster that takes longer than 30 s to start is given up.
+        lines.append("heartbeat_interval = 0.5\ndead_threshold = 25")
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / "cluster.toml"
         path.write_text("\n".join(lines) + "\n")
