@@ -207,7 +207,13 @@ class Node:
     def pump(self) -> None:
         """All that is due now, without waiting: messages, timers, locks that others want."""
         self._turn(0.0)
-        self.locks.serve()
+        if self.fenced_because is not None:
+            return
+        try:
+            self.locks.serve()
+        except OSError as reason:
+            # What can't be written back can't be given up either: the others would wait for ever.
+            self.cluster.fence.trip(f"it can't give up a lock ({reason.strerror})")
 
     def _wait(self) -> None:
         """The same while a lock is waited for; raises Fenced when there is nothing to wait for."""

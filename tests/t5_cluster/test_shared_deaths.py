@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 
 from fs.block.file import FileDevice
+from fs.block.reservations import Reservations
 from fs.ocfs2.fsck.checker import check as check_volume
 from ipc.codec import Record
 from ipc.errors import Disconnected
 from tests.support.clusters import left_behind, tmem, volume_toml, wait_until, write_tree
 from tools.control import ask
-from tools.histories import check, read_history
+from tools.histories import Call, check, read_history
 from tools.rundir import ClusterDirectory
 from tools.volumeimage import build_volume
 
@@ -71,6 +72,23 @@ class SharedCluster:
         wait_until(lambda: self.status(name)["state"] != "running", f"the work of {name}")
         assert self.status(name)["error"] is None
 
+    def stop(self, name: str) -> int:
+        """Stop a guest's process between two writes: in one the others would have to kill it."""
+        pid = self.pid(name)
+        number = ("red", "blue", "green").index(name)
+        table = Reservations(f"{self.image}.reservations")
+        try:
+            for _ in range(100):
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(0.02)
+                if not table.writing(number):
+                    return pid
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(0.02)
+        finally:
+            table.close()
+        raise AssertionError(f"{name} was inside a write each time")
+
     def log(self, name: str) -> str:
         """What a process has logged."""
         return self.directory.log(name).read_text()
@@ -116,8 +134,7 @@ def test_node_that_slept_past_its_death_wakes_fenced(cluster: SharedCluster, fol
     """It reads nothing old, writes nothing, ends with the code for it, and the others go on."""
     records = [cluster.start("red", operations=1_000_000, writes=0.5)]
     wait_until(lambda: cluster.status("red")["done"] > 20, "some work of red")
-    red = cluster.pid("red")
-    os.kill(red, signal.SIGSTOP)
+    red = cluster.stop("red")
     try:
         records += [cluster.start(name, operations=150) for name in ("blue", "green")]
         for name in ("blue", "green"):
@@ -125,7 +142,8 @@ def test_node_that_slept_past_its_death_wakes_fenced(cluster: SharedCluster, fol
         assert cluster.recovered("red")
     finally:
         os.kill(red, signal.SIGCONT)
-    cluster.await_log("supervisor", "event=guest-died guest=red exit_code=72")
+    cluster.await_log("supervisor", "event=guest-died guest=red")
+    assert "exit_code=72" in cluster.log("supervisor"), cluster.log("red")
 
     assert "event=fenced node=node red (0)" in cluster.log("red")
     assert "event=bug" not in cluster.log("red")
@@ -134,43 +152,63 @@ def test_node_that_slept_past_its_death_wakes_fenced(cluster: SharedCluster, fol
     # What the others wrote over what red had open is what they read now.
     records.append(cluster.start("blue", operations=60, writes=0.0))
     cluster.finish("blue")
-    calls = [call for path in folder.glob("*.jsonl") for call in _calls(path)]
-    assert check(calls, frozenset({"red"})) == []
+    assert check(_all_calls(folder), frozenset({"red"})) == []
     assert {path.stem for path in records} <= {path.stem for path in folder.glob("*.jsonl")}
     assert tmem("down", cwd=folder).returncode == 0
     assert is_sound(cluster.image)
 
 
-def _calls(path: Path) -> list[Any]:
+def _calls(path: Path) -> list[Call]:
     return read_history(path.stem.partition("-")[0], path)
 
 
-def test_reads_of_other_files_go_on_while_a_node_is_dead(cluster: SharedCluster) -> None:
-    """Between the kill and the recovery a survivor reads what the dead node had nothing to do
-    with; a writer of the dead node's files waits for the recovery."""
+def _all_calls(folder: Path) -> list[Call]:
+    return [call for path in folder.glob("*.jsonl") for call in _calls(path)]
+
+
+def test_reads_of_other_files_go_on_while_a_node_is_silent(cluster: SharedCluster) -> None:
+    """Until it is dead and recovered a survivor reads what it had nothing to do with; a writer of
+    its files waits for the recovery."""
     quiet = {"folder": "/quiet", "pages": 4, "files": 2}
     cluster.start("green", prepare=1, operations=40, **quiet)
     cluster.finish("green")
     cluster.start("green", operations=1_000_000, writes=0.0, **quiet)
     cluster.start("red", operations=1_000_000, writes=1.0)
     wait_until(lambda: cluster.status("red")["done"] > 20, "some work of red")
-    os.kill(cluster.pid("red"), signal.SIGKILL)
-
+    red = cluster.stop("red")
     # Blue writes each of red's files, so it meets a lock that red had.
     record = cluster.start("blue", operations=20, writes=1.0)
     time.sleep(0.4)
-    # Well after the kill, and a good time before a silent node is dead.
     assert not cluster.recovered("red")
     done = before = cluster.status("green")["done"]
     while not cluster.recovered("red"):
         time.sleep(0.02)
         if not cluster.recovered("red"):
             done = cluster.status("green")["done"]
+    os.kill(red, signal.SIGKILL)
     cluster.finish("blue")
 
     assert done > before, "green did not read"
-    assert len(record.read_text().splitlines()) >= 2 * 20
+    assert sum(call.kind == "write" for call in _calls(record)) == 20
     assert cluster.ask("green", {"verb": "status"})["state"] == "running"
+    assert tmem("down", cwd=cluster.folder).returncode == 0
+    assert is_sound(cluster.image)
+
+
+def test_killed_node_is_recovered_once_and_writers_go_on(cluster: SharedCluster) -> None:
+    """Its process is known to be gone, so nobody waits for the dead time."""
+    cluster.start("red", operations=1_000_000, writes=1.0)
+    wait_until(lambda: cluster.status("red")["done"] > 20, "some work of red")
+    os.kill(cluster.pid("red"), signal.SIGKILL)
+    for name in ("blue", "green"):
+        cluster.start(name, operations=40)
+    for name in ("blue", "green"):
+        cluster.finish(name)
+
+    wait_until(lambda: cluster.recovered("red"), "the recovery of red")
+    logs = cluster.log("blue") + cluster.log("green")
+    assert logs.count("event=recovered node=node red (0)") == 1
+    assert check(_all_calls(cluster.folder), frozenset({"red"})) == []
     assert tmem("down", cwd=cluster.folder).returncode == 0
     assert is_sound(cluster.image)
 
@@ -191,4 +229,4 @@ def test_hypervisor_is_killed_while_nodes_share(cluster: SharedCluster, folder: 
         cluster.finish(name)
         assert cluster.status(name)["counters"]["mismatches"] == 0
 
-    assert check(call for path in folder.glob("*.jsonl") for call in _calls(path)) == []
+    assert check(_all_calls(folder)) == []
