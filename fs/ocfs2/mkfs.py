@@ -20,7 +20,6 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Final
 
 from fs.bitmap import set_run
@@ -28,11 +27,10 @@ from fs.block.device import BLOCK_BYTES, BlockDevice
 from fs.errors import ImageError
 from fs.jbd2.area import Area
 from fs.jbd2.journal import format_journal
+from fs.ocfs2.entries import packed
 from fs.ocfs2.flags import INCOMPAT_USED, Incompat, InodeFlag
 from fs.ocfs2.format import (
     CHAINS_MAX,
-    DIR_ENTRY,
-    FILE_TYPES,
     FIRST_GROUP_BLOCK,
     GLOBAL_SYSTEM_FILES,
     GROUP_BITMAP_OFFSET,
@@ -57,7 +55,6 @@ from fs.ocfs2.format import (
     SuperBlock,
     TruncateLogHeader,
     chain_offset,
-    dir_entry_bytes,
     write_extent,
 )
 
@@ -218,14 +215,14 @@ class _Volume:
         named = {file.name: file for file in files}
         slots = range(self._parameters.slots)
         entries = [(file.block, file.name, file.mode) for file in files]
-        system_blocks = _packed(_SYSTEM_DIR_BLOCK, _SYSTEM_DIR_BLOCK, entries)
+        system_blocks = packed(_SYSTEM_DIR_BLOCK, _SYSTEM_DIR_BLOCK, entries)
         root.extents = self._take(1)
         system.extents = self._take(len(system_blocks), whole=True)
         named[b"heartbeat"].extents = self._take(HEARTBEAT_BLOCKS)
         orphan_dirs = [named[b"orphan_dir:%04d" % slot] for slot in slots]
         for directory in orphan_dirs:
             directory.extents = self._take(1)
-            self._put(directory, _packed(directory.block, _SYSTEM_DIR_BLOCK, []))
+            self._put(directory, packed(directory.block, _SYSTEM_DIR_BLOCK, []))
         for slot in slots:
             journal = named[b"journal:%04d" % slot]
             journal.extents = self._take(self._parameters.journal_bytes // BLOCK_BYTES)
@@ -235,8 +232,8 @@ class _Volume:
         [(group, _)] = self._take(SUBALLOC_GROUP_CLUSTERS, whole=True)
         lost = _Inode(group + 1, b"lost+found", stat.S_IFDIR | 0o755, InodeFlag(0))
         lost.extents = self._take(1)
-        self._put(lost, _packed(lost.block, _ROOT_BLOCK, []))
-        self._put(root, _packed(_ROOT_BLOCK, _ROOT_BLOCK, [(lost.block, lost.name, lost.mode)]))
+        self._put(lost, packed(lost.block, _ROOT_BLOCK, []))
+        self._put(root, packed(_ROOT_BLOCK, _ROOT_BLOCK, [(lost.block, lost.name, lost.mode)]))
         self._put(system, system_blocks)
 
         self._write_dinode(root, links=3)
@@ -401,26 +398,3 @@ class _Volume:
 
 def _blocks_of(extents: Iterable[tuple[int, int]]) -> list[int]:
     return [block for start, count in extents for block in range(start, start + count)]
-
-
-def _packed(own: int, parent: int, entries: Iterable[tuple[int, bytes, int]]) -> list[bytearray]:
-    """Blocks of a directory: "." and "..", then `entries` (block, name, mode)."""
-    pending = [(own, b".", stat.S_IFDIR), (parent, b"..", stat.S_IFDIR), *entries]
-    blocks: list[bytearray] = []
-    offsets: list[int] = []
-    offset = BLOCK_BYTES
-    for block, name, mode in pending:
-        if offset + dir_entry_bytes(len(name)) > BLOCK_BYTES:
-            blocks.append(bytearray(BLOCK_BYTES))
-            offset = 0
-        DIR_ENTRY.pack_into(blocks[-1], offset, block, 0, len(name), FILE_TYPES[stat.S_IFMT(mode)])
-        blocks[-1][offset + DIR_ENTRY.size : offset + DIR_ENTRY.size + len(name)] = name
-        offsets.append((len(blocks) - 1) * BLOCK_BYTES + offset)
-        offset += dir_entry_bytes(len(name))
-    for here, behind in pairwise([*offsets, len(blocks) * BLOCK_BYTES]):
-        # The last entry of a block reaches to its end.
-        end = min(behind, (here // BLOCK_BYTES + 1) * BLOCK_BYTES)
-        length = (end - here).to_bytes(2, "little")
-        at = here % BLOCK_BYTES + 8
-        blocks[here // BLOCK_BYTES][at : at + 2] = length
-    return blocks

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fs.block.device import BlockDevice
+from fs.block.file import FileDevice
 from fs.directpages import DirectPages
 from fs.mount import mount_image
 from fs.ocfs2.filesystem import Ocfs2
+from fs.ocfs2.fsck.checker import check
+from fs.ocfs2.fsck.problems import Problem
 from fs.vfs import Vfs
 from tests.support.tools import need_tool
 
@@ -67,6 +70,15 @@ def faults(path: Path) -> list[str]:
     if not any("All passes succeeded." in line for line in lines):
         wrong.append(f"fsck.ocfs2 did not get to its end: {lines[-3:]}")
     return wrong
+
+
+def problems(path: Path) -> list[Problem]:
+    """What our own checker finds wrong."""
+    device = FileDevice(path, read_only=True)
+    try:
+        return check(device)
+    finally:
+        device.close()
 
 
 def debugfs(path: Path, request: str, folder: Path | None = None) -> str:
@@ -176,9 +188,10 @@ class Volume:
             self.mounts.pop().unmount()
 
     def judge(self, folder: Path) -> None:
-        """Unmount; fsck.ocfs2 finds no fault, debugfs.ocfs2 reads the tree that we read."""
+        """Unmount; both checkers find no fault, debugfs.ocfs2 reads the tree that we read."""
         self.unmount()
         assert faults(self.path) == []
+        assert problems(self.path) == []
         vfs = self.mount(read_only=True)
         ours = vfs_tree(vfs)
         self.unmount()

@@ -8,6 +8,7 @@ Codes are those of fsck.ocfs2.checks(8) where that program looks at the same thi
     INODE_MODE            an inode of no known kind, or a special file with clusters
     INODE_FLAGS           an inode that is in use and not marked valid, or has a foreign feature
     INODE_DUPLICATE       an inode that two allocators have
+    GROUP_BITS            a group of another size than it must have, or without its own bit
     EB_ALLOC              a block of an extent allocator is in use and no tree has it, or inverse
     EB_DUPLICATE          two trees, or two places of one, have the same extent block
     EB_NEXT_LEAF          the leaves of a tree are not linked in their order

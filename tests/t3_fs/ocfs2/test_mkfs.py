@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,8 @@ import pytest
 from fs.block.file import FileDevice
 from fs.errors import ImageError
 from fs.ocfs2.format import Dinode, SuperBlock
-from fs.ocfs2.fsck.checker import check
-from fs.ocfs2.fsck.problems import Problem
 from fs.ocfs2.mkfs import Parameters, blocks_needed, make_volume
-from tests.support.ocfs2 import BLOCK, FEATURES, Volume, debugfs, faults, read, write
+from tests.support.ocfs2 import BLOCK, FEATURES, Volume, debugfs, faults, problems, read, write
 from tests.support.tools import need_tool
 
 MEBIBYTE = 1 << 20
@@ -34,15 +32,6 @@ def make(path: Path, size_bytes: int, parameters: Parameters, *, fresh: bool = T
     finally:
         device.close()
     return path
-
-
-def problems(path: Path) -> list[Problem]:
-    """What our checker finds."""
-    device = FileDevice(path, read_only=True)
-    try:
-        return check(device)
-    finally:
-        device.close()
 
 
 def theirs(path: Path, size_bytes: int, parameters: Parameters) -> Path:
@@ -78,6 +67,18 @@ def differing_blocks(one: Path, other: Path) -> list[int]:
         return [block for block in range(blocks) if left.read(BLOCK) != right.read(BLOCK)]
 
 
+def superblock_fields(path: Path) -> dict[str, object]:
+    """All fields of block 2 but the time of the last check.
+
+    mkfs.ocfs2 may reach that one a second after it has read the clock for the others.
+    """
+    with path.open("rb") as file:
+        block = file.read(3 * BLOCK)[2 * BLOCK :]
+    found = asdict(SuperBlock.read(block)) | asdict(Dinode.read(block))
+    del found["last_check_s"]
+    return found
+
+
 @pytest.mark.parametrize(
     ("mebibytes", "parameters"),
     [
@@ -99,7 +100,8 @@ def test_same_blocks_as_mkfs_ocfs2(tmp_path: Path, mebibytes: int, parameters: P
     extents = debugfs(ours, "stat /lost+found")
     match = re.search(r"\n\s+0\s+0\s+1\s+(\d+)\s+0x0", extents)
     assert match is not None, extents
-    assert set(differing_blocks(real, ours)) == {0, 1, int(match.group(1))}
+    assert set(differing_blocks(real, ours)) - {2} == {0, 1, int(match.group(1))}
+    assert superblock_fields(real) == superblock_fields(ours)
     assert debugfs(real, "ls -l /lost+found") == debugfs(ours, "ls -l /lost+found")
     assert faults(ours) == []
 
