@@ -30,7 +30,7 @@ from typing import Any, Final, Self
 
 from guests.boot import GuestSpec
 from guests.boot import run as run_guest
-from guests.node import NodeSpec
+from guests.node import JOIN_DEAD_TIMES, NodeSpec
 from hypervisor.boot import HypervisorSpec
 from hypervisor.boot import run as run_hypervisor
 from ipc.abi import TOKEN_BYTES
@@ -202,7 +202,8 @@ class Cluster:
 
     def _await_ready(self, name: str, socket_path: Path, verb: str) -> None:
         process = self._hypervisor if name == HYPERVISOR else self._guests[name]
-        deadline = time.monotonic() + _READY_SECONDS
+        patience = _READY_SECONDS + self._dead_seconds(name)
+        deadline = time.monotonic() + patience
         while True:
             self._interrupts.check()
             if process.exitcode is not None:
@@ -213,11 +214,16 @@ class Cluster:
             except Disconnected as error:
                 if time.monotonic() > deadline:
                     raise OperatorError(
-                        f"{name} is not ready after {_READY_SECONDS:.0f} s ({error}); see "
+                        f"{name} is not ready after {patience:.0f} s ({error}); see "
                         f"{self.directory.log(name)}",
                         ExitCode.GUEST_DIED,
                     ) from None
             time.sleep(0.01)
+
+    def _dead_seconds(self, name: str) -> float:
+        """A node may have to wait for the heartbeats of dead ones to be seen as such."""
+        nodes = [guest.node for guest in self.plan.guests if guest.name == name and guest.node]
+        return sum(JOIN_DEAD_TIMES * node.timing.dead_ns / 1e9 for node in nodes)
 
     def _failed_to_start(self, name: str, exit_code: int) -> OperatorError:
         """The reason is the guest's start-up report, or the last error in the process' log."""

@@ -121,6 +121,16 @@ class NodeLocks:
         if not self._uses and not self._depth:
             self.serve()
 
+    def pin(self, name: bytes) -> None:
+        """Take a lock in EX and keep it, whoever wants it, until `unpin`. It is not in `uses`."""
+        self.acquire(name, Mode.EX)
+        self._uses -= 1
+
+    def unpin(self, name: bytes) -> None:
+        """As any other lock from now on."""
+        self._uses += 1
+        self.release(name, Mode.EX)
+
     def value(self, name: bytes) -> Value:
         """The lock value block, or None if it is not valid (or not even PR is held)."""
         return self.manager.value(name) if self._held(name) else None
@@ -132,6 +142,11 @@ class NodeLocks:
     def token(self, name: bytes) -> int:
         """The fencing token; 0 if not even PR is held."""
         return self.manager.token(name) if self._held(name) else 0
+
+    def lift(self, name: bytes, at_least: int) -> None:
+        """Ask for a higher token, if PR or EX is held, without waiting for it."""
+        if not self.manager.expelled:
+            self.manager.lift(name, at_least)
 
     def drop(self, name: bytes) -> None:
         """No interest any more. What the lock protected was written back and forgotten."""

@@ -9,9 +9,10 @@ Invariants:
   I4  nothing that another node could see is kept from it: before a lock is given up all changes
       under it are home on the disk (`downconvert`).
 
-A node that is alone (`LocalLocks`) recovers the slots that others left dirty when it mounts. With
-given locks the caller does that (`recover_slot`) when it knows who is dead, or says at once who
-lives (`live_nodes`).
+Whoever mounts replays the journals of all slots that nobody has mounted, before its first change,
+and recovers them. Whether a slot is mounted is told by its lock, as in Linux, and not by who is a
+member of the cluster. `live_nodes` names nodes that are to be left alone all the same. Slots of
+nodes that die later are recovered by the caller (`recover_slot`), who knows when.
 
 Differs from Linux: no permissions, quota or attributes; no local alloc and truncate log of its
 own; a mount that may not write sees the volume as if its journals were replayed, without doing so.
@@ -35,7 +36,7 @@ from fs.ocfs2.dinode import FILE_CLUSTERS_MAX, Ocfs2Inode
 from fs.ocfs2.files import Files
 from fs.ocfs2.format import NAME_BYTES_MAX
 from fs.ocfs2.journals import ReplayedDevice, SlotJournal
-from fs.ocfs2.locking import ClusterLocks, LocalLocks, lock_block
+from fs.ocfs2.locking import WRITE, ClusterLocks, LocalLocks, lock_block, lock_name
 from fs.ocfs2.names import Names
 from fs.ocfs2.rename import Renames
 from fs.ocfs2.volume import Volume, own
@@ -138,6 +139,7 @@ class Ocfs2:
             if slot is None:
                 taken = ", ".join(str(node) for node in slots.read())
                 raise ImageError(f"has no free slot: all belong to nodes {taken}")
+            locks.pin(self._slot_lock(slot))
             slots.set(slot, self.node)
             journal = recovery.slot_journal(volume, slot)
             self.was_clean = not journal.dirty
@@ -154,22 +156,28 @@ class Ocfs2:
             locks.release(recovery.SUPER_LOCK, Mode.EX)
         recovery.free_orphans(volume, self._files, self._names, slot)
 
+    def _slot_lock(self, slot: int) -> bytes:
+        """Who has mounted with a slot's journal holds this in EX all the time. A member of the
+        cluster that has not mounted yet has not, though the slot map may still name it."""
+        journal = self._volume.system[b"journal:%04d" % slot]
+        return lock_name(WRITE, journal.ino, self._volume.super.fs_generation)
+
     def _dead_slots(self, live_nodes: Callable[[], Collection[int]] | None) -> list[int]:
-        """Slots of nodes that are not here any more. Under the super lock: a node takes its slot
-        there, so one that is a member by now is not taken for dead."""
-        if live_nodes is None:
-            return []
-        live = live_nodes()
-        return [
-            slot
-            for slot, node in enumerate(self.slot_nodes())
-            if slot != self.slot and node != self.node and node not in live
-            if node is not None or recovery.slot_journal(self._volume, slot).dirty
-        ]
+        """Slots that somebody left without unmounting. Under the super lock."""
+        live = live_nodes() if live_nodes is not None else ()
+        locks = self._volume.locks.locks
+        dead = []
+        for slot, node in enumerate(self.slot_nodes()):
+            if slot == self.slot or node == self.node or node in live:
+                continue
+            if node is None and not recovery.slot_journal(self._volume, slot).dirty:
+                continue
+            if locks.try_acquire(self._slot_lock(slot), Mode.EX):
+                locks.release(self._slot_lock(slot), Mode.EX)
+                dead.append(slot)
+        return dead
 
     def _recover_dead(self, live_nodes: Callable[[], Collection[int]] | None) -> None:
-        if live_nodes is None:
-            return
         locks = self._volume.locks.locks
         locks.acquire(recovery.SUPER_LOCK, Mode.EX)
         try:
@@ -351,6 +359,7 @@ class Ocfs2:
         try:
             self._journal.mark_clean()
             recovery.slot_map(volume).set(self.slot, None)
+            locks.unpin(self._slot_lock(self.slot))
         finally:
             locks.release(recovery.SUPER_LOCK, Mode.EX)
 

@@ -82,6 +82,14 @@ class ClusterLocks(Protocol):
         """Out of use, but cached."""
         ...
 
+    def pin(self, name: bytes) -> None:
+        """Take a lock in EX and keep it, whoever wants it, until `unpin`. It is no use."""
+        ...
+
+    def unpin(self, name: bytes) -> None:
+        """As any other lock from now on."""
+        ...
+
     def value(self, name: bytes) -> bytes | None:
         """The 64 bytes of the lock's value block, zeros of a lock that nobody has written to.
 
@@ -126,6 +134,12 @@ class LocalLocks:
             self._uses[name] = uses
         else:
             del self._uses[name]
+
+    def pin(self, name: bytes) -> None:
+        """Granted."""
+
+    def unpin(self, name: bytes) -> None:
+        """Nobody wanted it."""
 
     def value(self, name: bytes) -> bytes | None:
         """What was set."""

@@ -22,7 +22,11 @@ def folder() -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("words", "exit_code", "says"),
     [
-        (["up", "--topo", "ring"], 64, "no topology 'ring'; there are default, pair, single, demo"),
+        (
+            ["up", "--topo", "ring"],
+            64,
+            "no topology 'ring'; there are default, pair, single, shared, demo",
+        ),
         (["up", "--topo", "pair,colour=red"], 64, "'colour=red' is no parameter of a topology"),
         (["up", "--topo", "pair,memory=much"], 64, "'much' is no size"),
         (["up", "--topo", "pair,n=some"], 64, "'some' is no whole number"),

@@ -131,6 +131,13 @@ class TableLocks:
         assert self.uses[name, mode] > 0
         self.uses[name, mode] -= 1
 
+    def pin(self, name: bytes) -> None:
+        self.acquire(name, Mode.EX)
+        self.uses[name, Mode.EX] -= 1
+
+    def unpin(self, name: bytes) -> None:
+        """Nothing was counted."""
+
     def value(self, name: bytes) -> bytes | None:
         return self._table.values.get(name)
 
@@ -195,8 +202,7 @@ class Cluster:
             clock_ns=self.clock,
             locks=locks,
             node=number,
-            live_nodes=lambda: set(self.table.nodes),
-            **options,  # type: ignore[arg-type]
+            **{"live_nodes": lambda: set(self.table.nodes), **options},  # type: ignore[arg-type]
         )
         cache = pages(node.fs) if pages else DirectPages(node.fs)
         node.vfs = Vfs(node.fs, cache)

@@ -214,3 +214,31 @@ def test_a_node_alone_recovers_all_slots_when_it_mounts(volume: Volume) -> None:
     assert read(vfs, "/one") == b"1" * BLOCK
     volume.unmount()
     assert volume.mount(node=9).fs.was_clean  # type: ignore[attr-defined]
+
+
+def test_the_first_to_mount_after_a_power_cut_replays_all_journals(volume: Volume) -> None:
+    """Also of nodes that are members again and have not mounted yet: replayed later, they would put
+    older blocks over what the first one did."""
+    cluster, one, two = pair(volume)
+    one.vfs.mkdir("/d")
+    for number in range(20):
+        write(two.vfs, f"/d/{number}", b"two")
+        write(one.vfs, f"/d/one{number}", b"one")
+    two.vfs.sync()
+    one.vfs.sync()
+    write(two.vfs, "/d/last", b"two")
+    two.vfs.sync()
+    for node in (one, two):
+        cluster.kill(node)
+    after = Cluster(volume.path)
+    # Both are in the cluster, as far as its members know.
+    first = after.join(3, live_nodes=None)
+    for number in range(30):
+        write(first.vfs, f"/d/new{number}", b"new")
+    first.vfs.sync()
+    second = after.join(7, live_nodes=None)
+    assert read(second.vfs, "/d/last") == b"two"
+    assert sorted(second.vfs.listdir("/d")) == sorted(first.vfs.listdir("/d"))
+    assert len(first.vfs.listdir("/d")) == 71
+    after.leave(second)
+    after.leave(first)
