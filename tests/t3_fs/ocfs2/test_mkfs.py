@@ -98,9 +98,9 @@ def test_same_blocks_as_mkfs_ocfs2(tmp_path: Path, mebibytes: int, parameters: P
     """
     size_bytes = mebibytes * MEBIBYTE
     # All times that mkfs.ocfs2 writes are the same only if the clock's second did not change.
-    for attempt in range(10):
+    while True:
         second = int(time.time())
-        real = theirs(tmp_path / f"real{attempt}", size_bytes, parameters)
+        real = theirs(tmp_path / f"real{second}", size_bytes, parameters)
         if int(time.time()) == second:
             break
     ours = make(tmp_path / "ours", size_bytes, like(real, parameters))
