@@ -6,6 +6,8 @@ It is looked at between two steps of the workload, so everything in the guest is
     {"verb": "status"}                               -> Kernel.status
     {"verb": "run", "workload", "seed", "parameters"} -> {"accepted": True}
     {"verb": "exec", "argv": [...]}                  -> {"exit_code", "stdout", "stderr"}
+    {"verb": "locks"}                                -> Kernel.locks
+    {"verb": "volume"}                               -> Kernel.volume
     {"verb": "nemesis", "cut", "heal", "faults", "seed"} -> {"spoilt": True}  (nodes made for it)
     {"verb": "stop"}                                 -> {"stopping": True}, then the guest ends
     anything else, or what can't be done             -> {"error": text}
@@ -174,12 +176,24 @@ class Answers:
             return self._run(untrusted)
         if verb == "exec":
             return self._exec(untrusted.get("argv"))
+        if verb == "locks":
+            return self._kernel.locks()
+        if verb == "volume":
+            return self._volume()
         if verb == "nemesis":
             return self._spoil(untrusted)
         if verb == "stop":
             self.stopping = True
             return {"stopping": True}
-        return {"error": f"no verb {verb!r}; there are status, run, exec, nemesis, stop"}
+        return {
+            "error": f"no verb {verb!r}; there are status, run, exec, locks, volume, nemesis, stop"
+        }
+
+    def _volume(self) -> Record:
+        try:
+            return self._kernel.volume()
+        except OSError as error:
+            return {"error": error.strerror or str(error)}
 
     def _spoil(self, untrusted: Record) -> Record:
         names = [untrusted.get(key, []) for key in ("cut", "heal")]

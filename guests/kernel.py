@@ -25,6 +25,7 @@ from fs.vfs import Vfs
 from guests.cleancache import Cleancache
 from guests.memory import Memory, divide
 from guests.node import Fenced, KeptDevice, Node, NodeSpec
+from guests.nodeview import lock_resources, node_status, volume_status
 from guests.pagecache import PageCache
 from guests.privatecache import TokenNames
 from guests.sharedcache import SharedCleancache
@@ -251,7 +252,27 @@ class Kernel:
             "total": job.total if job is not None else 0,
             "error": self._error,
             "counters": self.counters(),
+            "node": None if self.node is None else node_status(self.node, self.node.now_ns()),
         }
+
+    def volume(self) -> dict[str, Any]:
+        """What the control socket's verb `volume` answers: the file system that is mounted."""
+        if isinstance(self.fs, Ocfs2):
+            return volume_status(self.fs, self.node.spec.names if self.node is not None else ())
+        space = self.fs.statfs()
+        return {
+            "type": "ext2",
+            "uuid": self.fs.uuid.hex(),
+            "label": "",
+            "block_bytes": space.block_bytes,
+            "blocks": space.blocks,
+            "blocks_free": space.blocks_free,
+            "slots": [],
+        }
+
+    def locks(self) -> dict[str, Any]:
+        """What the control socket's verb `locks` answers: cluster locks that this guest masters."""
+        return lock_resources(self.node) if self.node is not None else {"resources": []}
 
     def counters(self) -> dict[str, Any]:
         """Sums since boot; pages of 4 KiB, disk figures as the counting device has them."""

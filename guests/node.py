@@ -197,6 +197,10 @@ class Node:
     def _goes_on(self, deadline_ns: int) -> bool:
         return self.fenced_because is None and self._clock_ns() < deadline_ns
 
+    def now_ns(self) -> int:
+        """This node's clock."""
+        return self._clock_ns()
+
     @property
     def label(self) -> str:
         """This node for a person."""

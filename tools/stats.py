@@ -99,8 +99,28 @@ def processes(directory: ClusterDirectory, record: ClusterRecord) -> list[Record
     for guest in record.guests:
         status = _ask(directory.guest_socket(guest.name), "status")
         state = "gone" if status is None else status["state"]
-        rows.append(_process(guest.name, "guest", guest.pid, state, guest.memory_bytes))
+        row = _process(guest.name, "guest", guest.pid, state, guest.memory_bytes)
+        row["node"] = None if status is None else status.get("node")
+        rows.append(row)
     return rows
+
+
+NODE_HEADER = ("NODE", "SLOT", "VIEW", "BEAT AGE", "MASTERS")
+
+
+def node_cells(row: Record) -> tuple[str, ...]:
+    """What `tmem ps` adds for guests that mount a shared volume."""
+    node = row.get("node")
+    if not node:
+        return ("-",) * len(NODE_HEADER)
+    age = node["heartbeat_age_seconds"]
+    return (
+        f"{node['volume']}/{node['number']}",
+        "-" if node["slot"] is None else str(node["slot"]),
+        str(node["epoch"]),
+        "-" if age is None else f"{age:.1f} s",
+        f"{node['resources_mastered']:,}",
+    )
 
 
 def _process(name: str, kind: str, pid: int | None, state: str, memory_bytes: int) -> Record:

@@ -96,6 +96,7 @@ class Ocfs2:
                 f"can't be mounted ({reason.strerror}); repair it with fsck.ocfs2"
             ) from reason
         self.uuid = self._volume.super.uuid
+        self.label = self._volume.super.label.decode(errors="replace")
 
     # Mounting
 

@@ -198,7 +198,7 @@ def down(run: RunOption = None) -> int:
 def ps(run: RunOption = None, json: JsonOption = False) -> int:
     """List the processes of the cluster."""
     from tools.rundir import find_live
-    from tools.stats import processes
+    from tools.stats import NODE_HEADER, node_cells, processes
     from tools.units import format_size
 
     directory, record = find_live(run)
@@ -206,7 +206,7 @@ def ps(run: RunOption = None, json: JsonOption = False) -> int:
     if json:
         print_json(rows)
         return ExitCode.OK
-    cells = [
+    cells: list[tuple[str, ...]] = [
         (
             row["name"],
             row["kind"],
@@ -216,7 +216,11 @@ def ps(run: RunOption = None, json: JsonOption = False) -> int:
         )
         for row in rows
     ]
-    print_table(("NAME", "KIND", "PID", "STATE", "MEMORY"), cells)
+    header: tuple[str, ...] = ("NAME", "KIND", "PID", "STATE", "MEMORY")
+    if any(row.get("node") for row in rows):
+        header += NODE_HEADER
+        cells = [(*line, *node_cells(row)) for line, row in zip(cells, rows, strict=True)]
+    print_table(header, cells)
     return ExitCode.OK
 
 

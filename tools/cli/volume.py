@@ -1,4 +1,4 @@
-"""mkfs, fsck: OCFS2 volumes in image files, made and checked without ocfs2-tools."""
+"""mkfs, fsck, locks, fs stat: OCFS2 volumes, in image files and in a running cluster."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import typer
 
 from ipc.errors import ExitCode, OperatorError
 from tools.cli.admin import size_of, uuid_of
-from tools.cli.common import JsonOption, print_json
+from tools.cli.common import JsonOption, RunOption, print_json, print_table
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands."""
     app.command()(mkfs)
     app.command()(fsck)
+    app.command()(locks)
+    files = typer.Typer(help="File systems of the guests.", no_args_is_help=True)
+    files.command("stat")(stat)
+    app.add_typer(files, name="fs")
 
 
 def mkfs(
@@ -102,3 +106,44 @@ def _verdict(image: Path, damage: int, pending: int) -> str:
     if pending:
         return f"{image}: not damaged, but {pending} things wait for a mount to do them"
     return f"{image}: clean"
+
+
+def locks(
+    inode: Annotated[int | None, typer.Option(help="Only locks of this inode.", min=0)] = None,
+    run: RunOption = None,
+    json: JsonOption = False,
+) -> int:
+    """List the cluster locks of shared volumes: who masters, holds and waits for each."""
+    import sys
+
+    from tools import nodes
+    from tools.rundir import find_live
+
+    directory, record = find_live(run)
+    rows, complaints = nodes.locks(directory, record, inode)
+    if json:
+        print_json(rows)
+    else:
+        print_table(nodes.LOCKS_HEADER, [nodes.lock_cells(row) for row in rows])
+    for line in complaints:
+        print(f"tmem: {line}", file=sys.stderr)
+    return ExitCode.OK
+
+
+def stat(
+    guest: Annotated[str | None, typer.Option(help="Only this guest's.")] = None,
+    run: RunOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Show the file systems of the guests: size, free space, and whose slots are whose."""
+    from tools import nodes
+    from tools.rundir import find_live
+
+    directory, record = find_live(run)
+    found = nodes.volumes(directory, record, guest)
+    if json:
+        print_json(found)
+    else:
+        rows = [nodes.volume_cells(name, volume) for name, volume in found.items()]
+        print_table(nodes.VOLUMES_HEADER, rows)
+    return ExitCode.OK
