@@ -1,0 +1,65 @@
+"""What people see of a shared volume: tmem ps, tmem locks, tmem fs stat."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from guests.nodeview import split_lock_name
+from tests.support.clusters import left_behind, tmem, volume_toml, write_tree
+
+pytestmark = pytest.mark.cluster
+
+
+def test_people_see_nodes_locks_and_slots_by_name(folder: Path, cluster_name: str) -> None:
+    """In a cluster of two, after one of them made a folder."""
+    tree = write_tree(folder / "tree", files=12)
+    (folder / "cluster.toml").write_text(volume_toml(cluster_name, tree, guests=("red", "blue")))
+    done = tmem("up", "-d", "-f", "cluster.toml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    try:
+        assert tmem("exec", "red", "--", "mkdir", "/made", cwd=folder).returncode == 0
+        listed = tmem("exec", "blue", "--", "stat", "/made", cwd=folder)
+        assert listed.returncode == 0
+
+        rows = {row["name"]: row for row in json.loads(tmem("ps", "--json", cwd=folder).stdout)}
+        nodes = [rows[name]["node"] for name in ("red", "blue")]
+        assert [node["number"] for node in nodes] == [0, 1]
+        assert sorted(node["slot"] for node in nodes) == [0, 1]
+        assert all(node["members"] == ["red", "blue"] for node in nodes)
+        assert len({node["epoch"] for node in nodes}) == 1
+        assert all(node["heartbeat_age_seconds"] < 3 for node in nodes)
+        assert all(node["fenced"] is None for node in nodes)
+        assert {"NODE", "SLOT", "MASTERS"} <= set(tmem("ps", cwd=folder).stdout.split())
+
+        locks = json.loads(tmem("locks", "--json", cwd=folder).stdout)
+        mastered = [sum(lock["master"] == name for lock in locks) for name in ("red", "blue")]
+        assert all(mastered)
+        assert {"meta", "super"} <= {lock["kind"] for lock in locks}
+        root = [lock for lock in locks if lock["kind"] == "meta" and lock["inode"] == 5]
+        assert set(root[0]["holders"]) <= {"red", "blue"}
+        assert root[0]["token"] > 0
+        table = tmem("locks", "--inode", "5", cwd=folder).stdout.splitlines()
+        assert len(table) == 1 + sum(lock["inode"] == 5 for lock in locks)
+
+        volumes = json.loads(tmem("fs", "stat", "--json", cwd=folder).stdout)
+        assert {volume["type"] for volume in volumes.values()} == {"ocfs2"}
+        assert sorted(volumes["red"]["slots"]) == ["blue", "red"]
+        assert volumes["red"]["uuid"] == volumes["blue"]["uuid"]
+        one = tmem("fs", "stat", "--guest", "red", cwd=folder).stdout
+        assert "0:" in one
+        wrong = tmem("fs", "stat", "--guest", "nobody", cwd=folder)
+        assert wrong.returncode == 64
+        assert "there are red, blue" in wrong.stderr
+    finally:
+        tmem("down", cwd=folder)
+    assert left_behind(folder, cluster_name) == []
+
+
+def test_names_of_locks_are_taken_apart() -> None:
+    """By OCFS2's letters; another form is no error."""
+    assert split_lock_name(b"M0000000000000000000018feb14715") == ("meta", 0x18)
+    assert split_lock_name(b"S000000000000000000000200000000") == ("super", 2)
+    assert split_lock_name(b"?") == ("other", None)
