@@ -19,6 +19,7 @@ from fs.dlm.messages import (
     FRAME_BYTES_MAX,
     NAME_BYTES_MAX,
     NODE_MAX,
+    TOKEN_MAX,
     VALUE_BYTES,
     Bast,
     Cancel,
@@ -32,6 +33,8 @@ from fs.dlm.messages import (
     Grant,
     Grave,
     Kind,
+    Lift,
+    Lifted,
     Member,
     Message,
     MessageError,
@@ -44,13 +47,11 @@ from fs.dlm.messages import (
 from fs.dlm.modes import Mode
 
 MAGIC = b"LM"
-VERSION = 1
+VERSION = 2
 NO_NODE = 255
 NO_MODE = 255
 LIST_MAX = 4096
 """Entries of one list in a `Done`; the lists hold dead nodes and grow with nothing else."""
-TOKEN_MAX = 1 << 63
-"""Far above any; a token above it is a lie that would leave no room to grow."""
 
 _HEADER = struct.Struct("<2sBBQQQ")
 _REQUEST = struct.Struct("<IBB")
@@ -64,6 +65,7 @@ _CLAIM = struct.Struct("<BBIBQ")
 _DONE = struct.Struct("<QBQ")
 _PAIR = struct.Struct("<BQ")
 _COUNT = struct.Struct("<H")
+_TOKEN = struct.Struct("<Q")
 
 
 def encode_frame(epoch: int, sequence: int, acknowledged: int, kind: Kind, body: bytes) -> bytes:
@@ -98,6 +100,10 @@ def encode(message: Message) -> tuple[Kind, bytes]:
             return Kind.DONE, _encode_done(message)
         case Release(death):
             return Kind.RELEASE, _PAIR.pack(*death)
+        case Lift(name, token):
+            return Kind.LIFT, _TOKEN.pack(token) + name
+        case Lifted(name, token):
+            return Kind.LIFTED, _TOKEN.pack(token) + name
 
 
 def decode(untrusted: bytes) -> Frame:
@@ -220,6 +226,12 @@ def _decode_body(kind: Kind, reader: _Reader) -> Message:
             node, epoch = reader.take(_PAIR)
             reader.end()
             return Release(Death(_node(node), epoch))
+        case Kind.LIFT:
+            (token,) = reader.take(_TOKEN)
+            return Lift(reader.name(), _token(token))
+        case Kind.LIFTED:
+            (token,) = reader.take(_TOKEN)
+            return Lifted(reader.name(), _token(token))
         case Kind.ACK:
             raise MessageError("an acknowledgement has no body")
 

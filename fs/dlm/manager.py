@@ -7,7 +7,7 @@ something out of it that a file system can call.
 What it promises, in o2dlm's terms: NL, PR and EX; a grant is told (AST) and so is being in the
 way (BAST); requests that don't wait (NOQUEUE); cancel, which is answered by a denial or by the
 grant that was faster; a value of 64 bytes; a master per resource; and, beyond o2dlm, a fencing
-token that grows with each EX grant of a resource.
+token that grows with each EX grant of a resource, and that a holder may have lifted.
 
 Rules that make it simple:
   - going down takes effect here at once and needs no answer; going up is a request;
@@ -34,7 +34,6 @@ from fs.dlm.messages import (
     NAME_BYTES_MAX,
     NO_FLAG,
     NODE_MAX,
-    VALUE_BYTES,
     Bast,
     Cancel,
     Claim,
@@ -44,6 +43,8 @@ from fs.dlm.messages import (
     Down,
     Flag,
     Grant,
+    Lift,
+    Lifted,
     Member,
     Message,
     Reason,
@@ -53,7 +54,7 @@ from fs.dlm.messages import (
     Value,
 )
 from fs.dlm.modes import Mode
-from fs.dlm.recovery import EPOCH_MAX, Rebuild, master_of
+from fs.dlm.recovery import EPOCH_MAX, Rebuild, lift_limit, master_of
 from fs.dlm.resource import Post, Resource
 from fs.dlm.transport import LockTransport
 from fs.errors import error
@@ -122,7 +123,8 @@ class LockManager:
         return None if lock is None else lock.granted
 
     def token(self, name: bytes) -> int:
-        """The fencing token of the newest EX grant; right while PR or EX is held."""
+        """The fencing token of the newest EX grant, or what it was lifted to since; right while PR
+        or EX is held. The master may know a higher one, and will say so when it has to lift."""
         lock = self._locks.get(name)
         return 0 if lock is None else lock.token
 
@@ -134,11 +136,7 @@ class LockManager:
     def set_value(self, name: bytes, value: bytes) -> None:
         """Write the lock value block: others see it when EX was given up."""
         lock = self._locks.get(name)
-        if lock is None or lock.granted != Mode.EX:
-            raise ValueError("a lock value block is written under EX only")
-        if len(value) != VALUE_BYTES:
-            raise ValueError(f"a lock value block has {VALUE_BYTES} bytes, not {len(value)}")
-        lock.value = bytes(value)
+        (lock or Lock(name, None)).write(value)
 
     def master_of(self, name: bytes) -> int | None:
         """The master of a name in this view."""
@@ -194,6 +192,18 @@ class LockManager:
             self._post(lock.master, Cancel(name, lock.request))
         self._drain()
 
+    def lift(self, name: bytes, at_least: int) -> None:
+        """Have the token lifted, if PR or EX is held; the master is asked once in a view."""
+        lock = self._locks.get(name)
+        if lock is None or not lock.protects or at_least <= max(lock.token, lock.lifting):
+            return
+        if at_least >= lift_limit(self.epoch):
+            self.refused += 1
+            return
+        lock.lifting = at_least
+        self._post(lock.master, Lift(name, at_least))
+        self._drain()
+
     # Views.
 
     def hold(self, dead_node: int) -> None:
@@ -216,21 +226,15 @@ class LockManager:
         if self.node not in members:
             self._expel()
             return
-        done = Done(
-            self.epoch,
-            self.ready,
-            self._master.highest_token,
-            tuple(Member(node, self._since[node]) for node in sorted(self.members)),
-            self._master.known.held | {Death(node, epoch) for node in self._marked},
-            frozenset(Death(*item) for item in self._master.known.released.items()),
-            self._master.known.graves,
-        )
+        before = tuple(Member(node, self._since[node]) for node in sorted(self.members))
+        deaths = {Death(node, epoch) for node in self._marked}
+        done = self._master.done(self.epoch, before, deaths, ready=self.ready)
         records = self._master.records() if self.ready else []
         self._since = {node: self._since.get(node, epoch) for node in members}
         self._master.known.held = done.held
         self._marked.clear()
         self.epoch, self.members, self.ready = epoch, members, False
-        self._master.start()
+        self._master.start(epoch)
         self._rebuild = Rebuild(epoch, members)
         self._too_early.clear()
         self._to_self.clear()
@@ -281,7 +285,7 @@ class LockManager:
                 self._rebuild.take(from_node, message)
                 if self._rebuild.complete:
                     self._finish(self._rebuild)
-            case Grant() | Deny() | Bast():
+            case Grant() | Deny() | Bast() | Lifted():
                 lock = self._locks.get(message.name)
                 if lock is not None and lock.master == from_node:
                     self._answered(lock, message)
@@ -289,7 +293,7 @@ class LockManager:
                     self.refused += lock is not None  # one that is gone may still be asked for
             case Release(death):
                 self._release(death)
-            case Request() | Cancel() | Down():
+            case Request() | Cancel() | Down() | Lift():
                 if self.master_of(message.name) != self.node:
                     self.refused += 1
                 elif not self.ready:
@@ -299,8 +303,11 @@ class LockManager:
                 else:
                     self._post_all(posts)
 
-    def _answered(self, lock: Lock, message: Grant | Deny | Bast) -> None:
+    def _answered(self, lock: Lock, message: Grant | Deny | Bast | Lifted) -> None:
         match message:
+            case Lifted(_, token):
+                lock.lifted(token)
+                self._master.saw(token)
             case Bast(_, mode):
                 if lock.granted is not None and lock.granted > mode:
                     self._news.append(("blocking", (lock.name, mode)))
@@ -327,13 +334,7 @@ class LockManager:
 
     def _claim(self, lock: Lock) -> None:
         lock.master = self.master_of(lock.name)
-        flags = lock.flags if lock.wanted is not None else NO_FLAG
-        if lock.recovering:
-            flags |= Flag.RECOVERING
-        claim = Claim(
-            lock.name, lock.granted, lock.wanted, lock.request, flags, lock.token, lock.value
-        )
-        self._post(lock.master, claim)
+        self._post(lock.master, lock.claim())
 
     def _finish(self, rebuild: Rebuild) -> None:
         self._rebuild = None
@@ -357,7 +358,7 @@ class LockManager:
         self.ready = False
         self.members = frozenset()
         self._locks.clear()
-        self._master.start()
+        self._master.start(EPOCH_MAX)
         self._rebuild = None
         self._to_self.clear()
         self._too_early.clear()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fs.dlm.messages import Cancel, Death, Down, Record, Request
-from fs.dlm.recovery import Findings
+from fs.dlm.messages import Cancel, Death, Done, Down, Lift, Member, Record, Request
+from fs.dlm.recovery import Findings, lift_limit
 from fs.dlm.resource import Post, Resource
 
 
@@ -15,10 +15,21 @@ class Master:
         self.resources: dict[bytes, Resource] = {}
         self.highest_token = 0
         """Of any resource, seen here in any role."""
+        self._epoch = 0
 
-    def start(self) -> None:
+    def start(self, epoch: int) -> None:
         """A new view: what was mastered until now is somebody's record."""
+        self._epoch = epoch
         self.resources = {}
+
+    def done(
+        self, epoch_before: int, before: tuple[Member, ...], deaths: set[Death], *, ready: bool
+    ) -> Done:
+        """What the others have to know at the end of a view; `deaths` are those that end it."""
+        known = self.known
+        released = frozenset(Death(*item) for item in known.released.items())
+        held = known.held | deaths
+        return Done(epoch_before, ready, self.highest_token, before, held, released, known.graves)
 
     def adopt(self, findings: Findings) -> None:
         """The view's resources are put together."""
@@ -34,8 +45,9 @@ class Master:
         """There is such a token."""
         self.highest_token = max(self.highest_token, token)
 
-    def handle(self, from_node: int, message: Request | Cancel | Down) -> list[Post] | None:
-        """What is to be told to whom; None if there is no such resource."""
+    def handle(self, from_node: int, message: Request | Cancel | Down | Lift) -> list[Post] | None:
+        """What is to be told to whom; None if there is no such resource, or no right to that."""
+        posts: list[Post] | None
         resource = self.resources.get(message.name)
         if isinstance(message, Request):
             if resource is None:
@@ -45,6 +57,10 @@ class Master:
             return None
         elif isinstance(message, Cancel):
             posts = resource.cancel(from_node, message)
+        elif isinstance(message, Lift):
+            if message.token >= lift_limit(self._epoch):
+                return None
+            posts = resource.lift(from_node, message)
         else:
             posts = resource.down(from_node, message)
         self.saw(resource.token)

@@ -14,6 +14,8 @@ NAME_BYTES_MAX = 64
 """OCFS2's names have 31."""
 NODE_MAX = 254
 FRAME_BYTES_MAX = 1 << 16
+TOKEN_MAX = 1 << 63
+"""Far above any; a token above it is a lie that would leave no room to grow."""
 
 Value: TypeAlias = bytes | None
 """A lock value block; None: not valid."""
@@ -37,6 +39,8 @@ class Kind(enum.IntEnum):
     CLAIM = 8
     DONE = 9
     RELEASE = 10
+    LIFT = 11
+    LIFTED = 12
 
 
 class Flag(enum.IntFlag):
@@ -188,7 +192,25 @@ class Release:
     death: Death
 
 
-Message: TypeAlias = Request | Cancel | Down | Grant | Deny | Bast | Record | Claim | Done | Release
+@dataclass(frozen=True, slots=True)
+class Lift:
+    """Holder to master: something that remembers tokens wants at least this one."""
+
+    name: bytes
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lifted:
+    """Master to holder: the token now."""
+
+    name: bytes
+    token: int
+
+
+Message: TypeAlias = (
+    Request | Cancel | Down | Grant | Deny | Bast | Record | Claim | Done | Release | Lift | Lifted
+)
 
 
 class Frame(NamedTuple):

@@ -22,10 +22,12 @@ price is a question to all nodes for each new name, and races of that question w
 Truth about a resource:
   - holders are those that claim, nobody else. A grant of the old view that did not arrive is not
     claimed; then the request still is;
-  - the token is known if a record came, or if somebody claims PR or EX (nobody can have been
-    granted EX since). Else the new one is `epoch << 32`, above all of earlier epochs;
-  - the value is the one that is stamped with that token; if nobody has it (its EX holder died, or
-    gave it up in a message that was lost), or the token is not known, it is not valid;
+  - the token is known if a record came. Else the new one is `epoch << 32` at least, above all of
+    earlier epochs. Claims of PR or EX prove that nobody was granted EX since, but not that the lost
+    master lifted nothing: whoever it lifted may be dead for us, and still have a put under way;
+  - the value is that of any reader, and else the one that is stamped with the newest token of
+    records and claims; if nobody has it (its EX holder died, or gave it up in a message that was
+    lost), or nobody holds PR or EX and no record came, it is not valid;
   - if the dead node held EX, the resource is held back until its journal was replayed, when the
     file system asked for that. A master that died takes with it the knowledge who held EX: then
     each resource without record, PR and EX claims is held back for all unreplayed nodes, and a
@@ -44,6 +46,7 @@ import hashlib
 from collections.abc import Iterable
 
 from fs.dlm.messages import (
+    TOKEN_MAX,
     Claim,
     Death,
     Done,
@@ -58,6 +61,19 @@ from fs.dlm.resource import FIRST_VALUE, Post, Resource
 EPOCH_SHIFT = 32
 EPOCH_MAX = (1 << 32) - 1
 GRAVES_MAX = 64
+LIFT_ROOM = 1 << 31
+"""EX grants that are left to a resource in this epoch, however far it was lifted."""
+
+
+def lift_limit(epoch: int) -> int:
+    """Tokens are lifted in `epoch` to less than this.
+
+    So a lift is always below `epoch + 1 << 32`, from where the next view goes on if the lift was
+    lost with its master; and a master whose view has ended can't lift anything to what the next
+    view's masters give out so. Whoever remembers tokens has them from this cluster, so honest
+    wishes are below, unless one epoch sees 2**31 grants.
+    """
+    return min((epoch << EPOCH_SHIFT) + LIFT_ROOM, TOKEN_MAX)
 
 
 def master_of(name: bytes, members: Iterable[int]) -> int:
@@ -239,7 +255,8 @@ def _settle(resource: Resource, records: list[Record], claims: Iterable[Claim]) 
     claims = [claim for claim in claims if claim.granted is not None]
     known = [record.token for record in records]
     known += [claim.token for claim in claims]
-    resource.token = resource.stamp = max(known)
+    newest = max(known)
+    resource.token = resource.stamp = newest if records else max(newest, resource.token)
     resource.value = None
     if any(claim.granted == Mode.EX for claim in claims):
         # The value is his, and may change any time: what is known here is none, if he dies.
@@ -249,5 +266,9 @@ def _settle(resource: Resource, records: list[Record], claims: Iterable[Claim]) 
         *((record.stamp, record.value) for record in records),
         *((claim.token, claim.value) for claim in claims),
     ]:
-        if stamp == resource.token and value is not None:
+        if stamp == newest and value is not None:
             resource.value = value
+    for claim in claims:
+        # Its token may be older than that: the answer to a lift, or a grant of EX, was lost.
+        if claim.granted == Mode.PR and claim.value is not None:
+            resource.value = claim.value

@@ -12,7 +12,9 @@ Who is next:
     a newcomer waiting for ever;
   - whoever stands in the way of the next one is told once how far to go down (BAST).
 
-The token is the number of the newest EX grant; it grows with each of them and never falls. The
+The token is the number of the newest EX grant; it grows with each of them and never falls. A holder
+of PR or EX may have it lifted (`lift`), when something that remembers tokens wants more than that:
+nobody else can change what the lock protects meanwhile, so the higher number says the same. The
 value belongs to the hold that wrote it: `stamp` is the token of that hold. While nobody holds EX
 the stamp is the token; while somebody does, the value is his and the one here is older. After
 his death no value has the newest token as its stamp, and that is what "not valid" means
@@ -34,6 +36,8 @@ from fs.dlm.messages import (
     Down,
     Flag,
     Grant,
+    Lift,
+    Lifted,
     Message,
     Reason,
     Record,
@@ -137,6 +141,16 @@ class Resource:
         if self.asked.get(node, Mode.EX) >= down.mode:
             self.asked.pop(node, None)
         return self.schedule()
+
+    def lift(self, node: int, lift: Lift) -> list[Post] | None:
+        """The token becomes the wanted one at least; None if `node` has no right to that."""
+        if self.holders.get(node, Mode.NL) == Mode.NL:
+            return None
+        if lift.token > self.token:
+            if self.stamp == self.token:
+                self.stamp = lift.token
+            self.token = lift.token
+        return [Post(node, Lifted(self.name, self.token))]
 
     def release(self, deaths: frozenset[Death]) -> list[Post]:
         """Journals were replayed; `deaths` are those that were not."""

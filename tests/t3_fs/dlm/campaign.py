@@ -56,6 +56,7 @@ class File:
         self.value = 0
         self.value_view = 0
         self.newest_token = 0
+        """Of the EX holders; tokens that were lifted go beyond."""
         self.replaying = False
         """A node died with EX, and nobody may be given the lock before `replay`."""
         self.pool = Pool(fenced=True)
@@ -212,6 +213,8 @@ class Campaign:
         )
         self.evil = self.chance.choice((0.0, 0.002, 0.005, 0.02))
         self.operations = 0
+        self.lifting = self.chance.random() < 0.7
+        self.lifts = 0
         self.nodes: dict[int, Node] = {}
         self.views: list[frozenset[int]] = []
         self.declared: dict[int, set[int]] = {}
@@ -229,7 +232,13 @@ class Campaign:
     def put(self, node: Node) -> None:
         """The pool gets the offers of a node, in order."""
         for offer in node.offers:
-            self.files[offer.name].pool.put(offer.token, offer.page)
+            pool = self.files[offer.name].pool
+            if offer.token < pool.newest and self.lifting:
+                # A node that nobody believes any more asks, too.
+                needed = pool.newest
+                self.lifts += node.locks.token(offer.name) not in (0, needed)
+                node.locks.lift(offer.name, needed)
+            pool.put(offer.token, offer.page)
         node.offers.clear()
 
     def run(self, turns: int) -> None:
@@ -263,6 +272,10 @@ class Campaign:
                 self.put(node)
         if chance.random() < 0.05:
             chance.choice(list(self.files.values())).pool.page = None
+        if self.lifting and chance.random() < 0.02:
+            self._restart_hypervisor()
+        if self.lifting and chance.random() < 0.2:
+            self._lift(chance.choice([*self.nodes.values(), *zombies]))
         if chance.random() < self.evil:
             self._nemesis(zombies)
         if self.twin.cut and chance.random() < 0.01:
@@ -272,6 +285,26 @@ class Campaign:
         if chance.random() < 0.01:
             self._replay()
         self._check()
+
+    def _restart_hypervisor(self) -> None:
+        """The newest token of all files is needed for each."""
+        floor = max(file.pool.newest for file in self.files.values())
+        for file in self.files.values():
+            file.pool.newest = floor
+
+    def _lift(self, node: Node) -> None:
+        """A put was refused: whoever holds the lock, or believes so, offers its page again."""
+        name = self.chance.choice(NAMES)
+        pool = self.files[name].pool
+        locks = node.locks
+        if not locks.token(name):
+            return
+        before = locks.token(name)
+        locks.lift(name, pool.newest + self.chance.choice((0, 0, 1, 1 << 20, 1 << 40)))
+        self.lifts += locks.token(name) > before
+        assert locks.token(name) >= before
+        if name in node.pages and name not in node.dirty:
+            node.offers.append(Offer(name, locks.token(name), node.pages[name]))
 
     def _nemesis(self, zombies: list[Node]) -> None:
         chance = self.chance

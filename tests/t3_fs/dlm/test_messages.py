@@ -18,6 +18,8 @@ from fs.dlm.messages import (
     Flag,
     Grant,
     Grave,
+    Lift,
+    Lifted,
     Member,
     Message,
     MessageError,
@@ -54,6 +56,8 @@ MESSAGES: list[Message] = [
         frozenset({Grave(frozenset({2}), frozenset({0, 2}), frozenset({Death(2, 4)}))}),
     ),
     Release(Death(6, 9)),
+    Lift(NAME, 1 << 33),
+    Lifted(NAME, (1 << 33) + 5),
 ]
 
 
@@ -88,9 +92,11 @@ def test_a_message_cut_short_is_refused_or_has_a_shorter_name(message: Message) 
         b"",
         b"LM",
         bytes(4096),
-        frame_of(MESSAGES[0])[:2] + b"\x02" + frame_of(MESSAGES[0])[3:],
+        frame_of(MESSAGES[0])[:2] + b"\x01" + frame_of(MESSAGES[0])[3:],
         encode_frame(1, 0, 0, *encode(MESSAGES[0])),
         frame_of(Grant(NAME, 1, Mode.EX, (1 << 64) - 1, None)),
+        frame_of(Lift(NAME, (1 << 64) - 1)),
+        frame_of(Lifted(NAME, (1 << 64) - 1)),
         frame_of(Bast(b"n" * 65, Mode.NL)),
         frame_of(MESSAGES[11]) + b"x",
         frame_of(Request(NAME, 1, Mode.EX)) + bytes(70_000),

@@ -230,7 +230,7 @@ def test_the_value_of_a_dead_writer_is_lost(
 
 @pytest.mark.parametrize("mode", [PR, EX])
 def test_a_value_outlives_its_master(cluster: Cluster, mode: Mode) -> None:
-    """A holder knows it."""
+    """A holder knows it; the token goes up, because the master may have lifted it."""
     name = cluster.name_of_master(2)
     hold(cluster, 0, EX, name)
     cluster.nodes[0].manager.set_value(name, ONE)
@@ -243,7 +243,7 @@ def test_a_value_outlives_its_master(cluster: Cluster, mode: Mode) -> None:
     cluster.nodes[1].manager.down(name, NL)
     hold(cluster, 0, EX, name)
     assert cluster.nodes[0].manager.value(name) == ONE
-    assert cluster.nodes[0].manager.token(name) == token + 1
+    assert token < cluster.nodes[0].manager.token(name) == (2 << 32) + 1
 
 
 def test_tokens_grow_with_writers_only_and_survive_everything(cluster: Cluster) -> None:
