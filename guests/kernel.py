@@ -160,13 +160,27 @@ class Kernel:
     ) -> Cleancache:
         if self.node is None or not self.node.spec.shared:
             return Cleancache(connect, now_seconds, detach)
-        return SharedCleancache(connect, now_seconds, self.fs.uuid, self._token_of, detach=detach)
+        return SharedCleancache(
+            connect,
+            now_seconds,
+            self.fs.uuid,
+            self._token_of,
+            detach=detach,
+            on_stale=self._lift_token,
+        )
 
     def _token_of(self, key: FileKey) -> int | None:
         """The fencing token of a file's lock; None when it is not held in good standing."""
         assert self.node is not None
         assert isinstance(self.fs, Ocfs2)
         return None if self.node.cluster.fence.expired() else self.fs.token_of(key) or None
+
+    def _lift_token(self, key: FileKey, needed: int) -> None:
+        """The pool wants a higher token for a file than its lock has: ask the lock's master."""
+        if self._token_of(key) is not None:
+            assert self.node is not None
+            assert isinstance(self.fs, Ocfs2)
+            self.node.locks.lift(self.fs.file_lock_name(key), needed)
 
     def _hooks(self) -> PageHooks:
         if self.cleancache is None:

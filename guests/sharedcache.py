@@ -35,7 +35,8 @@ A guest with a reader's grant puts nothing.  It can't flush either: what it dist
 alone until the file's token has gone up; what it changes all the same it owes, and hands over.
 
 Tokens after a restart of the hypervisor: the newest of all files is needed for each.  `on_stale` is
-told which token would have been needed, for a lock manager that can let one jump.
+told which token would have been needed, and the lock manager lifts that of a lock which is really
+held.  The refused pages are lost, as clean pages may be; later puts get in.
 
 Differs from Linux, where ocfs2 had its nodes share a pool and trusted them to be on time.
 """

@@ -232,7 +232,11 @@ class Ocfs2:
 
     def token_of(self, key: FileKey) -> int:
         """The fencing token under which this node may put pages of a file into a shared pool."""
-        return self._volume.locks.locks.token(self._volume.locks.name(key.ino))
+        return self._volume.locks.locks.token(self.file_lock_name(key))
+
+    def file_lock_name(self, key: FileKey) -> bytes:
+        """The name of the lock with that token."""
+        return self._volume.locks.name(key.ino)
 
     def lock_name(self, inode: Inode) -> bytes:
         """The name of an inode's meta lock."""
