@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,10 @@ def test_killed_node_is_recovered_once_and_writers_go_on(cluster: SharedCluster)
     assert is_sound(cluster.image)
 
 
+def _restarted_since(cluster: SharedCluster, restarts: int) -> bool:
+    return cluster.log("supervisor").count("event=hypervisor-restart") > restarts
+
+
 def test_hypervisor_is_killed_while_nodes_share(cluster: SharedCluster, folder: Path) -> None:
     """Flushes that it did not hear are owed; no page that it kept is old."""
     for name in ("red", "blue", "green"):
@@ -221,10 +226,7 @@ def test_hypervisor_is_killed_while_nodes_share(cluster: SharedCluster, folder: 
         with contextlib.suppress(ProcessLookupError, StopIteration):
             os.kill(cluster.pid("hypervisor"), signal.SIGKILL)
         restarts = cluster.log("supervisor").count("event=hypervisor-restart")
-        wait_until(
-            lambda now=restarts: cluster.log("supervisor").count("event=hypervisor-restart") > now,
-            "the hypervisor",
-        )
+        wait_until(partial(_restarted_since, cluster, restarts), "the hypervisor")
     for name in ("red", "blue", "green"):
         cluster.finish(name)
         assert cluster.status(name)["counters"]["mismatches"] == 0
