@@ -11,8 +11,10 @@ finds itself fenced; the lease is many times longer than a step.
 
 When a view says that nodes died, the locks that they held in EX stay held back.  Each survivor then
 goes through the slot map under the super lock, and who comes first replays the journals and says
-so to all.  A dead node's number is not admitted again before the coordinator has seen that done, so
-a slot that belongs to a member is never replayed by another node.
+so to all.  That happens inside of waits too, also those of a mount, so it needs no other lock; the
+dead nodes' slots are taken over and their orphans freed later, between two steps of work.  A dead
+node's number is not admitted again before the coordinator has seen the journals replayed, so a slot
+that belongs to a member is never replayed by another node.
 
 A node that is fenced stays so: its device and its locks answer EIO, its pages go nowhere, and the
 guest ends.  Starting it again makes a new node under the old number.
@@ -26,6 +28,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -41,11 +44,12 @@ from fs.dlm.modes import Mode
 from fs.errors import ImageError
 from fs.ocfs2.filesystem import Ocfs2
 from fs.ocfs2.locking import LocalLocks
-from fs.ocfs2.recovery import SUPER_LOCK
+from fs.ocfs2.recovery import SUPER_LOCK, replay, slot_journal, slot_map
 from fs.ocfs2.volume import Volume
 from ipc.errors import ExitCode, OperatorError
 from ipc.mesh.addresses import UnixAddress
 from ipc.mesh.faults import RandomFaults
+from ipc.mesh.handshake import Reason
 from ipc.mesh.link import Timing as LinkTiming
 from ipc.mesh.mesh import Mesh
 
@@ -57,6 +61,8 @@ LOCKS: Final = b"\1"
 WAIT_SECONDS: Final = 0.02
 """How long a node that waits for a lock sleeps between two looks at its timers."""
 HANDSHAKE_NS: Final = 5_000_000_000
+RECOVERY_BLOCKS: Final = 64
+"""Blocks cached while journals are looked for."""
 JOIN_DEAD_TIMES: Final = 4
 """A node that is not in a view after so many dead times gives up."""
 LEAVE_SECONDS: Final = 5.0
@@ -106,7 +112,11 @@ class Node:
         self.fs: Ocfs2 | None = None
         self._left = False
         self._dead: set[int] = set()
+        """Their journals are not replayed yet, as far as is known here."""
+        self._abandoned: set[int] = set()
+        """Their journals are; somebody has to take their slots over and free their orphans."""
         self._recovering = False
+        self._leaving = False
         self._clock_ns = clock_ns
         names = dict(enumerate(spec.names))
         generation = int.from_bytes(random_bytes(8), "little") | 1
@@ -117,6 +127,8 @@ class Node:
                 f"anew with more"
             )
         self.device = SharedDevice(image, spec.number, generation, names=names)
+        self.volume_device: BlockDevice = KeptDevice(self.device)
+        """What the volume is mounted from."""
         try:
             timing = spec.timing
             self.mesh = Mesh(
@@ -163,6 +175,12 @@ class Node:
         while not (self.members and self.locks.manager.ready):
             if self.refused_because is not None:
                 raise OperatorError(self.refused_because, ExitCode.UNAVAILABLE)
+            if self.mesh.refused[Reason.PARAMETERS]:
+                raise OperatorError(
+                    f"{self.label} has another timing than a node of volume {self.spec.volume} "
+                    "that is there already; the log says which: make them equal",
+                    ExitCode.BAD_CONFIG,
+                )
             if self._clock_ns() > deadline_ns:
                 raise OperatorError(
                     f"{self.label} did not get into the cluster of volume {self.spec.volume} in "
@@ -172,13 +190,14 @@ class Node:
             self._wait()
 
     def mounted(self, fs: Ocfs2) -> None:
-        """The volume is mounted under these locks; what dead nodes left can be recovered."""
+        """The volume is mounted under these locks; the slots of dead nodes can be taken over."""
         self.fs = fs
         self.locks.downconvert = fs.downconvert
 
     def leave(self) -> None:
         """After the volume was unmounted: say goodbye, as far as the others listen."""
         self.fs = None
+        self._leaving = True
         if self.fenced_because is None and self.members:
             deadline_ns = self._clock_ns() + int(LEAVE_SECONDS * 1e9)
             self.locks.leave()
@@ -218,6 +237,8 @@ class Node:
         except OSError as reason:
             # What can't be written back can't be given up either: the others would wait for ever.
             self.cluster.fence.trip(f"it can't give up a lock ({reason.strerror})")
+            return
+        self._take_slots()
 
     def _wait(self) -> None:
         """The same while a lock is waited for; raises Fenced when there is nothing to wait for."""
@@ -284,32 +305,52 @@ class Node:
     # --- recovery
 
     def _recover_dead(self) -> None:
-        fs = self.fs
-        if self._recovering or not self._dead or fs is None or not self.locks.manager.ready:
+        """Replay the journals of dead nodes. This happens while locks are waited for, those of a
+        mount among them, so it takes no lock but one that nobody keeps while he waits for others.
+        """
+        if self._recovering or not self._dead or self._leaving or not self.locks.manager.ready:
             return
         self._recovering = self.locks.recovering = True
         try:
             for node in sorted(self._dead):
-                self._recover(fs, node)
+                self._replay(node)
         finally:
             self._recovering = self.locks.recovering = False
 
-    def _recover(self, fs: Ocfs2, node: int) -> None:
-        """Replay what a dead node left, unless another survivor has."""
+    def _replay(self, node: int) -> None:
+        """Replay what a dead node left in its journal, unless another survivor has."""
         name = node_label(node, dict(enumerate(self.spec.names)))
         self.locks.acquire(SUPER_LOCK, Mode.EX)
         try:
-            slots = [slot for slot, owner in enumerate(fs.slot_nodes()) if owner == node]
+            # Where journals and slot map are never changes: no lock is needed to find them.
+            volume = Volume(self.volume_device, LocalLocks(), 0, lambda: 0, RECOVERY_BLOCKS)
             # Under the super lock: a node that is a member again has taken its own slot back.
-            if node not in self.members:
-                for slot in slots:
-                    blocks = fs.recover_slot(slot)
+            owners = slot_map(volume).read() if node not in self.members else []
+            for slot in (slot for slot, owner in enumerate(owners) if owner == node):
+                self._abandoned.add(node)
+                if slot_journal(volume, slot).dirty:
+                    blocks = replay(volume, slot)
+                    if self.fs is not None:
+                        self.fs.journals_replayed()
                     self.recovered_nodes += 1
                     log.info("event=recovered node=%s slot=%d blocks=%d", name, slot, blocks)
             self.locks.manager.release_dead(node)
             self._dead.discard(node)
         finally:
             self.locks.release(SUPER_LOCK, Mode.EX)
+
+    def _take_slots(self) -> None:
+        """Take over dead nodes' slots and free their orphans, which takes all kinds of locks."""
+        fs = self.fs
+        if fs is None or self._dead or not self._abandoned or not self.locks.manager.ready:
+            return
+        node = self._abandoned.pop()
+        for slot, owner in enumerate(fs.slot_nodes()):
+            if owner == node:
+                fs.recover_slot(slot, partial(self._is_abandoned, fs, slot, node))
+
+    def _is_abandoned(self, fs: Ocfs2, slot: int, node: int) -> bool:
+        return node not in self.members and fs.slot_nodes()[slot] == node
 
     # --- the nemesis
 

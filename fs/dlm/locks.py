@@ -47,6 +47,7 @@ class _Entry:
         "level",
         "pending",
         "reserved",
+        "urgent",
         "users",
     )
 
@@ -58,6 +59,9 @@ class _Entry:
         """Whoever made it does not wait any more."""
         self.reserved = False
         """It was granted, and whoever waits has not seen it yet."""
+        self.urgent = False
+        """The request goes past what is held back, or was taken back to make way for one that
+        does."""
         self.denied: Reason | None = None
         self.level: Mode | None = None
         """How far another node wants this one to go down."""
@@ -235,6 +239,11 @@ class NodeLocks:
             if entry.pending:
                 if flags & Flag.NOQUEUE:
                     return False
+                if self.recovering and not entry.urgent:
+                    # What waits further down the stack may be held back until the recovery that
+                    # this is has done its work: it has to ask again afterwards.
+                    entry.urgent = True
+                    self.manager.cancel(name)
                 self._wait()
             elif entry.giving_up:
                 raise error(errno.EDEADLK, f"{name!r} is being given up")
@@ -260,7 +269,7 @@ class NodeLocks:
         return entry.in_use or entry.giving_up or entry.level is None or mode <= entry.level
 
     def _ask(self, name: bytes, entry: _Entry, mode: Mode, flags: Flag) -> bool:
-        entry.pending, entry.denied = True, None
+        entry.pending, entry.denied, entry.urgent = True, None, self.recovering
         flags |= Flag.RECOVERING if self.recovering else NO_FLAG
         try:
             self.manager.lock(name, mode, flags)

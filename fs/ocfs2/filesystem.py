@@ -182,14 +182,34 @@ class Ocfs2:
         locks = self._volume.locks.locks
         locks.acquire(recovery.SUPER_LOCK, Mode.EX)
         try:
-            for slot in self._dead_slots(live_nodes):
-                self.recover_slot(slot)
+            dead = self._dead_slots(live_nodes)
+            for slot in dead:
+                recovery.take_slot(self._volume, slot)
         finally:
             locks.release(recovery.SUPER_LOCK, Mode.EX)
+        # Not under the super lock: others may need it before they give up what orphans need.
+        for slot in dead:
+            recovery.free_orphans(self._volume, self._files, self._names, slot)
 
-    def recover_slot(self, slot: int) -> int:
-        """Take over the slot of a dead node; returns the blocks that were replayed."""
-        return recovery.recover_slot(self._volume, self._files, self._names, slot)
+    def recover_slot(self, slot: int, is_dead: Callable[[], bool] = lambda: True) -> int:
+        """Take over the slot of a dead node; returns the blocks that were replayed.
+
+        `is_dead` is asked under the super lock: its node may have come back.
+        """
+        locks = self._volume.locks.locks
+        locks.acquire(recovery.SUPER_LOCK, Mode.EX)
+        try:
+            if not is_dead():
+                return 0
+            replayed = recovery.take_slot(self._volume, slot)
+        finally:
+            locks.release(recovery.SUPER_LOCK, Mode.EX)
+        recovery.free_orphans(self._volume, self._files, self._names, slot)
+        return replayed
+
+    def journals_replayed(self) -> None:
+        """Some other way than by `recover_slot`: cached blocks may be older than the disk."""
+        self._volume.locks.doubt_all()
 
     def slot_nodes(self) -> list[int | None]:
         """The node of each slot; None: free."""

@@ -53,18 +53,13 @@ def slot_map(volume: Volume) -> SlotMap:
     return SlotMap(volume.device, volume.system_blocks(b"slot_map"), volume.super.slots)
 
 
-def recover_slot(volume: Volume, files: Files, names: Names, slot: int) -> int:
-    """All three steps for the slot of a dead node; returns the blocks that were replayed."""
-    locks = volume.locks.locks
-    locks.acquire(SUPER_LOCK, Mode.EX)
-    try:
-        replayed = replay(volume, slot)
-        release_leftovers(volume, slot)
-        volume.transactions.commit()
-        slot_map(volume).set(slot, None)
-    finally:
-        locks.release(SUPER_LOCK, Mode.EX)
-    free_orphans(volume, files, names, slot)
+def take_slot(volume: Volume, slot: int) -> int:
+    """Steps 1 and 2 for the slot of a dead node, under the super lock; returns the blocks that
+    were replayed."""
+    replayed = replay(volume, slot)
+    release_leftovers(volume, slot)
+    volume.transactions.commit()
+    slot_map(volume).set(slot, None)
     return replayed
 
 
