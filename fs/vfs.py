@@ -15,11 +15,12 @@ Invariants:
 from __future__ import annotations
 
 import errno
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
 from fs import pathwalk
 from fs.block.device import Bytes
@@ -31,8 +32,31 @@ from fs.pathwalk import Last, Path
 WRITE_CHUNK_BYTES: Final = 64 * 4096
 """A write goes in pieces of this size, so that ENOSPC in the middle gives a short write."""
 
+WALKS_MAX: Final = 16
+"""How often another node may remove what a path means while it is walked."""
+
 HANDLES_MAX: Final = 1024
 """Open handles of one mount; the next open is EMFILE."""
+
+
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+
+def _walks(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The path is walked anew when another node removed a file on it meanwhile, as Linux does."""
+
+    @functools.wraps(method)
+    def walk(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        for _ in range(WALKS_MAX):
+            try:
+                return method(*arguments, **options)
+            except OSError as reason:
+                if reason.errno != errno.ESTALE:
+                    raise
+        raise error(errno.ENOENT, "what the path means is removed all the time")
+
+    return walk
 
 
 @dataclass(slots=True)
@@ -66,6 +90,7 @@ class Vfs:
 
     # Files
 
+    @_walks
     def open(self, path: Path, flags: int = os.O_RDONLY, mode: int = 0o644) -> int:
         """Open a file (or, for reading, a directory) and return a handle number.
 
@@ -84,7 +109,10 @@ class Vfs:
         if not created and (handle.writable or flags & os.O_TRUNC) and self.fs.read_only:
             raise error(errno.EROFS, repr(path))
         if inode not in self._opens:
-            self.fs.opened(inode)
+            try:
+                self.fs.opened(inode)
+            except FileNotFoundError as reason:
+                raise error(errno.ESTALE, repr(path)) from reason
         self._opens[inode] = self._opens.get(inode, 0) + 1
         number = next(n for n in range(3, HANDLES_MAX + 4) if n not in self._handles)
         self._handles[number] = handle
@@ -106,7 +134,12 @@ class Vfs:
                 raise error(errno.EEXIST if exclusive else errno.EISDIR, repr(path))
             inode = self._find(where)
             if inode is None:
-                return self.fs.create(where.directory, where.name, mode), True
+                try:
+                    return self.fs.create(where.directory, where.name, mode), True
+                except FileExistsError:
+                    if flags & os.O_EXCL:
+                        raise
+                    continue  # another node was faster
             if flags & os.O_EXCL:
                 raise error(errno.EEXIST, repr(path))
             if inode.is_dir:
@@ -244,6 +277,7 @@ class Vfs:
             raise error(errno.EINVAL)
         self._truncate(handle.inode, size)
 
+    @_walks
     def truncate(self, path: Path, size: int) -> None:
         """Set the size of a file."""
         if size < 0:
@@ -265,18 +299,22 @@ class Vfs:
 
     # Names
 
+    @_walks
     def stat(self, path: Path) -> Stat:
         """What a path means, links followed."""
         return self._stat(pathwalk.resolve(self.fs, path))
 
+    @_walks
     def lstat(self, path: Path) -> Stat:
         """What a path means, a link in the last place not followed."""
         return self._stat(pathwalk.resolve(self.fs, path, follow=False))
 
+    @_walks
     def readlink(self, path: Path) -> str:
         """The target of a symbolic link."""
         return _decode(self.fs.readlink(pathwalk.resolve(self.fs, path, follow=False)))
 
+    @_walks
     def listdir(self, path: Path) -> list[str]:
         """The names in a directory, in on-disk order, without `.` and `..`."""
         return [_decode(entry.name) for entry in self.fs.readdir(pathwalk.resolve(self.fs, path))]
@@ -310,11 +348,13 @@ class Vfs:
             yield path, directories, others
             pending.extend(reversed(below))
 
+    @_walks
     def mkdir(self, path: Path, mode: int = 0o755) -> None:
         """Make a directory."""
         where = self._place_for_new(path)
         self.fs.mkdir(where.directory, where.name, mode)
 
+    @_walks
     def symlink(self, target: Path, path: Path) -> None:
         """Make a symbolic link at `path` to `target`."""
         content = pathwalk.encode(target)
@@ -323,6 +363,7 @@ class Vfs:
             raise error(errno.ENOENT, repr(path))
         self.fs.symlink(where.directory, where.name, content)
 
+    @_walks
     def link(self, old: Path, new: Path) -> None:
         """Give the file `old` (a link is not followed) the further name `new`."""
         inode = pathwalk.resolve(self.fs, old, follow=False)
@@ -337,6 +378,7 @@ class Vfs:
             raise error(errno.EEXIST, repr(path))
         return where
 
+    @_walks
     def unlink(self, path: Path) -> None:
         """Remove a name of a file."""
         where = pathwalk.last(self.fs, path)
@@ -347,6 +389,7 @@ class Vfs:
             raise error(errno.EISDIR if found.is_dir else errno.ENOTDIR, repr(path))
         self._free_if_gone(self.fs.unlink(where.directory, where.name))
 
+    @_walks
     def rmdir(self, path: Path) -> None:
         """Remove an empty directory."""
         where = pathwalk.last(self.fs, path)
@@ -355,6 +398,7 @@ class Vfs:
             raise error(code, repr(path))
         self._free_if_gone(self.fs.rmdir(where.directory, where.name))
 
+    @_walks
     def rename(self, old: Path, new: Path) -> None:
         """Move a name, over an existing one if its kind allows it."""
         source = pathwalk.last(self.fs, old)

@@ -182,13 +182,14 @@ class Ocfs2:
         locks = self._volume.locks.locks
         locks.acquire(recovery.SUPER_LOCK, Mode.EX)
         try:
-            dead = self._dead_slots(live_nodes)
-            for slot in dead:
+            for slot in self._dead_slots(live_nodes):
                 recovery.take_slot(self._volume, slot)
+            # An orphan may also lie in a slot that was given back: its last user died.
+            free = [slot for slot, node in enumerate(self.slot_nodes()) if node is None]
         finally:
             locks.release(recovery.SUPER_LOCK, Mode.EX)
         # Not under the super lock: others may need it before they give up what orphans need.
-        for slot in dead:
+        for slot in free:
             recovery.free_orphans(self._volume, self._files, self._names, slot)
 
     def recover_slot(self, slot: int, is_dead: Callable[[], bool] = lambda: True) -> int:
