@@ -12,7 +12,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +92,17 @@ class SharedCluster:
     def log(self, name: str) -> str:
         """What a process has logged."""
         return self.directory.log(name).read_text()
+
+    def await_restart(self, count: int) -> None:
+        """Wait until the hypervisor was started again so many times, and answers."""
+        text = "event=hypervisor-restart"
+        wait_until(lambda: self.log("supervisor").count(text) == count, text)
+        wait_until(self._hypervisor_answers, "the hypervisor's answer")
+
+    def _hypervisor_answers(self) -> bool:
+        with contextlib.suppress(Disconnected):
+            return "error" not in ask(self.directory.hypervisor_socket, {"verb": "ping"})
+        return False
 
     def recovered(self, name: str) -> bool:
         """Whether another node has replayed what this one left."""
@@ -222,11 +232,9 @@ def test_hypervisor_is_killed_while_nodes_share(cluster: SharedCluster, folder: 
     """Flushes that it did not hear are owed; no page that it kept is old."""
     for name in ("red", "blue", "green"):
         cluster.start(name, operations=300, writes=0.4, pages=40)
-    for _ in range(2):
-        with contextlib.suppress(ProcessLookupError, StopIteration):
-            os.kill(cluster.pid("hypervisor"), signal.SIGKILL)
-        restarts = cluster.log("supervisor").count("event=hypervisor-restart")
-        wait_until(partial(_restarted_since, cluster, restarts), "the hypervisor")
+    for restarts in (1, 2):
+        os.kill(cluster.pid("hypervisor"), signal.SIGKILL)
+        cluster.await_restart(restarts)
     for name in ("red", "blue", "green"):
         cluster.finish(name)
         assert cluster.status(name)["counters"]["mismatches"] == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +16,12 @@ from fs.block.file import FileDevice
 from fs.cluster.config import Timing
 from fs.dlm.modes import Mode
 from fs.ocfs2.mkfs import Parameters, blocks_needed, make_volume
+from guests.kernel import GuestSpec, Kernel
 from guests.node import Node, NodeSpec
 from ipc.errors import OperatorError
 from tests.support.clusters import short_folder
+from tools import coherence
+from tools.histories import check, read_history
 
 TURN_NS = 10_000_000
 NAME = b"M" + bytes(31)
@@ -74,6 +79,11 @@ class SteppedNode(Node):
         """What its main loop does, unless it sleeps."""
         if not self.asleep:
             self.pump()
+
+    def close(self) -> None:
+        """It goes on no more."""
+        self.asleep = True
+        super().close()
 
 
 @pytest.fixture
@@ -143,3 +153,49 @@ def test_sleeper_is_stopped_by_its_lease_and_by_its_reservation(
     world.run(lambda: red.fenced_because is not None, "red's fence")
     assert red.cluster.fence.expired()
     assert blue.fenced_because is None
+
+
+@pytest.mark.parametrize("lies", [False, True])
+def test_node_that_keeps_what_it_gave_up_is_found_out(
+    world: World, monkeypatch: pytest.MonkeyPatch, *, lies: bool
+) -> None:
+    """The histories of two kernels are coherent; not if one forgets nothing with its locks."""
+    monkeypatch.setattr(
+        "guests.kernel.Node",
+        lambda spec, _image, _folder: SteppedNode(world, spec.number, spec.timing),
+    )
+    kernels = []
+    for number, name in enumerate(("red", "blue")):
+        node = NodeSpec("data", number, ("red", "blue"), bytes(32), Timing.fast())
+        spec = GuestSpec(name, world.image, 2**20, world.folder, attach=False, node=node)
+        kernels.append(Kernel(spec, clock_ns=time.time_ns, now_seconds=time.monotonic))
+    red = kernels[0]
+    records = [world.folder / f"{kernel.name}.jsonl" for kernel in kernels]
+    try:
+        _start(red, 1, records[0], prepare=1, operations=0)
+        while red.is_running:
+            red.work()
+        for seed, (kernel, record) in enumerate(zip(kernels, records, strict=True), 2):
+            _start(kernel, seed, record, operations=600, files=1, pages=2)
+        while any(kernel.is_running for kernel in kernels):
+            if lies and (red.job.done if red.job is not None else 0) > 20:
+                assert red.node is not None
+                red.node.locks.downconvert = lambda _name, _to: None
+            for kernel in kernels:
+                kernel.work()
+    finally:
+        for kernel in reversed(kernels):
+            with contextlib.suppress(OSError):
+                kernel.stop()
+
+    calls = [call for record in records for call in read_history(record.stem, record)]
+    violations = check(calls)
+    assert bool(violations) == lies, violations
+    shared = coherence._shared_reads(calls)
+    assert shared > 0
+    verdict = coherence._verdict(violations, 0, [], [], shared)
+    assert verdict == ("violated" if lies else "holds")
+
+
+def _start(kernel: Kernel, seed: int, record: Path, **parameters: int) -> None:
+    kernel.start("histories", seed, {"record": str(record), **parameters})
