@@ -69,15 +69,13 @@ def differing_blocks(one: Path, other: Path) -> list[int]:
 
 
 def superblock_fields(path: Path) -> dict[str, object]:
-    """All fields of block 2 but the time of the last check.
+    """All fields of block 2.
 
-    mkfs.ocfs2 may reach that one a second after it has read the clock for the others. Behind the
-    end of the cluster's name it leaves what was in its memory.
+    Behind the end of the cluster's name mkfs.ocfs2 leaves what was in its memory.
     """
     with path.open("rb") as file:
         block = file.read(3 * BLOCK)[2 * BLOCK :]
     found = asdict(SuperBlock.read(block)) | asdict(Dinode.read(block))
-    del found["last_check_s"]
     found["cluster"] = found["cluster"].partition(b"\0")[0]
     return found
 
@@ -109,7 +107,7 @@ def test_same_blocks_as_mkfs_ocfs2(tmp_path: Path, mebibytes: int, parameters: P
     match = re.search(r"\n\s+0\s+0\s+1\s+(\d+)\s+0x0", extents)
     assert match is not None, extents
     assert superblock_fields(real) == superblock_fields(ours)
-    assert set(differing_blocks(real, ours)) == {0, 1, int(match.group(1))}
+    assert set(differing_blocks(real, ours)) - {2} == {0, 1, int(match.group(1))}
     assert debugfs(real, "ls -l /lost+found") == debugfs(ours, "ls -l /lost+found")
     assert faults(ours) == []
 
