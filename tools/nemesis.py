@@ -95,4 +95,5 @@ def _draw(
         duration = volume.idle_timeout + dead_seconds * 1.5
     elif kind == "messages":
         duration = random.uniform(0.5, 1.5)
-    return Action(kind, round(at, 3), round(duration, 3), nodes)
+    at_milliseconds = int(at * 1000)  # rounded up it could lie behind the end of the test
+    return Action(kind, at_milliseconds / 1000, round(duration, 3), nodes)

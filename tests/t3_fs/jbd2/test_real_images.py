@@ -139,8 +139,11 @@ def change_tree(root: Path, seed: int) -> None:
         (folder / "magic").write_bytes(MAGIC_BYTES * 3000)
     os.sync()
     shutil.rmtree(root / f"folder{seed}-1")
-    (root / f"after{seed}").write_bytes(rng.randbytes(9000))
-    os.sync()
+    after = os.open(root / f"after{seed}", os.O_WRONLY | os.O_CREAT)
+    os.write(after, rng.randbytes(9000))
+    # A commit alone: sync would also write the metadata home, and leave nothing to replay.
+    os.fsync(after)
+    os.close(after)
 
 
 @pytest.mark.parametrize(
