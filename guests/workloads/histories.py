@@ -2,7 +2,8 @@
 
 Parameters: record (a file of the host, one JSON object a line), files (3), pages (4), operations
 (1000), writes (0.3: share of writes), syncs (0.1: share of writes that are followed by fsync),
-folder ("/histories"), prepare (0; 1: first make the files, full of zeros: the value 0.0).
+folder ("/histories"), prepare (0; 1: first make the files, full of zeros: the value 0.0).  A read
+behind the end of a file that was prepared with fewer pages ends the work with an error.
 
 Each page that is written holds one value, unique in the run, from its first to its last byte:
 
@@ -16,6 +17,7 @@ so that what a killed node had begun is known too.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from fs.block.device import BLOCK_BYTES
+from fs.errors import error
 from fs.vfs import Vfs
 from guests.workloads.job import Job
 
@@ -90,11 +93,13 @@ def _write(
 
 
 def _read(vfs: Vfs, record: IO[str], path: str, page: int) -> bool:
-    """False if the page is no page that anybody wrote."""
+    """False if the page is no page that anybody wrote; EINVAL if the file has no such page."""
     handle = vfs.open(path, os.O_RDONLY)
     try:
         _say(record, "begin", "read", path, page, "")
         data = vfs.pread(handle, BLOCK_BYTES, page * BLOCK_BYTES)
+        if len(data) < BLOCK_BYTES:
+            raise error(errno.EINVAL, f"{path} was prepared without page {page}; pages is too many")
         value = data[: _VALUE.size]
         whole = data == value * _COPIES
         text = "{:x}.{:x}".format(*_VALUE.unpack(value)) if whole else "torn"

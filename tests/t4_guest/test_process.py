@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import stat
@@ -236,6 +237,26 @@ def test_full_disk_fails_the_work_and_not_the_guest(spec: GuestSpec) -> None:
         guest.exec("rm", "-r", "/log")
         guest.work("log", lines=100)
         assert guest.finish()["state"] == "idle"
+        assert guest.stop() == 0
+    assert_clean(spec.image)
+
+
+def test_histories_of_more_pages_than_prepared_fail_the_work_alone(
+    spec: GuestSpec, tmp_path: Path
+) -> None:
+    """One line names file and page; with as many as there are it works."""
+    record = str(tmp_path / "record")
+    with running_guest(spec) as guest:
+        guest.work("histories", record=record, prepare=1, pages=2, operations=0)
+        assert guest.finish()["state"] == "idle"
+        guest.work("histories", record=record, pages=3, operations=1000, writes=0.0)
+        status = guest.finish()
+        assert status["state"] == "failed"
+        assert re.fullmatch(
+            r".*/histories/\d was prepared without page 2; pages is too many", status["error"]
+        )
+        guest.work("histories", record=record, pages=2, operations=20)
+        assert guest.finish()["error"] is None
         assert guest.stop() == 0
     assert_clean(spec.image)
 
