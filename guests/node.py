@@ -403,7 +403,7 @@ class Layout:
 
 def read_layout(image: Path) -> Layout:
     """Where the heartbeat area is; it never moves.  Raises ImageError."""
-    device = FileDevice(image, read_only=True)
+    device = FileDevice(image, read_only=True, made_by="tmem mkfs")
     try:
         volume = Volume(device, LocalLocks(), 0, lambda: 0, 64)
         blocks = volume.system_blocks(b"heartbeat")
@@ -411,7 +411,7 @@ def read_layout(image: Path) -> Layout:
         while run < len(blocks) and blocks[run] == blocks[0] + run:
             run += 1
         if not blocks or not blocks[0]:
-            raise ImageError("has no heartbeat area; make it anew with 'tmem mkfs'")
+            raise ImageError("has no heartbeat area; make it anew with tmem mkfs")
         nodes = min(run * BLOCK_BYTES // SECTOR_BYTES, 255)
         sector = blocks[0] * (BLOCK_BYTES // SECTOR_BYTES)
         return Layout(volume.super.uuid, volume.super.slots, sector, nodes)

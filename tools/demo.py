@@ -99,9 +99,10 @@ def prepare_disks(config: ClusterConfig, cache: Path) -> dict[str, Disk]:
 
 def _prepare_disk(name: str, disk: GuestConfig | VolumeConfig, cache: Path, slots: int = 0) -> Disk:
     if disk.image is not None:
-        _check_image(name, disk.image)
         if slots:
-            _check_slots(Path(disk.image), slots)
+            # First, or an image that is none would be told to become one of ext2.
+            _check_slots(name, Path(disk.image), slots)
+        _check_image(name, disk.image)
         manifest = None if disk.manifest is None else Path(disk.manifest).absolute()
         if manifest is not None and not manifest.is_file():
             raise OperatorError(f"{name}: the manifest {manifest} is missing", ExitCode.NO_INPUT)
@@ -121,15 +122,15 @@ def _check_image(name: str, image: str) -> None:
         raise OperatorError(f"{name}: {error}", ExitCode.NO_INPUT) from None
 
 
-def _check_slots(image: Path, nodes: int) -> None:
+def _check_slots(name: str, image: Path, nodes: int) -> None:
     """A volume must have a slot for each of its nodes."""
     try:
         slots = read_layout(image).slots
     except ImageError as error:
-        raise OperatorError(str(error), ExitCode.NO_INPUT) from None
+        raise OperatorError(f"{name}: {error}", ExitCode.NO_INPUT) from None
     if slots < nodes:
         raise OperatorError(
-            f"image {image}: has {slots} slots for {nodes} nodes; make it anew with more",
+            f"{name}: image {image}: has {slots} slots for {nodes} nodes; make it anew with more",
             ExitCode.NO_INPUT,
         )
 

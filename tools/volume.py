@@ -49,7 +49,7 @@ def make_image(
     try:
         parameters.check()
         fresh = _prepare(path, size_bytes, force=force)
-        device = FileDevice(path)
+        device = FileDevice(path, made_by="tmem mkfs")
         try:
             make_volume(device, parameters, fresh=fresh)
         finally:
@@ -77,7 +77,7 @@ def _prepare(path: Path, size_bytes: int | None, *, force: bool) -> bool:
         with path.open("xb") as file:
             file.truncate(size_bytes // BLOCK_BYTES * BLOCK_BYTES)
         return True
-    device = FileDevice(path)
+    device = FileDevice(path, made_by="tmem mkfs")
     try:
         is_empty = all(not any(_head(device, block)) for block in range(min(3, device.blocks)))
     finally:
@@ -91,7 +91,7 @@ def _prepare(path: Path, size_bytes: int | None, *, force: bool) -> bool:
 
 def check_image(path: Path) -> list[Problem]:
     """What is wrong with the volume in the file `path`; `ImageError` when it can't be checked."""
-    device = FileDevice(path, read_only=True)
+    device = FileDevice(path, read_only=True, made_by="tmem mkfs")
     try:
         return check(device)
     except ImageError as reason:

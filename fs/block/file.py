@@ -21,21 +21,27 @@ from fs.errors import ImageError, error
 class FileDevice:
     """Blocks of the image file at `path`. A tail shorter than a block is not used.
 
+    `made_by` is the command that makes such an image, for people who have none: whoever opens a
+    volume of a cluster says so.
+
     Raises `ImageError` when the file is missing, not a regular file, not permitted, in use, or
     empty.
     """
 
     block_bytes = BLOCK_BYTES
 
-    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, read_only: bool = False, made_by: str = "mke2fs"
+    ) -> None:
         self.path = Path(path)
+        self._made_by = made_by
         self.read_only = read_only
         try:
             self._fd = os.open(
                 self.path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
             )
         except OSError as reason:
-            raise ImageError(_why_not_opened(self.path, reason)) from reason
+            raise ImageError(_why_not_opened(self.path, reason, made_by)) from reason
         self._closed = False
         try:
             self.blocks = self._check_and_lock()
@@ -46,14 +52,15 @@ class FileDevice:
     def _check_and_lock(self) -> int:
         info = os.fstat(self._fd)
         if stat.S_ISDIR(info.st_mode):
-            raise ImageError(_why_not_opened(self.path, error(errno.EISDIR)))
+            raise ImageError(_why_not_opened(self.path, error(errno.EISDIR), self._made_by))
         if not stat.S_ISREG(info.st_mode):
             raise ImageError(
                 f"image {self.path}: is not a regular file; give the path of a raw disk image"
             )
         if info.st_size < BLOCK_BYTES:
             raise ImageError(
-                f"image {self.path}: only {info.st_size} bytes long; make it again with mke2fs"
+                f"image {self.path}: only {info.st_size} bytes long;"
+                f" make it again with {self._made_by}"
             )
         try:
             fcntl.flock(
@@ -102,9 +109,9 @@ class FileDevice:
             os.close(self._fd)
 
 
-def _why_not_opened(path: Path, reason: OSError) -> str:
+def _why_not_opened(path: Path, reason: OSError, made_by: str) -> str:
     if reason.errno == errno.ENOENT:
-        return f"image {path}: no such file; make it with mke2fs or correct the path"
+        return f"image {path}: no such file; make it with {made_by} or correct the path"
     if reason.errno == errno.EISDIR:
         return f"image {path}: is a directory; give the path of a raw disk image"
     why = os.strerror(reason.errno or 0)

@@ -67,7 +67,7 @@ class SharedDevice:
         self.lease = lease
         self.refused = 0
         # The read-only FileDevice gives the checks of the path and the shared lock.
-        self._reader = FileDevice(path, read_only=True)
+        self._reader = FileDevice(path, read_only=True, made_by="tmem mkfs")
         self.path = self._reader.path
         self.blocks = self._reader.blocks
         self._fd = -1

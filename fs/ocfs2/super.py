@@ -71,14 +71,12 @@ class Superblock:
         raw = SuperBlock.read(data)
         dinode = Dinode.read(data)
         if dinode.signature != SUPER_SIGNATURE:
-            raise ImageError(
-                "has no OCFS2 superblock with 4 KiB blocks; make it with mkfs.ocfs2 -b 4K -C 4K"
-            )
+            raise ImageError("has no OCFS2 superblock with 4 KiB blocks; make it with tmem mkfs")
         _check_features(raw)
         if raw.block_bits != 12 or raw.cluster_bits != 12:
             raise ImageError(
                 f"has blocks of 2^{raw.block_bits} and clusters of 2^{raw.cluster_bits} bytes;"
-                " make it with mkfs.ocfs2 -b 4K -C 4K"
+                " make it with tmem mkfs"
             )
         self.blocks = dinode.clusters
         self.fs_generation = dinode.fs_generation
@@ -121,8 +119,7 @@ def _check_features(raw: SuperBlock) -> None:
         wrong.append("a slot map that isn't extended")
     if wrong:
         raise ImageError(
-            f"uses features that are not supported here: {', '.join(wrong)}; make it with"
-            " `tmem mkfs`"
+            f"uses features that are not supported here: {', '.join(wrong)}; make it with tmem mkfs"
         )
 
 

@@ -96,3 +96,18 @@ def test_image_with_too_few_slots(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert code in (65, 66)
     assert "has 1 slots for 2 nodes; make it anew with more" in error
     assert error.count("\n") == 1
+
+
+def test_missing_image_of_a_volume(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """What makes one is named: not mke2fs, which is for a guest's own image."""
+    (tmp_path / "c.toml").write_text(
+        '[[guest]]\nname = "red"\n[[guest]]\nname = "blue"\n'
+        '[[volume]]\nname = "data"\nnodes = ["red", "blue"]\nimage = "none.img"\n'
+    )
+
+    code = main(["up", "-f", str(tmp_path / "c.toml"), "--run", str(tmp_path / "run"), "-q"])
+
+    error = capsys.readouterr().err
+    assert code in (65, 66)
+    assert "none.img: no such file; make it with tmem mkfs or correct the path" in error
+    assert error.count("\n") == 1

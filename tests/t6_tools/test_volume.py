@@ -94,10 +94,13 @@ def test_not_to_be_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ext = tmp_path / "ext"
     ext.write_bytes(bytes(4 << 20))
     subprocess.run([need_tool("mke2fs"), "-q", str(ext)], check=True, capture_output=True)
+    empty = tmp_path / "empty"
+    empty.touch()
     noise = tmp_path / "noise"
     noise.write_bytes(b"noise" * 10_000)
     for path, says in (
-        (tmp_path / "missing", "no such file"),
+        (tmp_path / "missing", "no such file; make it with tmem mkfs"),
+        (empty, "only 0 bytes long; make it again with tmem mkfs"),
         (noise, "holds no OCFS2 volume"),
         (ext, f"checks OCFS2; use e2fsck -fn {ext}"),
     ):
