@@ -28,13 +28,14 @@ def mount_image(
     locks: ClusterLocks | None = None,
     node: int = 0,
     live_nodes: Callable[[], Collection[int]] | None = None,
+    node_label: Callable[[int], str] = "node {}".format,
     open_device: Callable[..., BlockDevice] = FileDevice,
 ) -> ExtFileSystem | Ocfs2:
     """Mount the image at `path`, ext2 or OCFS2; `ImageError` when that is not possible.
 
     `stack` may put devices on the image, such as `CountingDevice`. `unmount` closes the image.
-    `locks`, `node` and `live_nodes` are for OCFS2, see there; `open_device(path, read_only=...)`
-    opens an image that several nodes share.
+    `locks`, `node`, `live_nodes` and `node_label` are for OCFS2, see there;
+    `open_device(path, read_only=...)` opens an image that several nodes share.
     """
     device = stack(open_device(path, read_only=read_only))
     try:
@@ -45,6 +46,7 @@ def mount_image(
                 locks=locks,
                 node=node,
                 live_nodes=live_nodes,
+                node_label=node_label,
                 buffer_blocks=buffer_blocks,
                 read_only=read_only,
             )

@@ -145,6 +145,7 @@ class Kernel:
             locks=node.locks if node is not None else None,
             node=node.spec.number if node is not None else 0,
             live_nodes=node.live if node is not None else None,
+            node_label=node.label_of if node is not None else "node {}".format,
             open_device=open_device,
         )
         self.device = counting[0]

@@ -161,7 +161,9 @@ class Node:
             admits=lambda node: node not in self._dead,
         )
         self.device.lease = self.cluster.fence
-        self.locks = NodeLocks(spec.number, _LockTransport(self._send), self._wait)
+        self.locks = NodeLocks(
+            spec.number, _LockTransport(self._send), self._wait, label=self.label
+        )
         self.mesh.received = self._received
         self.mesh.up = self._up
         self.mesh.down = self._down
@@ -223,7 +225,11 @@ class Node:
     @property
     def label(self) -> str:
         """This node for a person."""
-        return node_label(self.spec.number, dict(enumerate(self.spec.names)))
+        return self.label_of(self.spec.number)
+
+    def label_of(self, number: int) -> str:
+        """A node for a person."""
+        return node_label(number, dict(enumerate(self.spec.names)))
 
     # --- what keeps it going
 
@@ -286,8 +292,16 @@ class Node:
             self.locks.manager.hold(node)
         self._dead |= dead
         self.epoch, self.members = epoch, members
-        log.info("event=view epoch=%d members=%s dead=%s", epoch, sorted(members), sorted(dead))
+        log.info(
+            "event=view epoch=%d members=%s dead=%s",
+            epoch,
+            self._list(members),
+            self._list(dead),
+        )
         self.locks.manager.set_view(epoch, members)
+
+    def _list(self, numbers: frozenset[int]) -> str:
+        return ", ".join(self.label_of(number) for number in sorted(numbers)) or "none"
 
     def fenced(self, reason: str) -> None:
         """This node is out."""
@@ -319,7 +333,7 @@ class Node:
 
     def _replay(self, node: int) -> None:
         """Replay what a dead node left in its journal, unless another survivor has."""
-        name = node_label(node, dict(enumerate(self.spec.names)))
+        name = self.label_of(node)
         self.locks.acquire(SUPER_LOCK, Mode.EX)
         try:
             # Where journals and slot map are never changes: no lock is needed to find them.

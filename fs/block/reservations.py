@@ -108,13 +108,13 @@ class Reservations:
             raise ValueError(f"node {node}, key {key}")
         if not _lock(self._fd, fcntl.F_WRLCK, _OWNER_BYTE + node):
             raise ImageError(
-                f"reservations {self.path}: {self._label(node)} is run by process"
+                f"reservations {self.path}: {self.label(node)} is run by process"
                 f" {self._record(node)[2]} already; stop it or use another node number"
             )
         self._words[_word(node)] = 0
         if self.writing(node):
             raise ImageError(
-                f"reservations {self.path}: a write of {self._label(node)}'s former process is"
+                f"reservations {self.path}: a write of {self.label(node)}'s former process is"
                 " still under way; wait for its end"
             )
         _RECORD.pack_into(
@@ -150,7 +150,7 @@ class Reservations:
         """Around each write of the image. `ReservationConflict` when the key is gone."""
         if not _lock(self._fd, fcntl.F_RDLCK, node):
             raise ReservationConflict(
-                errno.EIO, f"the guard byte of {self._label(node)} is held exclusively"
+                errno.EIO, f"the guard byte of {self.label(node)} is held exclusively"
             )
         try:
             if self._words[_word(node)] != key:
@@ -204,17 +204,18 @@ class Reservations:
         key, last, pid, by, start = _RECORD.unpack_from(self._map, _offset(node))
         return key, last, pid, by, start
 
-    def _label(self, node: int) -> str:
+    def label(self, node: int) -> str:
+        """What a person reads: the name first, the number with it."""
         name = self._names.get(node)
         return f"node {name} ({node})" if name else f"node {node}"
 
     def _why_gone(self, node: int, key: int) -> str:
         _, last, _, by, _ = self._record(node)
         if last != key:
-            return f"{self._label(node)} was started again, this is a former incarnation"
+            return f"{self.label(node)} was started again, this is a former incarnation"
         if by == _NOBODY:
-            return f"{self._label(node)} has given its reservation back"
-        return f"{self._label(node)} was preempted by {self._label(by)}"
+            return f"{self.label(node)} has given its reservation back"
+        return f"{self.label(node)} was preempted by {self.label(by)}"
 
 
 def _offset(node: int) -> int:

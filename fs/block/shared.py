@@ -141,7 +141,7 @@ class SharedDevice:
         """Kill the process of a preempted node that was stopped inside a write."""
         killed = self.reservations.finish_off(node, key)
         if killed:
-            _log.error("node %d was stopped inside a write and is killed", node)
+            _log.error("%s was stopped inside a write and is killed", self.reservations.label(node))
         return killed
 
     def close(self) -> None:

@@ -87,9 +87,10 @@ class NodeLocks:
         pump: Callable[[], None],
         *,
         retransmit_ns: int = RETRANSMIT_NS,
+        label: str = "",
     ) -> None:
         """`pump` delivers what has come, or waits a little for it; it may raise to end a wait."""
-        self.manager = LockManager(node, transport, self, retransmit_ns=retransmit_ns)
+        self.manager = LockManager(node, transport, self, retransmit_ns=retransmit_ns, label=label)
         self.downconvert: Callable[[bytes, Mode], None] = _nothing_to_forget
         """The file system's callback."""
         self.on_recovered: Callable[[int], None] | None = None
@@ -230,8 +231,7 @@ class NodeLocks:
     def _take(self, name: bytes, mode: Mode, flags: Flag) -> bool:
         while True:
             if self.manager.expelled:
-                node = self.manager.node
-                raise error(errno.EIO, f"node {node} is not in the cluster any more")
+                raise error(errno.EIO, f"{self.manager.label} is not in the cluster any more")
             # Anew each time: a callback may have dropped it.
             entry = self._entries.setdefault(name, _Entry())
             if self._may_use(name, entry, mode):

@@ -61,7 +61,7 @@ from fs.errors import error
 
 
 class LockManager:
-    """The lock manager of node `node`."""
+    """The lock manager of node `node`, which is called `label` when a person reads of it."""
 
     def __init__(
         self,
@@ -70,10 +70,12 @@ class LockManager:
         events: LockEvents,
         *,
         retransmit_ns: int = RETRANSMIT_NS,
+        label: str = "",
     ) -> None:
         if not 0 <= node <= NODE_MAX:
             raise ValueError(f"node {node} is not between 0 and {NODE_MAX}")
         self.node = node
+        self.label = label or f"node {node}"
         self.epoch = 0
         self.members: frozenset[int] = frozenset()
         self.ready = False
@@ -145,7 +147,7 @@ class LockManager:
     def lock(self, name: bytes, mode: Mode, flags: Flag = NO_FLAG) -> None:
         """Ask for a new lock, or for more than what is held; `LockEvents` has the answer."""
         if self.expelled:
-            raise error(errno.EIO, f"node {self.node} is not in the cluster any more")
+            raise error(errno.EIO, f"{self.label} is not in the cluster any more")
         if not 1 <= len(name) <= NAME_BYTES_MAX:
             raise ValueError(f"a lock's name has 1 to {NAME_BYTES_MAX} bytes, not {len(name)}")
         lock = self._locks.get(name)

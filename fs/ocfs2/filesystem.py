@@ -49,8 +49,9 @@ BUFFERS_BLOCKS: Final = 256
 class Ocfs2:
     """Mounts `device` as node number `node`.
 
-    `clock_ns` gives the time since 1970. Raises `ImageError` (one line that begins with what is
-    wrong; the caller knows the image's name) and closes nothing then.
+    `clock_ns` gives the time since 1970, `node_label` what people call a node. Raises `ImageError`
+    (one line that begins with what is wrong; the caller knows the image's name) and closes nothing
+    then.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Ocfs2:
         locks: ClusterLocks | None = None,
         node: int = 0,
         live_nodes: Callable[[], Collection[int]] | None = None,
+        node_label: Callable[[int], str] = "node {}".format,
         buffer_blocks: int = BUFFERS_BLOCKS,
         read_only: bool = False,
     ) -> None:
@@ -69,6 +71,7 @@ class Ocfs2:
         self.file_bytes_max = FILE_CLUSTERS_MAX * BLOCK_BYTES
         self.slot: int | None = None
         self.was_clean = True
+        self._node_label = node_label
         self._mounted = False
         self._pages: FilePages | None = None
         self._journal: SlotJournal | None = None
@@ -138,8 +141,9 @@ class Ocfs2:
                 # A dead node's slot is as good: what is done for its own after a crash helps both.
                 slot = next(iter(self._dead_slots(live_nodes)), None)
             if slot is None:
-                taken = ", ".join(str(node) for node in slots.read())
-                raise ImageError(f"has no free slot: all belong to nodes {taken}")
+                owners = [node for node in slots.read() if node is not None]
+                taken = ", ".join(self._node_label(node) for node in owners)
+                raise ImageError(f"has no free slot: all are taken, by {taken}")
             locks.pin(self._slot_lock(slot))
             slots.set(slot, self.node)
             journal = recovery.slot_journal(volume, slot)

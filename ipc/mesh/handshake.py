@@ -302,7 +302,7 @@ class Handshake:
         if theirs.peer != us.node:
             raise Refused(
                 Reason.NUMBER,
-                f"{self.speaker} wants node {theirs.peer}, this is {self._name(us.node)}",
+                f"{self.speaker} wants {self._name(theirs.peer)}, this is {self._name(us.node)}",
             )
         if not self.connecting and theirs.node <= us.node:
             raise Refused(

@@ -137,7 +137,7 @@ class Mesh:
 
     def name(self, node: int) -> str:
         """The node for a person."""
-        return f"node {node} ({self._names[node]})" if node in self._names else f"node {node}"
+        return f"node {self._names[node]} ({node})" if node in self._names else f"node {node}"
 
     @property
     def refused(self) -> Counter[Reason]:

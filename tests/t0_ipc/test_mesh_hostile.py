@@ -62,7 +62,7 @@ def serve(bed: MeshBed, peer: RawPeer) -> None:
         (
             {"parameters": b"\x01"},
             Reason.PARAMETERS,
-            "parameters of .*differ: here they are|parameters of node 0 .alpha. differ",
+            "parameters of .*differ: here they are|parameters of node alpha .0. differ",
         ),
     ],
     ids=["key", "cluster", "parameters"],
@@ -75,8 +75,8 @@ def test_both_nodes_say_what_differs_and_whose(
     words: str,
 ) -> None:
     """One refuses, the other is told; the node that agrees afterwards is let in at once."""
-    expect_warning(rf"node 0 \(alpha\): a connection was refused: .*bravo.*({words})")
-    expect_warning(rf"node 1 \(bravo\): a connection was refused: .*({words})")
+    expect_warning(rf"node alpha \(0\): a connection was refused: .*bravo.*({words})")
+    expect_warning(rf"node bravo \(1\): a connection was refused: .*({words})")
     with MeshBed(3, tmp_path) as bed:
         bed.stop(1)
         stranger = bed.start(1, **changes)  # type: ignore[arg-type]
@@ -103,10 +103,14 @@ def test_both_nodes_say_what_differs_and_whose(
         (
             hello(cluster="o"),
             Reason.CLUSTER,
-            "node 1 (bravo) is in cluster o, this node in testing",
+            "node bravo (1) is in cluster o, this node in testing",
         ),
         (hello(node=9), Reason.NUMBER, "node number 9 is not configured in testing"),
-        (hello(peer=2), Reason.NUMBER, "node 1 (bravo) wants node 2, this is node 0 (alpha)"),
+        (
+            hello(peer=2),
+            Reason.NUMBER,
+            "node bravo (1) wants node carol (2), this is node alpha (0)",
+        ),
         (hello(node=0), Reason.NUMBER, "node number 0 is not configured in testing"),
         (hello(node=255), Reason.PROTOCOL, "the greeting of somebody is malformed"),
         (hello(cluster=""), Reason.PROTOCOL, "the greeting of somebody is malformed"),
@@ -138,10 +142,18 @@ def test_a_lower_number_that_connects_is_refused(tmp_path: Path, expect_warning:
 
 def test_another_node_at_an_address_is_noticed(tmp_path: Path, expect_warning: Expect) -> None:
     """Two lines of a configuration were swapped."""
-    expect_warning(r"node 0 .* refused: node 2 \(carol\) wants node 1, this is node 0 \(alpha\)")
-    expect_warning(r"node 1 .* refused: node 2 \(carol\) wants node 0, this is node 1 \(bravo\)")
-    expect_warning(r"node 2 .* refused: node 0 \(alpha\) refused: node 2 \(carol\) wants node 0")
-    expect_warning(r"node 2 .* refused: node 1 \(bravo\) refused: node 2 \(carol\) wants node 1")
+    expect_warning(
+        r"node alpha .* refused: node carol \(2\) wants node bravo .1., this is node alpha \(0\)"
+    )
+    expect_warning(
+        r"node bravo .* refused: node carol \(2\) wants node alpha .0., this is node bravo \(1\)"
+    )
+    expect_warning(
+        r"node carol .* refused: node alpha \(0\) refused: node carol \(2\) wants node alpha"
+    )
+    expect_warning(
+        r"node carol .* refused: node bravo \(1\) refused: node carol \(2\) wants node bravo"
+    )
     with MeshBed(2, tmp_path) as bed:
         at = {0: bed.addresses[1], 1: bed.addresses[0], 2: UnixAddress(f"{tmp_path}/two")}
         for node in (0, 1):
@@ -347,7 +359,7 @@ def test_a_broken_seal_breaks_the_link(
     tmp_path: Path, expect_warning: Expect, broken: Callable[[Seal], bytes]
 ) -> None:
     """And what was whole before it is delivered before `down`."""
-    expect_warning("node 1 .bravo. sent")
+    expect_warning("node bravo .1. sent")
     with MeshBed(1, tmp_path) as bed:
         lonely(bed, tmp_path)
         with RawPeer(bed.addresses[0]) as peer:
@@ -401,8 +413,8 @@ def test_a_number_that_is_claimed_twice_stays_with_the_first(
     tmp_path: Path, expect_warning: Expect
 ) -> None:
     """Until the first falls silent; when it wakes up, it is the second."""
-    expect_warning(r"node 0 .* node 1 \(bravo\) is connected already: two processes")
-    expect_warning(r"node 1 .* node 0 \(alpha\) refused: node 1 \(bravo\) is connected already")
+    expect_warning(r"node alpha .* node bravo \(1\) is connected already: two processes")
+    expect_warning(r"node bravo .* node alpha \(0\) refused: node bravo \(1\) is connected already")
     with MeshBed(2, tmp_path) as bed:
         first = bed.nodes[1]
         second = bed.start(1, at=bed.addresses | {1: UnixAddress(f"{tmp_path}/second")})
@@ -449,7 +461,7 @@ def test_a_node_without_descriptors_is_deaf_for_a_while(
     tmp_path: Path, expect_warning: Expect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does not spin, keeps its links, and listens again."""
-    expect_warning(r"node 0 \(alpha\) can't accept: Too many open files")
+    expect_warning(r"node alpha \(0\) can't accept: Too many open files")
     with MeshBed(3, tmp_path) as bed:
         mesh = bed.nodes[0].mesh
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -114,10 +115,12 @@ def test_node_with_another_timing_is_refused(
 
 
 def test_sleeper_is_stopped_by_its_lease_and_by_its_reservation(
-    world: World, expect_warning: Callable[[str], None]
+    world: World, expect_warning: Callable[[str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither block layer lets a dead node's write through, nor its reads, nor its locks."""
+    """Neither block layer lets a dead node's write through, nor its reads, nor its locks; and
+    whatever a person reads of it names the nodes."""
     expect_warning("fenced|refused|silent|dead|lost")
+    caplog.set_level(logging.INFO, "guests.node")
     red, blue = world.node(0, Timing.fast()), world.node(1, Timing.fast())
     red.join()
     blue.join()
@@ -153,6 +156,13 @@ def test_sleeper_is_stopped_by_its_lease_and_by_its_reservation(
     world.run(lambda: red.fenced_because is not None, "red's fence")
     assert red.cluster.fence.expired()
     assert blue.fenced_because is None
+    views = [line for line in caplog.messages if "event=view" in line]
+    assert any("members=node red (0), node blue (1) dead=none" in line for line in views)
+    assert views[-1].endswith("members=node blue (1) dead=node red (0)")
+    # Blue's view reaches red's lock manager too, late.
+    red.locks.manager.set_view(blue.epoch, blue.members)
+    with pytest.raises(OSError, match=r"node red \(0\) is not in the cluster any more"):
+        red.locks.acquire(NAME, Mode.EX)
 
 
 @pytest.mark.parametrize("lies", [False, True])

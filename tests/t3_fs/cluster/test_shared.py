@@ -164,7 +164,7 @@ def test_a_writer_that_stays_inside_its_write_is_killed(
     expect_warning: Callable[[str], None],
 ) -> None:
     """That process and no other; and only after it was preempted."""
-    expect_warning("node 2 was stopped inside a write")
+    expect_warning(r"node web2 \(2\) was stopped inside a write")
     writer = start(2, 0x52)
     writer.tell("inside 3 7")
     assert writer.answer() == "stopping"

@@ -28,7 +28,8 @@ class Nodes:
         self.twin = Twin()
         self.pumps_left = 2000
         self.locks = [
-            NodeLocks(node, self.twin.transport(node), self._pump_of(node)) for node in range(count)
+            NodeLocks(node, self.twin.transport(node), self._pump_of(node), label=f"web{node}")
+            for node in range(count)
         ]
         self.downs: list[tuple[int, bytes, Mode]] = []
         for node, locks in enumerate(self.locks):
@@ -265,6 +266,8 @@ def test_the_expelled_are_told() -> None:
     zero.acquire(A, EX)
     zero.manager.set_view(2, frozenset({1}))
     assert told
-    with pytest.raises(OSError, match="not in the cluster"):
+    with pytest.raises(OSError, match="web0 is not in the cluster any more"):
         zero.acquire(A, PR)
+    with pytest.raises(OSError, match="web0 is not in the cluster any more"):
+        zero.manager.lock(B, PR)
     zero.release(A, EX)

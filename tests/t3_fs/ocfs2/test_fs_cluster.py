@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fs.dlm.modes import Mode
+from fs.errors import ImageError
 from tests.support.ocfs2 import BLOCK, Volume, read, vfs_tree, write
 from tests.t3_fs.ocfs2.conftest import MakeVolume
 from tests.t3_fs.ocfs2.nodes import Cluster, Node
@@ -161,6 +162,19 @@ def test_random_operations_of_three_nodes(make_image: MakeVolume, seed: int) -> 
     found = {path: data for path, (kind, data) in trees[0].items() if kind == "file"}
     assert found == files, f"seed {seed}"
     for node in nodes:
+        cluster.leave(node)
+
+
+def test_a_volume_without_a_free_slot_says_who_has_them(volume: Volume) -> None:
+    """By name; the others go on."""
+    names = {3: "red", 7: "blue"}
+    cluster, one, two = pair(volume)
+    with pytest.raises(ImageError, match="no free slot: all are taken, by node red, node blue"):
+        cluster.join(9, node_label=lambda node: f"node {names[node]}")
+    cluster.kill(cluster.table.nodes[9])
+    write(one.vfs, "/f", b"f")
+    assert read(two.vfs, "/f") == b"f"
+    for node in (one, two):
         cluster.leave(node)
 
 
