@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from fs.block.device import BlockDevice, Bytes
+from fs.filelocks import OtherNodes
 from fs.inode import Inode
 
 
@@ -74,6 +75,11 @@ class FileSystem(Protocol):
     @property
     def file_bytes_max(self) -> int:
         """Largest size of a file; beyond it EFBIG."""
+        ...
+
+    @property
+    def other_nodes(self) -> OtherNodes:
+        """What other mounts have to say to locks on files."""
         ...
 
     def now_ns(self) -> int:

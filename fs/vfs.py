@@ -15,6 +15,7 @@ Invariants:
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from typing import Final, ParamSpec, TypeVar
 from fs import pathwalk
 from fs.block.device import Bytes
 from fs.errors import corrupt, error
+from fs.filelocks import FileLocks, RangeLock, handle_owner, span
 from fs.filesystem import FilePages, FileSystem, FsStat
 from fs.inode import Inode, Stat
 from fs.pathwalk import Last, Path
@@ -86,6 +88,7 @@ class Vfs:
         self.pages = pages
         self._handles: dict[int, Handle] = {}
         self._opens: dict[Inode, int] = {}
+        self.file_locks = FileLocks(fs.other_nodes)
         fs.attach_pages(pages)
 
     # Files
@@ -154,14 +157,21 @@ class Vfs:
         handle = self._handle(number)
         del self._handles[number]
         self._opens[handle.inode] -= 1
-        if not self._opens[handle.inode]:
-            del self._opens[handle.inode]
-            try:
-                with self.fs.reading(handle.inode):
-                    pass  # another node may have taken the last name
-            finally:
-                self.fs.closed(handle.inode)
-            self._free_if_gone(handle.inode)
+        last = not self._opens[handle.inode]
+        try:
+            self.file_locks.close(handle.inode, number, last=last)
+        finally:
+            if last:
+                self._close_last(handle.inode)
+
+    def _close_last(self, inode: Inode) -> None:
+        del self._opens[inode]
+        try:
+            with self.fs.reading(inode):
+                pass  # another node may have taken the last name
+        finally:
+            self.fs.closed(inode)
+        self._free_if_gone(inode)
 
     def read(self, number: int, size: int) -> bytes:
         """At most `size` bytes from the handle's position, which moves on; empty at the end."""
@@ -296,6 +306,52 @@ class Vfs:
         with self.fs.writing(inode):
             self.pages.truncate(inode, size)
             self.fs.truncate(inode, size)
+
+    # Locks (`fs.filelocks`): nothing waits, EAGAIN says that somebody else has one
+
+    def flock(self, number: int, operation: int) -> None:
+        """Lock the whole file for this handle: LOCK_SH, LOCK_EX or LOCK_UN, as if with LOCK_NB."""
+        inode = self._handle(number).inode
+        wanted = operation & ~fcntl.LOCK_NB
+        if wanted == fcntl.LOCK_UN:
+            self.file_locks.unlock_whole(inode, number)
+        elif wanted in (fcntl.LOCK_SH, fcntl.LOCK_EX):
+            self.file_locks.lock_whole(inode, number, exclusive=wanted == fcntl.LOCK_EX)
+        else:
+            raise error(errno.EINVAL, f"operation {operation}")
+
+    def lock_range(
+        self, number: int, kind: int, start: int, length: int, owner: int | None = None
+    ) -> None:
+        """F_RDLCK, F_WRLCK or F_UNLCK of `length` bytes from `start`, 0: all from there.
+
+        `owner` is a process (0 or more; the caller has to `unlock_owner` when it ends or closes
+        the file), None the handle itself.
+        """
+        handle = self._handle(number)
+        start, end = span(start, length)
+        who = handle_owner(number) if owner is None else owner
+        if kind == fcntl.F_UNLCK:
+            self.file_locks.unlock_range(handle.inode, start, end, who)
+            return
+        exclusive = _is_exclusive(kind)
+        if not (handle.writable if exclusive else handle.readable):
+            raise error(errno.EBADF, "the handle was not opened for what it locks")
+        self.file_locks.lock_range(handle.inode, start, end, who, exclusive=exclusive)
+
+    def range_in_the_way(
+        self, number: int, kind: int, start: int, length: int, owner: int | None = None
+    ) -> RangeLock | None:
+        """What would keep `lock_range` from its work now (F_GETLK), of whatever node."""
+        inode = self._handle(number).inode
+        start, end = span(start, length)
+        who = handle_owner(number) if owner is None else owner
+        exclusive = _is_exclusive(kind)
+        return self.file_locks.range_in_the_way(inode, start, end, who, exclusive=exclusive)
+
+    def unlock_owner(self, number: int, owner: int) -> None:
+        """A process has closed the file, or ended: its ranges are free, by whichever handle."""
+        self.file_locks.release(self._handle(number).inode, owner)
 
     # Names
 
@@ -462,6 +518,12 @@ class Vfs:
         if inode.is_file:
             self.pages.forget(inode)
         self.fs.free_inode(inode)
+
+
+def _is_exclusive(kind: int) -> bool:
+    if kind not in (fcntl.F_RDLCK, fcntl.F_WRLCK):
+        raise error(errno.EINVAL, f"kind of lock {kind}")
+    return kind == fcntl.F_WRLCK
 
 
 def _check_openable(handle: Handle, path: Path) -> None:

@@ -45,6 +45,8 @@ __all__ = ["GuestSpec", "run"]
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS: Final = 0.5
+COMMAND_SECONDS: Final = 0.02
+"""Between two looks at a command that waits."""
 """How often an idle guest looks whether a lost hypervisor is back."""
 REATTACH_PATIENCE_SECONDS: Final = 0.1
 """The first attachment waits longer (`ipc.limits.HANDSHAKE_SECONDS`); later ones hold up work."""
@@ -110,12 +112,14 @@ def _loop(kernel: Kernel, control: Control, answers: Answers) -> None:
         node = kernel.node
         control.watch(node.mesh.fileno(), lambda _events: node.pump())
         idle_seconds = min(idle_seconds, node.spec.timing.heartbeat_interval_ns / 1e9 / 10)
+    wait_seconds = idle_seconds
     while not answers.stopping:
         if kernel.is_fenced:
             raise FencedNode(
                 f"{kernel.name} is fenced: {kernel.node and kernel.node.fenced_because}"
             )
-        control.wait(0 if kernel.is_running else idle_seconds)
+        control.wait(0 if kernel.is_running else wait_seconds)
+        wait_seconds = COMMAND_SECONDS if control.step() else idle_seconds
         if kernel.is_running:
             kernel.work()
         else:

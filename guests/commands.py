@@ -9,7 +9,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Final
 
 from fs.errors import error
@@ -46,6 +46,10 @@ class Console:
     def say(self, text: str) -> None:
         """A line to standard error, after the command's name."""
         self.stderr += f"{self.command}: {text}\n".encode("utf-8", "surrogateescape")
+
+    def run(self, argv: list[str]) -> Generator[None, None, None]:
+        """Another command, with the same output; its exit code is this one's."""
+        raise NotImplementedError
 
     def fail(self, reason: OSError, path: str | None = None) -> None:
         """Tell of an error as Unix does, and go on."""

@@ -1,7 +1,9 @@
 """The guest's control socket: how the supervisor gives it work and asks how it is.
 
 `guest-NAME.sock` in the run directory: a Unix stream of msgpack frames (`ipc.codec`), mode 0600.
-It is looked at between two steps of the workload, so everything in the guest is one thread.
+It is looked at between two steps of the workload, so everything in the guest is one thread.  A
+command that waits is stepped by the main loop (`Control.step`), and its connection gets the answer
+at the end; what else that connection asks waits for it, other connections do not.
 
     {"verb": "status"}                               -> Kernel.status
     {"verb": "run", "workload", "seed", "parameters"} -> {"accepted": True}
@@ -18,18 +20,21 @@ much is waiting for it.  Neither holds up the work.
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from guests.kernel import Kernel
-from guests.shell import Shell
+from guests.shell import Execution
 from guests.workloads.job import BadParameters
 from ipc.codec import BadRecord, Record, decode, encode, split_frame
 from ipc.errors import ExitCode, OperatorError
+
+log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX: Final = 16
 REQUEST_BYTES_MAX: Final = 256 * 1024
@@ -42,19 +47,32 @@ def socket_path(run_directory: Path, name: str) -> Path:
     return run_directory / f"guest-{name}.sock"
 
 
+class Pending(Protocol):
+    """An answer that takes time."""
+
+    def step(self) -> Record | None:
+        """Go on; the answer at the end."""
+        ...
+
+    def cancel(self) -> None:
+        """Nobody will read it.  OSError."""
+        ...
+
+
 class _Connection:
-    __slots__ = ("received", "socket", "waiting")
+    __slots__ = ("pending", "received", "socket", "waiting")
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
         self.received = b""
         self.waiting = b""
+        self.pending: Pending | None = None
 
 
 class Control:
-    """`answer(record) -> record` does the work; this moves the frames."""
+    """`answer(record)` does the work; this moves the frames."""
 
-    def __init__(self, path: Path, answer: Callable[[Record], Record]) -> None:
+    def __init__(self, path: Path, answer: Callable[[Record], Record | Pending]) -> None:
         self._path = path
         self._answer = answer
         self._poll = select.poll()
@@ -90,6 +108,18 @@ class Control:
             handler = self._handlers.get(fd)
             if handler is not None:
                 handler(events)
+
+    def step(self) -> bool:
+        """Go on with the answers that take time; whether there are any left."""
+        left = False
+        for connection in list(self._connections.values()):
+            if connection.pending is not None:
+                try:
+                    self._answer_all(connection)
+                except (OSError, BadRecord):
+                    self._drop(connection)
+            left = left or connection.pending is not None
+        return left
 
     def close(self) -> None:
         """Drop all connections and remove the socket."""
@@ -129,9 +159,26 @@ class Control:
         if not chunk:
             raise BadRecord("the end")
         connection.received += chunk
-        while (frame := split_frame(connection.received)) is not None:
-            body, connection.received = frame
-            connection.waiting += encode(self._answer(decode(body)))
+        self._answer_all(connection)
+
+    def _answer_all(self, connection: _Connection) -> None:
+        """Whatever was asked, in order, as far as no answer takes time."""
+        while True:
+            if connection.pending is None:
+                frame = split_frame(connection.received)
+                if frame is None:
+                    break
+                body, connection.received = frame
+                answer = self._answer(decode(body))
+                if isinstance(answer, dict):
+                    connection.waiting += encode(answer)
+                    continue
+                connection.pending = answer
+            done = connection.pending.step()
+            if done is None:
+                break
+            connection.pending = None
+            connection.waiting += encode(done)
         if (
             len(connection.received) > REQUEST_BYTES_MAX
             or len(connection.waiting) > WAITING_BYTES_MAX
@@ -150,6 +197,12 @@ class Control:
         self._poll.modify(connection.socket.fileno(), interest)
 
     def _drop(self, connection: _Connection) -> None:
+        pending, connection.pending = connection.pending, None
+        if pending is not None:
+            try:
+                pending.cancel()
+            except OSError as error:
+                log.warning("event=not-cancelled why=%s", error)
         fd = connection.socket.fileno()
         del self._connections[fd]
         del self._handlers[fd]
@@ -162,10 +215,9 @@ class Answers:
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self._shell = Shell(kernel)
         self.stopping = False
 
-    def answer(self, untrusted: Record) -> Record:
+    def answer(self, untrusted: Record) -> Record | Pending:
         """The answer to a request; never raises for anything that a request can hold."""
         verb = untrusted.get("verb")
         if verb == "status":
@@ -228,14 +280,27 @@ class Answers:
             return {"error": str(error)}
         return {"accepted": True}
 
-    def _exec(self, untrusted_argv: object) -> Record:
+    def _exec(self, untrusted_argv: object) -> Record | Pending:
         if (
             not isinstance(untrusted_argv, list)
             or not untrusted_argv
             or not all(isinstance(word, str) for word in untrusted_argv)
         ):
             return {"error": "exec needs argv, a list of texts that begins with a command"}
-        return self._shell.run(untrusted_argv)._asdict()
+        return _Command(Execution(self._kernel, untrusted_argv))
+
+
+class _Command:
+    """A command that runs for a connection."""
+
+    def __init__(self, execution: Execution) -> None:
+        self._execution = execution
+        self.cancel = execution.cancel
+
+    def step(self) -> Record | None:
+        """The result, as the verb `exec` has it."""
+        result = self._execution.step()
+        return None if result is None else result._asdict()
 
 
 def read_characters() -> int:

@@ -108,6 +108,8 @@ class Kernel:
         if isinstance(self.fs, Ocfs2):
             self.fs.attach_pages(self.pages)
         self.vfs = Vfs(self.fs, self.pages)
+        if self.node is not None:
+            self.node.range_queries.own = self.vfs.file_locks.ranges_of
         self.findings = Findings()
         self.job: Job | None = None
         self._steps: Iterator[None] | None = None
@@ -253,6 +255,10 @@ class Kernel:
         self._steps = None
         self._error = error
         self._seconds += self._now_seconds() - self._began_at
+
+    def now_seconds(self) -> float:
+        """The clock that waiting is measured by."""
+        return self._now_seconds()
 
     # --- figures
 

@@ -46,6 +46,7 @@ from fs.ocfs2.filesystem import Ocfs2
 from fs.ocfs2.locking import LocalLocks
 from fs.ocfs2.recovery import SUPER_LOCK, replay, slot_journal, slot_map
 from fs.ocfs2.volume import Volume
+from guests.rangequeries import RangeQueries
 from ipc.errors import ExitCode, OperatorError
 from ipc.mesh.addresses import UnixAddress
 from ipc.mesh.faults import RandomFaults
@@ -57,6 +58,7 @@ log = logging.getLogger(__name__)
 
 MEMBERSHIP: Final = b"\0"
 LOCKS: Final = b"\1"
+RANGES: Final = b"\2"
 """The first byte of each message between nodes: whose it is."""
 WAIT_SECONDS: Final = 0.02
 """How long a node that waits for a lock sleeps between two looks at its timers."""
@@ -164,6 +166,13 @@ class Node:
         self.locks = NodeLocks(
             spec.number, _LockTransport(self._send), self._wait, label=self.label
         )
+        self.range_queries = RangeQueries(
+            spec.number,
+            send=lambda node, message: self._send(node, RANGES + message),
+            members=self.live,
+            wait=self._wait,
+            now_ns=clock_ns,
+        )
         self.mesh.received = self._received
         self.mesh.up = self._up
         self.mesh.down = self._down
@@ -195,6 +204,7 @@ class Node:
         """The volume is mounted under these locks; the slots of dead nodes can be taken over."""
         self.fs = fs
         self.locks.downconvert = fs.downconvert
+        fs.other_nodes.ask = self.range_queries.ask
 
     def leave(self) -> None:
         """After the volume was unmounted: say goodbye, as far as the others listen."""
@@ -275,6 +285,8 @@ class Node:
             self.cluster.deliver(node, message)
         elif whose == LOCKS and self.fenced_because is None:
             self.locks.manager.deliver(node, message)
+        elif whose == RANGES and self.fenced_because is None:
+            self.range_queries.deliver(node, message)
 
     def _up(self, node: int) -> None:
         self.cluster.peer_up(node)

@@ -24,9 +24,10 @@ KINDS: Final = {
     "S": "super",
     "R": "rename",
     "F": "flock",
+    "L": "ranges",
     "P": "orphan scan",
 }
-"""By the first letter of a lock's name, as OCFS2 has them."""
+"""By the first letter of a lock's name, as OCFS2 has them; it has no ranges."""
 
 
 def node_status(node: Node, now_ns: int) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from fs.filelocks import END, handle_owner
+from fs.ocfs2.filesystem import Ocfs2
 from guests.kernel import Kernel, no_cleancache
 from ipc.abi import PAGE_BYTES
 
@@ -60,11 +62,31 @@ def _vmstat(kernel: Kernel) -> str:
     return "".join(f"{name} {count}\n" for name, count in rows.items())
 
 
+def _locks(kernel: Kernel) -> str:
+    """As Linux's, with handles where it has processes: below zero, as it shows them, too."""
+    held = kernel.vfs.file_locks
+    rows = [
+        ("FLOCK ", exclusive, handle_owner(handle), inode.ino, 0, END)
+        for inode, handle, exclusive in held.whole_files()
+    ]
+    rows += [
+        ("OFDLCK" if one.owner < 0 else "POSIX ", one.exclusive, one.owner, inode.ino, *one[:2])
+        for inode, one in held.ranges()
+    ]
+    return "".join(
+        f"{number}: {kind} ADVISORY  {'WRITE' if exclusive else 'READ '} {owner} 00:00:{ino} "
+        f"{start} {'EOF' if end == END else end - 1}\n"
+        for number, (kind, exclusive, owner, ino, start, end) in enumerate(rows, 1)
+    )
+
+
 def _mounts(kernel: Kernel) -> str:
-    return f"/dev/vda / ext2 {'ro' if kernel.fs.read_only else 'rw'},noatime 0 0\n"
+    kind = "ocfs2" if isinstance(kernel.fs, Ocfs2) else "ext2"
+    return f"/dev/vda / {kind} {'ro' if kernel.fs.read_only else 'rw'},noatime 0 0\n"
 
 
 _FILES: Final[dict[str, Callable[[Kernel], str]]] = {
+    "/proc/locks": _locks,
     "/proc/meminfo": _meminfo,
     "/proc/vmstat": _vmstat,
     "/proc/mounts": _mounts,

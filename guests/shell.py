@@ -2,18 +2,24 @@
 
 Exit codes are Unix's too: 0 done, 1 something failed, 2 wrong use, 127 no such command.  Output is
 bounded; what did not fit is cut, said so on stderr, and the exit code is then 1.
+
+Most commands run to their end at once.  Some wait (`guests.lockcommands`), so a command that was
+started is stepped until it has a result, and others may be started meanwhile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator
 from typing import Final, NamedTuple
 
 from guests.commands import COMMANDS, Console, UsageError
 from guests.kernel import Kernel
+from guests.lockcommands import WAITING_COMMANDS
 
 STDOUT_BYTES_MAX: Final = 3 * 1024 * 1024
 """An answer must fit into one frame (`ipc.limits.CONTROL_MESSAGE_BYTES_MAX`, 4 MiB)."""
 STDERR_BYTES_MAX: Final = 64 * 1024
+_KNOWN: Final = " ".join(sorted({*COMMANDS, *WAITING_COMMANDS}))
 
 
 class Result(NamedTuple):
@@ -28,34 +34,31 @@ class OutputFull(Exception):
     """A command wrote more than an answer can hold."""
 
 
-class Shell:
-    """Runs one command at a time."""
+class Execution:
+    """A command that was started."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
+    def __init__(self, kernel: Kernel, argv: list[str]) -> None:
+        self._console = _BoundedConsole(kernel, argv[0])
+        self._steps = self._console.run(argv)
 
-    def run(self, argv: list[str]) -> Result:
-        """Run a command to its end."""
-        name, *arguments = argv
-        command = COMMANDS.get(name)
-        if command is None:
-            known = " ".join(sorted(COMMANDS))
-            text = f"{name}: command not found; there are {known}\n"
-            return Result(127, b"", text.encode())
-        console = _BoundedConsole(self._kernel, name)
+    def step(self) -> Result | None:
+        """Go on as far as it goes without waiting; the result at the end."""
+        console = self._console
         try:
-            command(console, arguments)
-        except UsageError as error:
-            console.say(f"{error}; usage: {command.__doc__}")
-            console.exit_code = 2
-        except OSError as error:
-            console.fail(error)
+            next(self._steps)
+        except StopIteration:
+            pass
         except OutputFull:
             console.say(f"output cut at {STDOUT_BYTES_MAX} bytes")
             console.exit_code = 1
-        return Result(
-            console.exit_code, bytes(console.stdout), bytes(console.stderr[:STDERR_BYTES_MAX])
-        )
+        else:
+            return None
+        stdout, stderr = bytes(console.stdout), bytes(console.stderr[:STDERR_BYTES_MAX])
+        return Result(console.exit_code, stdout, stderr)
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more: let go of what it holds.  OSError from the disk."""
+        self._steps.close()
 
 
 class _BoundedConsole(Console):
@@ -64,3 +67,28 @@ class _BoundedConsole(Console):
         self.stdout += data[:room]
         if len(data) > room:
             raise OutputFull
+
+    def run(self, argv: list[str]) -> Generator[None, None, None]:
+        outer, self.command = self.command, argv[0]
+        try:
+            yield from self._run(*argv)
+        finally:
+            self.command = outer
+
+    def _run(self, name: str, *arguments: str) -> Iterator[None]:
+        usage: str | None = None
+        try:
+            if name in WAITING_COMMANDS:
+                usage = WAITING_COMMANDS[name].__doc__
+                yield from WAITING_COMMANDS[name](self, list(arguments))
+            elif name in COMMANDS:
+                usage = COMMANDS[name].__doc__
+                COMMANDS[name](self, list(arguments))
+            else:
+                self.say(f"command not found; there are {_KNOWN}")
+                self.exit_code = 127
+        except UsageError as error:
+            self.say(f"{error}; usage: {usage}")
+            self.exit_code = 2
+        except OSError as error:
+            self.fail(error)

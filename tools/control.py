@@ -18,6 +18,8 @@ def ask(path: Path, question: Record, *, timeout_seconds: float = 10.0) -> Recor
             connection.connect(os.fspath(path))
             send_record(connection, question)
             answer = receive_record(connection)
+    except TimeoutError:
+        raise Disconnected(f"{path.name}: no answer in {timeout_seconds:g} s") from None
     except (OSError, BadRecord) as error:
         raise Disconnected(f"{path.name}: {error}") from None
     if answer is None:

@@ -36,6 +36,7 @@ from fs.ext.inode import FAST_LINK_BYTES_MAX, FILE_PAGES_MAX, ExtInode, InodeTab
 from fs.ext.mapping import BlockMap
 from fs.ext.namecache import NameCache
 from fs.ext.super import ROOT_INO, Superblock
+from fs.filelocks import Alone
 from fs.filesystem import Entry, FilePages, FsStat
 from fs.inode import Inode
 
@@ -67,6 +68,7 @@ class ExtFileSystem:
         read_only: bool = False,
     ) -> None:
         self.device = device
+        self.other_nodes = Alone()
         self.now_ns = clock_ns
         self.file_bytes_max = FILE_PAGES_MAX * BLOCK_BYTES
         self._buffers = Buffers(device, buffer_blocks)

@@ -33,6 +33,7 @@ from fs.hooks import FileKey
 from fs.inode import Inode
 from fs.ocfs2 import recovery
 from fs.ocfs2.dinode import FILE_CLUSTERS_MAX, Ocfs2Inode
+from fs.ocfs2.filelocks import NodeFileLocks
 from fs.ocfs2.files import Files
 from fs.ocfs2.format import NAME_BYTES_MAX
 from fs.ocfs2.journals import ReplayedDevice, SlotJournal
@@ -79,6 +80,7 @@ class Ocfs2:
         if locks is None:
             locks = LocalLocks()
             live_nodes = live_nodes or tuple
+        self.other_nodes = NodeFileLocks(locks, node)
         try:
             self._volume = Volume(device, locks, node, clock_ns, buffer_blocks)
             self._volume.read_only = read_only or device.read_only

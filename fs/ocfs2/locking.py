@@ -21,6 +21,7 @@ SUPER: Final = b"S"
 RENAME: Final = b"R"
 WRITE: Final = b"W"
 FLOCK: Final = b"F"
+RANGES: Final = b"L"
 NAME_BYTES: Final = 31
 VALUE_BYTES: Final = 64
 

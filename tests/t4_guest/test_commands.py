@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from guests.kernel import Kernel
-from guests.shell import Result, Shell
+from guests.shell import Execution, Result
 from tests.t4_guest.worlds import running_kernel, write_file
 
 
@@ -19,6 +19,20 @@ def kernel(image: Path) -> Iterator[Kernel]:
     with running_kernel(image) as running:
         write_file(running, "/a", b"text\n")
         yield running
+
+
+class Shell:
+    """Its commands, one at a time."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def run(self, argv: list[str]) -> Result:
+        """Run a command to its end."""
+        execution = Execution(self.kernel, argv)
+        while (result := execution.step()) is None:
+            pass
+        return result
 
 
 @pytest.fixture

@@ -23,9 +23,12 @@ def register(app: typer.Typer) -> None:
 def execute(
     guest: Annotated[str, typer.Argument(help="Name of the guest.")],
     command: Annotated[list[str], typer.Argument(help="Command and arguments, after --.")],
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=1e6, help="Seconds that the command may take.")
+    ] = 10.0,
     run: RunOption = None,
 ) -> int:
-    """Run a command in a guest: cat, ls, stat, find, sha256sum, cp, mv, rm, df, ..."""
+    """Run a command in a guest: cat, ls, stat, find, sha256sum, cp, mv, rm, df, flock, ..."""
     from tools.control import ask
     from tools.rundir import find_live
 
@@ -39,7 +42,8 @@ def execute(
         raise OperatorError(
             f"there is no guest {guest!r}; there are {', '.join(names)}", ExitCode.USAGE
         )
-    answer = ask(directory.guest_socket(guest), {"verb": "exec", "argv": command})
+    question = {"verb": "exec", "argv": command}
+    answer = ask(directory.guest_socket(guest), question, timeout_seconds=timeout)
     if "error" in answer:
         raise OperatorError(f"{guest}: {answer['error']}", ExitCode.USAGE)
     sys.stdout.flush()
