@@ -18,6 +18,7 @@ from fs.directpages import DirectPages
 from fs.dlm.modes import Mode, compatible
 from fs.filesystem import FilePages
 from fs.ocfs2.filesystem import Ocfs2
+from fs.ocfs2.locking import VALUE_BYTES
 from fs.vfs import Vfs
 from tests.support.ocfs2 import Clock
 
@@ -68,7 +69,8 @@ class LockTable:
     """Who holds what."""
 
     holds: dict[bytes, dict[int, Mode]] = field(default_factory=dict)
-    values: dict[bytes, bytes] = field(default_factory=dict)
+    values: dict[bytes, bytes | None] = field(default_factory=dict)
+    """None: lost."""
     tokens: Counter[bytes] = field(default_factory=Counter)
     nodes: dict[int, Node] = field(default_factory=dict)
     downconverts: int = 0
@@ -77,7 +79,7 @@ class LockTable:
         """A node is dead: its locks are gone, and values that it may have changed not valid."""
         for name, holders in self.holds.items():
             if holders.pop(node, Mode.NL) == Mode.EX:
-                self.values.pop(name, None)
+                self.values[name] = None
         del self.nodes[node]
 
     def bury(self, dead: Node, survivor: Node) -> None:
@@ -139,7 +141,7 @@ class TableLocks:
         """Nothing was counted."""
 
     def value(self, name: bytes) -> bytes | None:
-        return self._table.values.get(name)
+        return self._table.values.get(name, bytes(VALUE_BYTES))
 
     def set_value(self, name: bytes, value: bytes) -> None:
         assert self._table.holds[name][self._node] == Mode.EX
@@ -152,7 +154,8 @@ class TableLocks:
         assert not any(self.uses[name, mode] for mode in Mode)
         holders = self._table.holds.get(name, {})
         holders.pop(self._node, None)
-        if not holders:
+        value = self.value(name)
+        if not holders and value is not None and not value[-1]:
             self._table.values.pop(name, None)
 
     @property
