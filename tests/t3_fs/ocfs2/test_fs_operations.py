@@ -201,7 +201,7 @@ def test_no_space_changes_nothing(make_image: MakeVolume) -> None:
 
 
 def test_an_extent_tree_grows_and_shrinks(make_image: MakeVolume) -> None:
-    """Two files that grow in turns have an extent for each block: trees of depth 1 and 2."""
+    """Two files that grow in turns have an extent for each block: trees of depth 1."""
     volume = make_image(64)
     vfs = volume.mount()
     vfs.mkdir("/d")
