@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 
-from fs.ocfs2.files import wants_child
 from fs.ocfs2.filesystem import Ocfs2
 from fs.ocfs2.format import (
     BLOCK_EXTENTS,
@@ -31,6 +30,7 @@ from fs.ocfs2.format import (
     ExtentRecord,
     write_extent,
 )
+from fs.ocfs2.names import wants_child
 from fs.vfs import Vfs
 from tests.support.ocfs2 import ALL, BLOCK, Volume, debugfs, faults, problems, read
 from tests.t3_fs.ocfs2.conftest import MakeVolume
@@ -132,11 +132,10 @@ class Tree:
             root[ID2_OFFSET:] = bytes(BLOCK - ID2_OFFSET)
             _fill(root, ID2_OFFSET, ExtentListHeader(depth=self.depth), records)
             for (block, data), after in zip(self._leaves, [*self._leaves[1:], None], strict=True):
-                head = ExtentBlock.read(data)
-                replace(head, next_leaf=after[0] if after else 0).write_into(data)
+                leaf = replace(ExtentBlock.read(data), next_leaf=after[0] if after else 0)
+                leaf.write_into(data)
                 self._write(block, data)
-            head = Dinode.read(root)
-            replace(head, last_extent_block=self._leaves[-1][0]).write_into(root)
+            replace(Dinode.read(root), last_extent_block=self._leaves[-1][0]).write_into(root)
             self._write(self.ino, root)
             assert not list(self._extents)
             assert not list(self._free)
