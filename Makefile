@@ -16,7 +16,7 @@ T ?= tests
 WORKERS ?= auto --maxprocesses=4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench fuzz sim model crash-restart coherence campaigns vm-check lock clean
+.PHONY: help setup demo test lint format bench fuzz sim model crash-restart coherence campaigns crash-cluster vm-check lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -72,6 +72,11 @@ campaigns: setup  ## Long campaigns of journal, lock manager and membership: SEE
 	$(BIN)/python -m tests.t3_fs.dlm.campaign --seeds $(SEEDS)
 	$(BIN)/python -m tests.t3_fs.dlm.explorations --states $(STATES)
 	TMEM_CLUSTER_RUNS=$(SEEDS) $(BIN)/python -m pytest -q --timeout=0 tests/t3_fs/cluster
+
+crash-cluster: SEEDS = 4
+crash-cluster: setup  ## Cut the power at every disk write, kill nodes at every step (SEED=first, SEEDS=4)
+	$(BIN)/python -m tests.t5_cluster.ocfs2.campaign --seed $(or $(SEED),1) --seeds $(SEEDS)
+	CRASH_CLUSTER=1 $(BIN)/python -m pytest -q -n $(WORKERS) --timeout=0 tests/t3_fs/ocfs2
 
 vm-check: setup  ## Let real Linux in a virtual machine judge our volumes (ONLY='killed chain', SEED=n)
 	@tools/setup.sh vm

@@ -1,0 +1,155 @@
+"""The power of the whole host goes at every disk write, while several journals are dirty.
+
+All nodes' writes are in one log, in order of time, and a flush of any node ends an epoch. A state
+is named `power/SEED/LENGTH/CUT[/CUT]`: the second cut is one of the recovery after the first.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fs.block.memory import MemoryDevice
+from fs.block.writelog import LoggingDevice, PowerCut, PowerCuts, power_cuts
+from tests.t5_cluster.ocfs2.judgement import Seen, fsck_agrees, is_whole, mount, recovered, works
+from tests.t5_cluster.ocfs2.oracle import Oracle, Vector, agree
+from tests.t5_cluster.ocfs2.workload import volume, workload
+from tests.t5_cluster.ocfs2.world import SLOTS, World
+
+
+@dataclass(frozen=True)
+class Width:
+    """How much is looked at."""
+
+    subset_writes_max: int = 10
+    samples: int = 200
+    torn_each: int = 2
+    every: int = 1
+    """Of so many states one."""
+    again_every: int = 100
+    """Of so many looked at, one has its recovery cut at every write."""
+    fsck_every: int = 200
+
+
+class PowerCutRun:
+    """One workload, and all its power cuts."""
+
+    def __init__(self, seed: int, length: int) -> None:
+        self.name = f"power/{seed}/{length}"
+        self.counts: Counter[str] = Counter()
+        self._seed = seed
+        self._before, model = volume()
+        operations = workload(seed, length)
+        self._world = World(self._before, seed)
+        self._world.run(operations)
+        self._oracle = Oracle(model, operations, self._world.outcomes)
+        for number, effect in enumerate(self._oracle.effects):
+            outcome = self._world.outcomes[number]
+            assert agree(effect.outcome, outcome), f"{self.name}: {operations[number]}: {outcome}"
+        self._epochs = self._world.log.epochs
+        self.writes = sum(len(epoch.writes) for epoch in self._epochs)
+
+    def run(self, width: Width, part: int = 0, parts: int = 1) -> None:
+        """Judge the states, or one part of them; AssertionError names the one that fails."""
+        states = PowerCuts(self._before, self._epochs)
+        every = width.every * parts
+        for number, cut in enumerate(self._cuts(width)):
+            if number % every != part * width.every:
+                continue
+            disk = states.state(cut)
+            self.counts["states"] += 1
+            looked_at = number // every
+            fsck = looked_at % width.fsck_every == 0
+            self._judge(cut, disk, f"{self.name}/{cut}", fsck=fsck)
+            if looked_at % width.again_every == 0:
+                self._cut_again(cut, disk, width, fsck=fsck)
+
+    def replay(self, state: str) -> None:
+        """Judge one state by its id."""
+        first, *second = state.removeprefix(f"{self.name}/").split("/")
+        cut = PowerCut.from_id(first)
+        disk = PowerCuts(self._before, self._epochs).state(cut)
+        if second:
+            log = _recovery(disk, f"{self.name}/{cut}")
+            disk = PowerCuts(disk, log.epochs).state(PowerCut.from_id(second[0]))
+        self._judge(cut, disk, state, fsck=True)
+
+    def _cuts(self, width: Width) -> Iterator[PowerCut]:
+        return power_cuts(
+            self._epochs,
+            random.Random(self._seed),
+            subset_writes_max=width.subset_writes_max,
+            samples=width.samples,
+            torn_each=width.torn_each,
+        )
+
+    def _cut_again(self, cut: PowerCut, disk: MemoryDevice, width: Width, *, fsck: bool) -> None:
+        name = f"{self.name}/{cut}"
+        log = _recovery(disk, name)
+        states = PowerCuts(disk, log.epochs)
+        cuts = power_cuts(
+            log.epochs,
+            random.Random(zlib.crc32(name.encode())),
+            subset_writes_max=min(width.subset_writes_max, 4),
+            samples=min(width.samples, 4),
+            torn_each=min(width.torn_each, 1),
+        )
+        for number, second in enumerate(cuts):
+            self.counts["recovery cuts"] += 1
+            again = states.state(second)
+            self._judge(cut, again, f"{name}/{second}", fsck=fsck and number % 50 == 0)
+
+    def _judge(self, cut: PowerCut, disk: MemoryDevice, name: str, *, fsck: bool) -> None:
+        device = disk.copy()
+        try:
+            vfs, seen = recovered(device, _mounter(name))
+            self._must_be_allowed(cut, seen)
+            works(vfs)
+            is_whole(device)
+            if fsck:
+                self.counts["fsck runs"] += 1
+                fsck_agrees(device)
+        except Exception as reason:
+            raise AssertionError(f"{name}: {reason}") from reason
+
+    def _must_be_allowed(self, cut: PowerCut, seen: Seen) -> None:
+        least, most = self._bounds(cut.epoch)
+        allowed = self._allowed(least, most)
+        wrong = "the tree is none of those that may be"
+        for vector in allowed.get(seen.shape, ()):
+            path = self._oracle.model(vector).contents_differ(seen.contents)
+            if path is None:
+                return
+            wrong = f"the content of {path} can't be"
+        raise AssertionError(f"{wrong}, with {least} to {most} of the nodes' operations")
+
+    def _bounds(self, epoch: int) -> tuple[Vector, Vector]:
+        marks = [mark for mark in self._epochs[epoch].marks if isinstance(mark, int)]
+        begun = max(
+            (number for number, began in enumerate(self._world.epochs) if began <= epoch), default=0
+        )
+        return self._oracle.promised(marks), self._oracle.counts[begun]
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - lives as long as the run
+    def _allowed(
+        self, least: Vector, most: Vector
+    ) -> dict[frozenset[tuple[str, object]], list[Vector]]:
+        shapes: dict[frozenset[tuple[str, object]], list[Vector]] = {}
+        for vector in self._oracle.vectors(least, most):
+            shapes.setdefault(self._oracle.model(vector).shape(), []).append(vector)
+        return shapes
+
+
+def _mounter(name: str) -> int:
+    """One of the nodes of the cluster, or a stranger."""
+    return zlib.crc32(name.encode()) % (SLOTS + 1)
+
+
+def _recovery(disk: MemoryDevice, name: str) -> LoggingDevice:
+    device = LoggingDevice(disk.copy())
+    mount(device, _mounter(name))
+    return device

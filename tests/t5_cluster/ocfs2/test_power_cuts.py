@@ -1,0 +1,20 @@
+"""The power goes with several dirty journals (the long form: `campaign`)."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.t5_cluster.ocfs2.powercuts import PowerCutRun, Width
+
+SHORT = Width(subset_writes_max=3, samples=3, torn_each=1, every=5, again_every=60, fsck_every=60)
+LENGTH = 40
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_power_cut_with_several_dirty_journals(seed: int) -> None:
+    """Whoever mounts replays them all: the volume is whole, and what was synced is there."""
+    run = PowerCutRun(seed, LENGTH)
+    run.run(SHORT)
+    assert run.counts["states"] > 100
+    assert run.counts["recovery cuts"] > 50
+    assert run.counts["fsck runs"] > 2
