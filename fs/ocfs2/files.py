@@ -35,6 +35,8 @@ class Files:
 
     def __init__(self, volume: Volume) -> None:
         self._volume = volume
+        self._open: set[int] = set()
+        """Inodes that this node holds open; its own open locks don't keep it from freeing them."""
 
     # Locks around data
 
@@ -164,9 +166,11 @@ class Files:
             if isinstance(reason, OSError) and reason.errno == errno.ESTALE:
                 raise error(errno.ENOENT, f"inode {file.ino} is removed") from reason
             raise
+        self._open.add(file.ino)
 
     def closed(self, inode: Inode) -> None:
         """The last handle at this node is closed."""
+        self._open.discard(own(inode).ino)
         self._close(lock_name(OPEN, own(inode).ino), Mode.PR)
 
     def _close(self, name: bytes, mode: Mode) -> None:
@@ -177,12 +181,14 @@ class Files:
     # The end
 
     def free(self, inode: Inode) -> bool:
-        """Free an inode without names, unless another node holds it open.
+        """Free an inode without names, unless a node holds it open, this one among them.
 
         True when it is freed, by this call or by another node before.
         """
         file = own(inode)
         self._volume.check_writable()
+        if file.ino in self._open:
+            return False  # an orphan that somebody else left; its last close here frees it
         name = lock_name(OPEN, file.ino)
         if not self._volume.locks.locks.try_acquire(name, Mode.EX):
             return False  # its last closer finds it in the orphan directory
