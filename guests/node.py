@@ -172,6 +172,7 @@ class Node:
             members=self.live,
             wait=self._wait,
             now_ns=clock_ns,
+            label=self.label_of,
         )
         self.mesh.received = self._received
         self.mesh.up = self._up

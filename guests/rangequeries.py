@@ -44,6 +44,7 @@ class RangeQueries:
         members: Callable[[], Collection[int]],
         wait: Callable[[], None],
         now_ns: Callable[[], int],
+        label: Callable[[int], str] = "node {}".format,
     ) -> None:
         """`wait` delivers what has come, or waits a little for it; it may raise to end a wait."""
         self.own: Callable[[int, int], Sequence[RangeLock]] = _none
@@ -53,6 +54,7 @@ class RangeQueries:
         self._members = members
         self._wait = wait
         self._now_ns = now_ns
+        self._label = label
         self._round = 0
         self._answers: dict[int, list[RangeLock]] = {}
 
@@ -90,7 +92,7 @@ class RangeQueries:
             else:
                 self._answered(node, untrusted_message)
         except (struct.error, ValueError) as reason:
-            log.warning("event=bad-range-message from=%d why=%s", node, reason)
+            log.warning("event=bad-range-message from=%s why=%s", self._label(node), reason)
 
     def _answered(self, node: int, untrusted_message: bytes) -> None:
         kind, number = _ANSWER.unpack_from(untrusted_message)
