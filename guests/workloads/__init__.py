@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from guests.workloads import compile as compile_workload
-from guests.workloads import histories, log, mixed, read_all, search
+from guests.workloads import counters, histories, log, mixed, read_all, search
 from guests.workloads.job import Job
 
 Workload = Callable[[Job], Iterator[None]]
@@ -21,5 +21,6 @@ WORKLOADS: dict[str, Workload] = {
     "compile": compile_workload.run,
     "log": log.run,
     "mixed": mixed.run,
+    "counters": counters.run,
     "histories": histories.run,
 }
