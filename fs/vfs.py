@@ -166,11 +166,16 @@ class Vfs:
 
     def _close_last(self, inode: Inode) -> None:
         del self._opens[inode]
+        # In this order: a node that takes the last name before the close is known everywhere leaves
+        # the freeing to this one, which would not hear of it any more if it had looked before.
+        self.fs.closed(inode)
         try:
             with self.fs.reading(inode):
-                pass  # another node may have taken the last name
-        finally:
-            self.fs.closed(inode)
+                pass
+        except OSError as reason:
+            if reason.errno != errno.ESTALE:
+                raise
+            return  # another node has taken the last name and freed it
         self._free_if_gone(inode)
 
     def read(self, number: int, size: int) -> bytes:

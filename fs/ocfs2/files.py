@@ -154,18 +154,22 @@ class Files:
     def opened(self, inode: Inode) -> None:
         """This node holds the file open: no other node may free it. ENOENT if one did."""
         file = own(inode)
-        locks = self._volume.locks
         name = lock_name(OPEN, file.ino)
-        locks.locks.acquire(name, Mode.PR)
+        self._volume.locks.locks.acquire(name, Mode.PR)
         try:
             with self._volume.locked(file, Mode.PR):
-                if not file.nlink:
-                    raise error(errno.ENOENT, f"inode {file.ino} is removed")
+                removed = not file.nlink
         except BaseException as reason:
             self._close(name, Mode.PR)
             if isinstance(reason, OSError) and reason.errno == errno.ESTALE:
                 raise error(errno.ENOENT, f"inode {file.ino} is removed") from reason
             raise
+        if removed:
+            self._close(name, Mode.PR)
+            if not self._volume.read_only:
+                # Whoever removed it may have found it open here, and left it to this node.
+                self.free(file)
+            raise error(errno.ENOENT, f"inode {file.ino} is removed")
         self._open.add(file.ino)
 
     def closed(self, inode: Inode) -> None:
