@@ -28,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from fs.errors import ImageError
 from guests.kernel import Kernel
 from guests.shell import Execution
 from guests.workloads.job import BadParameters
@@ -246,6 +247,9 @@ class Answers:
             return self._kernel.volume()
         except OSError as error:
             return {"error": error.strerror or str(error)}
+        except ImageError as error:
+            # Of a slot that another system has used.
+            return {"error": f"the volume {error}"}
 
     def _spoil(self, untrusted: Record) -> Record:
         names = [untrusted.get(key, []) for key in ("cut", "heal")]

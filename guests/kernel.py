@@ -25,10 +25,11 @@ from fs.vfs import Vfs
 from guests.cleancache import Cleancache
 from guests.memory import Memory, divide
 from guests.node import Fenced, KeptDevice, Node, NodeSpec
-from guests.nodeview import lock_resources, node_status, volume_status
+from guests.nodeview import lock_resources, node_status
 from guests.pagecache import PageCache
 from guests.privatecache import TokenNames
 from guests.sharedcache import SharedCleancache
+from guests.volumeview import volume_status
 from guests.workloads import WORKLOADS
 from guests.workloads.job import BadParameters, Findings, Job
 from ipc.channel import Channel
@@ -278,18 +279,7 @@ class Kernel:
 
     def volume(self) -> dict[str, Any]:
         """What the control socket's verb `volume` answers: the file system that is mounted."""
-        if isinstance(self.fs, Ocfs2):
-            return volume_status(self.fs, self.node.spec.names if self.node is not None else ())
-        space = self.fs.statfs()
-        return {
-            "type": "ext2",
-            "uuid": self.fs.uuid.hex(),
-            "label": "",
-            "block_bytes": space.block_bytes,
-            "blocks": space.blocks,
-            "blocks_free": space.blocks_free,
-            "slots": [],
-        }
+        return volume_status(self.fs, self.node.spec.names if self.node is not None else ())
 
     def locks(self) -> dict[str, Any]:
         """What the control socket's verb `locks` answers: cluster locks that this guest masters."""

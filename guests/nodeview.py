@@ -1,4 +1,4 @@
-"""What a node of a cluster tells people: itself, the locks that it masters, its volume.
+"""What a node of a cluster tells people: itself, and the locks that it masters.
 
 Everything that another node is named in has its name, not a number only.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from fs.cluster.config import node_label
 from fs.dlm.modes import Mode
-from fs.ocfs2.filesystem import Ocfs2
 from fs.ocfs2.locking import NAME_BYTES
 from guests.node import Node
 
@@ -85,24 +83,6 @@ def split_lock_name(name: bytes) -> tuple[str, int | None]:
         return kind, int(name[7:23], 16)
     except ValueError:
         return kind, None
-
-
-def volume_status(fs: Ocfs2, names: tuple[str, ...]) -> dict[str, Any]:
-    """Size, slots with their nodes, uuid and label."""
-    space = fs.statfs()
-    known = dict(enumerate(names))
-    return {
-        "type": "ocfs2",
-        "uuid": fs.uuid.hex(),
-        "label": fs.label,
-        "block_bytes": space.block_bytes,
-        "blocks": space.blocks,
-        "blocks_free": space.blocks_free,
-        "slots": [
-            None if node is None else known.get(node, node_label(node, known))
-            for node in fs.slot_nodes()
-        ],
-    }
 
 
 def _name(node: Node, number: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from ipc.codec import Record
@@ -11,7 +12,8 @@ from tools.rundir import ClusterDirectory, ClusterRecord
 from tools.units import format_size
 
 LOCKS_HEADER: Final = ("KIND", "INODE", "MASTER", "HOLDERS", "WAITERS", "TOKEN")
-VOLUMES_HEADER: Final = ("GUEST", "TYPE", "SIZE", "FREE", "LABEL", "UUID", "SLOTS")
+VOLUMES_HEADER: Final = ("TYPE", "SIZE", "FREE", "LABEL", "UUID", "FEATURES")
+SLOTS_HEADER: Final = ("UUID", "SLOT", "NODE", "JOURNAL", "SEQUENCE", "RECOVERIES")
 
 
 def locks(
@@ -69,8 +71,7 @@ def volumes(
 
 
 def volume_cells(name: str, volume: Record) -> tuple[str, ...]:
-    """A row of the table."""
-    slots = [f"{n}:{owner or 'free'}" for n, owner in enumerate(volume["slots"])]
+    """A row of the table; `name` is whose file system it is."""
     return (
         name,
         volume["type"],
@@ -78,5 +79,21 @@ def volume_cells(name: str, volume: Record) -> tuple[str, ...]:
         format_size(volume["blocks_free"] * volume["block_bytes"]),
         volume["label"] or "-",
         volume["uuid"],
-        " ".join(slots) or "-",
+        ",".join(volume["features"]) or "-",
     )
+
+
+def slot_rows(volumes: Iterable[Record]) -> list[tuple[str, ...]]:
+    """The slots of all volumes, each volume once."""
+    return [
+        (
+            uuid,
+            str(slot["slot"]),
+            slot["node"] or "free",
+            slot["journal"],
+            str(slot["sequence"]),
+            str(slot["recoveries"]),
+        )
+        for uuid, volume in {volume["uuid"]: volume for volume in volumes}.items()
+        for slot in volume["slots"]
+    ]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import time
+from functools import partial
 from pathlib import Path
 
 from fs.block.device import BLOCK_BYTES, BlockDevice
 from fs.block.file import FileDevice
 from fs.errors import ImageError
+from fs.mount import mount_image
 from fs.ocfs2.fsck.checker import check
 from fs.ocfs2.fsck.problems import Problem
 from fs.ocfs2.mkfs import Parameters, make_volume
+from guests.volumeview import volume_status
+from ipc.codec import Record
 from ipc.errors import ExitCode, OperatorError
 from tools.units import format_size
 
@@ -87,6 +92,28 @@ def _prepare(path: Path, size_bytes: int | None, *, force: bool) -> bool:
     if size_bytes is not None:
         os.truncate(path, size_bytes // BLOCK_BYTES * BLOCK_BYTES)
     return False
+
+
+def stat_image(path: Path) -> Record:
+    """What `tmem fs stat` shows of the file system in the file `path`, which is not changed.
+
+    Nodes have numbers only: their names are the cluster's. Raises OperatorError.
+    """
+    try:
+        fs = mount_image(
+            path,
+            clock_ns=time.time_ns,
+            read_only=True,
+            open_device=partial(FileDevice, made_by="tmem mkfs"),
+        )
+    except ImageError as reason:
+        raise OperatorError(str(reason), ExitCode.NO_INPUT) from None
+    try:
+        return volume_status(fs, ())
+    except (ImageError, OSError) as reason:
+        raise OperatorError(f"image {path}: {reason}", ExitCode.NO_INPUT) from None
+    finally:
+        fs.unmount()
 
 
 def check_image(path: Path) -> list[Problem]:

@@ -69,17 +69,20 @@ RO_COMPAT_LARGE_FILE: Final = 0x0002
 RO_COMPAT_KNOWN: Final = RO_COMPAT_SPARSE_SUPER | RO_COMPAT_LARGE_FILE
 
 
-def unknown(compat: int, incompat: int, ro_compat: int) -> list[str]:
-    """Names of the features that we don't know.
+def names(compat: int, incompat: int, ro_compat: int) -> list[str]:
+    """Names of all features that are set. A bit without a name is given as its word and number."""
+    return [
+        texts.get(bit, f"{word}:{bit:#x}")
+        for word, bits, texts in (
+            ("compat", compat, COMPAT),
+            ("incompat", incompat, INCOMPAT),
+            ("ro_compat", ro_compat, RO_COMPAT),
+        )
+        for bit in (1 << n for n in range(32))
+        if bits & bit
+    ]
 
-    A bit without a name is given as its word and number.
-    """
-    found = []
-    for word, bits, known, names in (
-        ("compat", compat, COMPAT_KNOWN, COMPAT),
-        ("incompat", incompat, INCOMPAT_KNOWN, INCOMPAT),
-        ("ro_compat", ro_compat, RO_COMPAT_KNOWN, RO_COMPAT),
-    ):
-        unknown_bits = [1 << n for n in range(32) if bits & ~known & 1 << n]
-        found += [names.get(bit, f"{word}:{bit:#x}") for bit in unknown_bits]
-    return found
+
+def unknown(compat: int, incompat: int, ro_compat: int) -> list[str]:
+    """Names of the features that we don't know."""
+    return names(compat & ~COMPAT_KNOWN, incompat & ~INCOMPAT_KNOWN, ro_compat & ~RO_COMPAT_KNOWN)

@@ -90,6 +90,7 @@ class ExtFileSystem:
                 f"can't be mounted ({reason.strerror}); repair it with e2fsck"
             ) from reason
         self.uuid = self._super.uuid
+        self.features = self._super.features
         self._super.read_only = self._super.read_only or read_only
         self._mounted = True
         if not self.read_only:

@@ -95,8 +95,15 @@ class Superblock:
         self.read_only = device.read_only
         self.was_valid = bool(self._state & STATE_VALID) and not self._state & STATE_ERROR
         self.damaged = False
+        self._incompat: int = incompat
+        self._compat: int = compat
         self._check_features(compat, incompat)
         self._check_geometry(device)
+
+    @property
+    def features(self) -> list[str]:
+        """The names of the features that are set."""
+        return features.names(self._compat, self._incompat, self.ro_compat)
 
     def _check_features(self, compat: int, incompat: int) -> None:
         if self.revision > 1:

@@ -36,7 +36,7 @@ from fs.ocfs2.dinode import FILE_CLUSTERS_MAX, Ocfs2Inode
 from fs.ocfs2.filelocks import NodeFileLocks
 from fs.ocfs2.files import Files
 from fs.ocfs2.format import NAME_BYTES_MAX
-from fs.ocfs2.journals import ReplayedDevice, SlotJournal
+from fs.ocfs2.journals import JournalState, ReplayedDevice, SlotJournal
 from fs.ocfs2.locking import WRITE, ClusterLocks, LocalLocks, lock_block, lock_name
 from fs.ocfs2.names import Names
 from fs.ocfs2.rename import Renames
@@ -101,6 +101,7 @@ class Ocfs2:
                 f"can't be mounted ({reason.strerror}); repair it with fsck.ocfs2"
             ) from reason
         self.uuid = self._volume.super.uuid
+        self.features = self._volume.super.features
         self.label = self._volume.super.label.decode(errors="replace")
 
     # Mounting
@@ -221,6 +222,11 @@ class Ocfs2:
     def slot_nodes(self) -> list[int | None]:
         """The node of each slot; None: free."""
         return recovery.slot_map(self._volume).read()
+
+    def journal_states(self) -> list[JournalState]:
+        """Of each slot's journal."""
+        slots = range(self._volume.super.slots)
+        return [recovery.slot_journal(self._volume, slot).state() for slot in slots]
 
     @property
     def read_only(self) -> bool:

@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from typing import NamedTuple
 
 from fs.block.device import BLOCK_BYTES, BlockDevice, Bytes
 from fs.errors import corrupt, error
 from fs.jbd2.area import Area
+from fs.jbd2.format import Superblock
 from fs.jbd2.journal import Journal
 from fs.jbd2.recovery import Recovered, recover, unreplayed
 from fs.ocfs2.dinode import Ocfs2Inode
 from fs.ocfs2.flags import InodeFlag
 from fs.ocfs2.format import DINODE_SIGNATURE, JOURNAL_DIRTY, Dinode
+
+
+class JournalState(NamedTuple):
+    """A slot's journal as the disk has it, for a person."""
+
+    dirty: bool
+    """Somebody uses it, or has left it to be replayed."""
+    sequence: int
+    """Of the oldest transaction that may have to be replayed; all before it are home."""
+    recoveries: int
+    """How often it was replayed after a death."""
 
 
 class SlotJournal:
@@ -46,6 +59,12 @@ class SlotJournal:
     def dirty(self) -> bool:
         """True when the slot was not given back properly."""
         return bool(self._read()[1].id1_low & JOURNAL_DIRTY)
+
+    def state(self) -> JournalState:
+        """What there is to say about it."""
+        raw = self._read()[1]
+        superblock = Superblock(self.area.read(0), len(self.area))
+        return JournalState(bool(raw.id1_low & JOURNAL_DIRTY), superblock.sequence, raw.id1_high)
 
     def replay(self) -> Recovered:
         """Write home what the log holds."""

@@ -28,6 +28,10 @@ _COMPAT: Final = Compat.STRICT_JOURNAL_SUPER
 _INCOMPAT: Final = Incompat.EXTENDED_SLOT_MAP | Incompat.CLUSTERINFO
 _STACK: Final = b"o2cb"
 
+_COMPAT_NAMES: Final[dict[int, str]] = {
+    Compat.BACKUP_SUPER: "backup-super",
+    Compat.STRICT_JOURNAL_SUPER: "strict-journal-super",
+}
 _NAMES: Final[dict[int, str]] = {
     Incompat.HEARTBEAT_DEVICE: "heartbeat-device",
     Incompat.RESIZE_IN_PROGRESS: "an unfinished resize",
@@ -36,6 +40,7 @@ _NAMES: Final[dict[int, str]] = {
     Incompat.TUNEFS_IN_PROGRESS: "an unfinished tunefs",
     Incompat.INLINE_DATA: "inline-data",
     Incompat.USERSPACE_STACK: "a userspace cluster stack",
+    Incompat.EXTENDED_SLOT_MAP: "extended-slotmap",
     Incompat.XATTR: "xattr",
     Incompat.INDEXED_DIRS: "indexed-dirs",
     Incompat.META_ECC: "metaecc",
@@ -78,6 +83,7 @@ class Superblock:
                 f"has blocks of 2^{raw.block_bits} and clusters of 2^{raw.cluster_bits} bytes;"
                 " make it with tmem mkfs"
             )
+        self.features = _feature_names(raw)
         self.blocks = dinode.clusters
         self.fs_generation = dinode.fs_generation
         self.uuid = bytes(raw.uuid)
@@ -108,8 +114,8 @@ class Superblock:
 
 
 def _check_features(raw: SuperBlock) -> None:
-    wrong = [_NAMES.get(bit, f"incompat {bit:#x}") for bit in _bits(raw.incompat & ~_INCOMPAT)]
-    wrong += [_RO_NAMES.get(bit, f"ro_compat {bit:#x}") for bit in _bits(raw.ro_compat)]
+    wrong = _names("incompat", raw.incompat & ~_INCOMPAT, _NAMES)
+    wrong += _names("ro_compat", raw.ro_compat, _RO_NAMES)
     if raw.compat & Compat.BACKUP_SUPER:
         wrong.append("backup-super")
     stack = bytes(raw.stack).rstrip(b"\0")
@@ -123,8 +129,17 @@ def _check_features(raw: SuperBlock) -> None:
         )
 
 
-def _bits(word: int) -> list[int]:
-    return [1 << n for n in range(32) if word >> n & 1]
+def _feature_names(raw: SuperBlock) -> list[str]:
+    return [
+        *_names("compat", raw.compat, _COMPAT_NAMES),
+        *_names("incompat", raw.incompat, _NAMES),
+        *_names("ro_compat", raw.ro_compat, _RO_NAMES),
+    ]
+
+
+def _names(word: str, value: int, names: dict[int, str]) -> list[str]:
+    bits = [1 << n for n in range(32) if value >> n & 1]
+    return [names.get(bit, f"{word} {bit:#x}") for bit in bits]
 
 
 def system_file_names(slots: int) -> dict[bytes, int]:

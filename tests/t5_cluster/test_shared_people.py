@@ -46,10 +46,19 @@ def test_people_see_nodes_locks_and_slots_by_name(folder: Path, cluster_name: st
 
         volumes = json.loads(tmem("fs", "stat", "--json", cwd=folder).stdout)
         assert {volume["type"] for volume in volumes.values()} == {"ocfs2"}
-        assert sorted(volumes["red"]["slots"]) == ["blue", "red"]
+        slots = volumes["red"]["slots"]
+        assert sorted(slot["node"] for slot in slots) == ["blue", "red"]
+        assert [(slot["slot"], slot["journal"]) for slot in slots] == [(0, "dirty"), (1, "dirty")]
+        assert all(slot["sequence"] > 0 for slot in slots)
+        assert volumes["red"]["features"] == ["strict-journal-super", "extended-slotmap"]
         assert volumes["red"]["uuid"] == volumes["blue"]["uuid"]
         one = tmem("fs", "stat", "--guest", "red", cwd=folder).stdout
-        assert "0:" in one
+        assert "strict-journal-super,extended-slotmap" in one
+        uuid = volumes["red"]["uuid"]
+        lines = [line.split() for line in one.splitlines() if line.startswith(uuid)]
+        assert [line[:4] for line in lines] == [
+            [uuid, str(slot["slot"]), slot["node"], "dirty"] for slot in slots
+        ]
         wrong = tmem("fs", "stat", "--guest", "nobody", cwd=folder)
         assert wrong.returncode == 64
         assert "there are red, blue" in wrong.stderr

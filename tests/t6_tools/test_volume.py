@@ -1,14 +1,17 @@
-"""`tmem mkfs` and `tmem fsck`: what they say and their exit codes."""
+"""`tmem mkfs`, `tmem fsck` and `tmem fs stat IMAGE`: what they say and their exit codes."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.support.ocfs2 import Volume, debugfs, make_volume, write
 from tests.support.tools import need_tool
 from tools.cli import main
 
@@ -106,4 +109,70 @@ def test_not_to_be_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ):
         code, output, errors = run(capsys, "fsck", path)
         assert (code, output) == (66, "")
+        assert says in errors and errors.count("\n") == 1
+
+
+def test_stat_of_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As debugfs.ocfs2 has it: features, and for each slot whose it is and its journal."""
+    path = make_volume(tmp_path / "volume", slots=3)
+    volume = Volume(path)
+    vfs = volume.mount(node=7)
+    write(vfs, "/f", b"f" * 100_000)
+    vfs.sync()
+    # It dies here, as far as this copy is concerned.
+    dead = tmp_path / "dead"
+    dead.write_bytes(path.read_bytes())
+    volume.unmount()
+    slots: list[dict[str, Any]] = []
+    for image, free in ((path, True), (dead, False)):
+        before = image.read_bytes()
+        code, output, errors = run(capsys, "fs", "stat", image, "--json")
+        assert (code, errors) == (0, "")
+        assert image.read_bytes() == before
+        (stat,) = json.loads(output).values()
+        stats = debugfs(image, "stats")
+        named = re.findall(r"Feature (?:Compat|Incompat|RO compat): \d+ (\S*)", stats)
+        assert stat["features"] == [name for name in named if name]
+        assert stat["uuid"].upper() in stats
+        slots = stat["slots"]
+        assert [slot["node"] for slot in slots] == [None if free else "node 7", None, None]
+        assert [slot["journal"] for slot in slots] == ["clean" if free else "dirty", *["clean"] * 2]
+        for slot in slots:
+            dumped = debugfs(image, f"logdump {slot['slot']}")
+            assert f"First Commit ID: {slot['sequence']} " in dumped
+    assert slots[0]["sequence"] > slots[1]["sequence"]
+
+    # Once it was recovered, that is told too.
+    recovered = Volume(dead)
+    recovered.mount(node=9)
+    recovered.unmount()
+    code, output, errors = run(capsys, "fs", "stat", dead)
+    table, slot_table = output.split("\n\n")
+    assert table.splitlines()[0].split()[:2] == ["IMAGE", "TYPE"]
+    assert "strict-journal-super,extended-slotmap" in table
+    first = slot_table.splitlines()[1].split()
+    assert (first[1:4], first[5]) == (["0", "free", "clean"], "1")
+    assert int(first[4]) > slots[0]["sequence"]
+
+
+def test_stat_of_what_is_no_volume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An ext2 image has features and no slots; nothing, and two things at once, are refused."""
+    ext = tmp_path / "ext"
+    ext.write_bytes(bytes(4 << 20))
+    command = [need_tool("mke2fs"), "-q", "-t", "ext2", "-b", "4096", str(ext)]
+    subprocess.run(command, check=True, capture_output=True)
+    code, output, _ = run(capsys, "fs", "stat", ext, "--json")
+    (stat,) = json.loads(output).values()
+    dumped = subprocess.run(
+        [need_tool("dumpe2fs"), "-h", str(ext)], check=True, capture_output=True, text=True
+    )
+    assert f"Filesystem features:      {' '.join(stat['features'])}" in dumped.stdout
+    assert (stat["type"], stat["slots"]) == ("ext2", [])
+    assert run(capsys, "fs", "stat", ext)[1].count("\n") == 2
+    for words, code, says in (
+        ([tmp_path / "none"], 66, "none: no such file; make it with tmem mkfs"),
+        ([ext, "--guest", "red"], 64, "name an image or a guest, not both"),
+    ):
+        got, output, errors = run(capsys, "fs", "stat", *words)
+        assert (got, output) == (code, "")
         assert says in errors and errors.count("\n") == 1

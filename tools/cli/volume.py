@@ -131,19 +131,35 @@ def locks(
 
 
 def stat(
+    image: Annotated[
+        Path | None,
+        typer.Argument(metavar="[IMAGE]", help="An image file, instead of what guests have."),
+    ] = None,
     guest: Annotated[str | None, typer.Option(help="Only this guest's.")] = None,
     run: RunOption = None,
     json: JsonOption = False,
 ) -> int:
-    """Show the file systems of the guests: size, free space, and whose slots are whose."""
+    """Show file systems: size, features, and each slot's node and journal.
+
+    Those of the guests of a running cluster, or the one in an image file.
+    """
     from tools import nodes
     from tools.rundir import find_live
+    from tools.volume import stat_image
 
-    directory, record = find_live(run)
-    found = nodes.volumes(directory, record, guest)
+    if image is None:
+        directory, record = find_live(run)
+        found = nodes.volumes(directory, record, guest)
+    elif guest is None:
+        found = {str(image): stat_image(image)}
+    else:
+        raise OperatorError("name an image or a guest, not both", ExitCode.USAGE)
     if json:
         print_json(found)
-    else:
-        rows = [nodes.volume_cells(name, volume) for name, volume in found.items()]
-        print_table(nodes.VOLUMES_HEADER, rows)
+        return ExitCode.OK
+    rows = [nodes.volume_cells(name, volume) for name, volume in found.items()]
+    print_table(("GUEST" if image is None else "IMAGE", *nodes.VOLUMES_HEADER), rows)
+    if slots := nodes.slot_rows(found.values()):
+        print()
+        print_table(nodes.SLOTS_HEADER, slots)
     return ExitCode.OK
