@@ -53,7 +53,7 @@ from typing import Final, NamedTuple, NewType
 SPEC_VERSION: Final = 1
 """Xen's TMEM_SPEC_VERSION: 1 is the one with 192-bit object ids."""
 
-ABI_REVISION: Final = 3
+ABI_REVISION: Final = 4
 """Counts changes of this document; answered by VERSION and checked when a guest attaches."""
 
 PAGE_BYTES: Final = 4096

@@ -7,6 +7,12 @@ at table offset + 48 n, slot n at slots offset + 4096 n.  Map it shared, readabl
 offset 0.  Slots and table belong to the guest between calls and to the hypervisor during one;
 sending and receiving a message orders the accesses, so no other barrier is needed.
 
+The shared info page is how the hypervisor speaks first.  Of a guest that has fallen asleep over it
+nothing is lost: the guest remembers (generation, notifications) of the state that it acted on and
+acts when it reads another pair, so a wish stays until it was seen and nobody has to take it back.
+Every state is whole: `writeback pages` are what is asked for from now on, and take the place of
+what is left of an earlier request.  A wish is a request; a guest that ignores it loses nothing.
+
 Invariants
 
 * I1  Only the guest and the hypervisor map it.  It has no name: it is a memfd whose descriptor is
@@ -15,6 +21,10 @@ Invariants
   shrinking and growing before it leaves the hypervisor.
 * I2  The hypervisor never reads the shared info page; it writes there and believes nothing.
 * I3  Whatever the hypervisor reads (a batch table, a page) it copies once and then checks the copy.
+* I4  Notifications and wishes are one aligned word of 8 bytes, at offset 8, written by one store
+  and read by one load.  So no read is torn, in whatever order a machine makes stores visible, and
+  a hypervisor killed at any instruction leaves a whole state.  A counter read before and after
+  would need that order, and a writer that died between the two would leave the guest waiting.
 """
 
 from __future__ import annotations
@@ -23,7 +33,7 @@ import fcntl
 import mmap
 import os
 import struct
-from typing import Final
+from typing import Final, NamedTuple
 
 from ipc.abi import (
     BATCH_ENTRY,
@@ -44,16 +54,30 @@ from ipc.limits import (
     WINDOW_TABLE_OFFSET,
 )
 
-SHARED_INFO: Final = struct.Struct("<4sIIQQ")
-"""magic, generation, notifications, balloon target, spare.
+SHARED_INFO: Final = struct.Struct("<4sIHHI16s")
+"""magic, generation, notifications, writeback pages, balloon target, spare.
 
 magic: "TMWI".
-generation: of the hypervisor.
-notifications: bits that stay set until the guest has seen them; always 0 in this revision.
-balloon target: pages that the guest should shrink or grow to; always 0 in this revision.
-spare: 0.
+generation: of the hypervisor; stays what it is for as long as the window is used.
+notifications: goes up by one, from 0xffff to 0, with each change of what follows.
+writeback pages: persistent pages of private pools to take back from now on, at most 256; 0: none.
+balloon target: pages that the guest should shrink or grow its RAM to; 0: no wish.
+spare: zeros.
 """
 _SHARED_INFO_MAGIC: Final = b"TMWI"
+
+NOTIFICATIONS_MASK: Final = 0xFFFF
+BALLOON_PAGES_MAX: Final = 0xFFFF_FFFF
+"""Of a balloon target: 16 TiB."""
+
+
+class SharedInfo(NamedTuple):
+    """SHARED_INFO, as it was at one moment."""
+
+    generation: int
+    notifications: int
+    balloon_target_pages: int
+    writeback_pages: int
 
 
 class Window:
@@ -68,6 +92,7 @@ class Window:
         self._mapping = mapping
         self._view = memoryview(mapping)
         self.fd = fd
+        self._info_words = self._view[: SHARED_INFO.size].cast("Q")
         self.table = self._view[WINDOW_TABLE_OFFSET : WINDOW_TABLE_OFFSET + BATCH_TABLE_BYTES]
         self.slots = self._view[
             WINDOW_SLOTS_OFFSET : WINDOW_SLOTS_OFFSET + WINDOW_SLOTS * PAGE_BYTES
@@ -87,9 +112,43 @@ class Window:
         """The bytes of `count` slots from slot `number` on, writable."""
         return self.slots[number * PAGE_BYTES : (number + count) * PAGE_BYTES]
 
-    def publish_info(self, generation: int) -> None:
-        """Hypervisor only: write the shared info page."""
-        SHARED_INFO.pack_into(self._view, 0, _SHARED_INFO_MAGIC, generation, 0, 0, 0)
+    def publish_info(
+        self,
+        generation: int,
+        *,
+        notifications: int = 0,
+        balloon_target_pages: int = 0,
+        writeback_pages: int = 0,
+    ) -> None:
+        """Hypervisor only: write the shared info page, before the guest has the window."""
+        SHARED_INFO.pack_into(
+            self._view,
+            0,
+            _SHARED_INFO_MAGIC,
+            generation,
+            notifications & NOTIFICATIONS_MASK,
+            writeback_pages,
+            balloon_target_pages,
+            b"",
+        )
+
+    def notify(
+        self, notifications: int, *, balloon_target_pages: int, writeback_pages: int
+    ) -> None:
+        """Hypervisor only: write what is wished now; the count is one that was not there before."""
+        self._info_words[1] = (
+            notifications & NOTIFICATIONS_MASK | writeback_pages << 16 | balloon_target_pages << 32
+        )
+
+    def info(self) -> SharedInfo:
+        """Guest only: the shared info page, never a mixture of two states of it."""
+        wishes = self._info_words[1]
+        return SharedInfo(
+            self._info_words[0] >> 32,
+            wishes & NOTIFICATIONS_MASK,
+            wishes >> 32,
+            wishes >> 16 & 0xFFFF,
+        )
 
     def write_table(self, entries: list[tuple[int, int, int, int, bytes, int]]) -> None:
         """Guest only: the batch table, entries as `ipc.abi.BATCH_ENTRY` has them."""
@@ -114,6 +173,7 @@ class Window:
             self.request,
             self.completion_words,
             self.reply,
+            self._info_words,
             self._view,
         ):
             view.release()

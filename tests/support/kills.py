@@ -49,7 +49,9 @@ class Killed(BaseException):
 
 
 @contextmanager
-def _traced(files: set[str | None], at_opcode: Callable[[], None]) -> Iterator[None]:
+def traced(files: set[str | None], at_opcode: Callable[[], None]) -> Iterator[None]:
+    """Have `at_opcode` called before each bytecode in `files`."""
+
     def trace(frame: FrameType, event: str, _argument: Any) -> Any:
         if frame.f_code.co_filename not in files:
             return None
@@ -74,7 +76,7 @@ def bytecodes_of(files: set[str | None], action: Callable[[], Any]) -> int:
         nonlocal count
         count += 1
 
-    with _traced(files, at_opcode):
+    with traced(files, at_opcode):
         action()
     return count
 
@@ -90,7 +92,7 @@ def killed_at(number: int, files: set[str | None], action: Callable[[], Any]) ->
             raise Killed
 
     try:
-        with _traced(files, at_opcode):
+        with traced(files, at_opcode):
             action()
     except Killed:
         return True
@@ -117,7 +119,7 @@ def images_of(segment: Arena, files: set[str | None], action: Callable[[], Any])
             images.append(now)
             last = now
 
-    with _traced(files, look):
+    with traced(files, look):
         action()
     look()
     del held
