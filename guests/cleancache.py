@@ -21,8 +21,7 @@ The duties of the original (Linux's cleancache document) and where each is met:
   clustered file systems use shared pools                     `sharedcache`
 
 When the hypervisor dies
-  Every call may end in `Disconnected`.  The guest then goes on as if tmem were empty and tries to
-  attach again, at most once in `RETRY_SECONDS`, in the course of its normal calls.
+  The guest goes on as if tmem were empty and comes back as `guests.attachment` says.
 
   A flush that was not delivered, or whose fate is unknown, is *owed*.  Debts are paid before
   anything else is asked after the return, so no page that changed meanwhile can come back.  They
@@ -41,18 +40,17 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from fs.hooks import Extent, FileKey
+from guests.attachment import Attachment
 from guests.hypercall import BatchEntry, Hypercalls
 from ipc.abi import PAGE_BYTES, CallFlag, Status
-from ipc.channel import Channel
-from ipc.errors import Disconnected, OperatorError
+from ipc.errors import Disconnected
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS: Final = 0.5
 OWED_PAGES_PER_FILE_MAX: Final = 64
 OWED_FILES_MAX: Final = 1024
 
@@ -70,41 +68,28 @@ def object_id(key: FileKey) -> bytes:
 
 
 class Cleancache:
-    """A `PageHooks` over hypercalls.
+    """A `PageHooks` over hypercalls."""
 
-    `connect` attaches (raises Disconnected or OperatorError) and `detach` ends an attachment for
-    good; `now_seconds` is a monotonic clock.
-    """
-
-    def __init__(
-        self,
-        connect: Callable[[], Channel],
-        now_seconds: Callable[[], float],
-        detach: Callable[[Channel], None] = lambda channel: channel.close(),
-    ) -> None:
-        self._connect = connect
-        self._detach = detach
-        self._now_seconds = now_seconds
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
         self._calls: Hypercalls | None = None
+        """None while there is no pool."""
         self._slots = memoryview(b"")
         self._pool: int | None = None
-        self._retry_at = 0.0
         self._closed = False
         self._owed: dict[FileKey, set[int] | None] = {}
         """Flushes owed: pages of a file, or None for all of it."""
         self._owes_everything = False
-        self._complaint = ""
         self.succ_gets = 0
         self.failed_gets = 0
         self.puts = 0
         self.invalidates = 0
         self.skipped = 0
-        self.disconnects = 0
-        self.attaches = 0
+        attachment.join(self)
 
     @property
     def attached(self) -> bool:
-        """Whether there is a hypervisor, as far as is known."""
+        """Whether there are a hypervisor and a pool, as far as is known."""
         return self._calls is not None
 
     def counters(self) -> dict[str, int | bool]:
@@ -116,8 +101,8 @@ class Cleancache:
             "invalidates": self.invalidates,
             "skipped": self.skipped,
             "attached": self.attached,
-            "reattaches": max(0, self.attaches - 1),
-            "disconnects": self.disconnects,
+            "reattaches": max(0, self._attachment.attaches - 1),
+            "disconnects": self._attachment.disconnects,
             "owed_files": len(self._owed),
         }
 
@@ -133,7 +118,7 @@ class Cleancache:
             reply = calls.get(self._pool, object_id(key), index, count)
         except Disconnected:
             self.failed_gets += count
-            self._lose(calls)
+            self._attachment.lose(calls)
             return 0
         found = reply.map
         hits = found.bit_count()
@@ -143,7 +128,7 @@ class Cleancache:
             length = found.bit_length() * PAGE_BYTES
             into[:length] = self._slots[:length]
         elif reply.status not in (_MISS, _EEMPTY):
-            self._refused(calls, "get", reply.status)
+            self._refused("get", reply.status)
         return found
 
     def put_pages(
@@ -170,10 +155,10 @@ class Cleancache:
             else:
                 reply = calls.put_batch(_entries(pool, extents))
         except Disconnected:
-            self._lose(calls)
+            self._attachment.lose(calls)
             return
         if reply.status == _ENODEV:
-            self._refused(calls, "put", reply.status)
+            self._refused("put", reply.status)
 
     def flush_page(self, key: FileKey, index: int) -> None:
         """Forget a page, now or before anything is got again."""
@@ -186,7 +171,7 @@ class Cleancache:
                 calls.flush_page(self._pool, object_id(key), index)
                 return
             except Disconnected:
-                self._lose(calls)
+                self._attachment.lose(calls)
         self._owe(key, index)
 
     def flush_inode(self, key: FileKey) -> None:
@@ -200,11 +185,11 @@ class Cleancache:
                 calls.flush_object(self._pool, object_id(key))
                 return
             except Disconnected:
-                self._lose(calls)
+                self._attachment.lose(calls)
         self._owe(key, None)
 
     def flush_fs(self) -> None:
-        """Unmount: the pool goes, and with it the attachment.  Nothing is attached again."""
+        """Unmount: the pool goes.  There is no other."""
         self._closed = True
         calls, pool = self._calls, self._pool
         self._pool = None
@@ -215,54 +200,35 @@ class Cleancache:
             if pool is not None:
                 calls.destroy_pool(pool)
         except Disconnected:
-            self._lose(calls)
-            return
-        self._calls = None
-        self._slots = memoryview(b"")
-        self._detach(calls.channel)
+            self._attachment.lose(calls)
+        self.lost()
 
-    # --- attaching
+    # --- attaching (`guests.attachment.User`)
 
     def attach(self, *, refusal_is_fatal: bool = False) -> Hypercalls | None:
-        """Try to attach unless that was tried a moment ago; pay what is owed; None without tmem.
+        """Try to be served unless that was tried a moment ago; None without tmem.
 
         Raises OperatorError for a refusal if that is fatal, as it is at boot.
         """
-        now = self._now_seconds()
-        if self._closed or self._calls is not None or now < self._retry_at:
-            return self._calls
-        self._retry_at = now + RETRY_SECONDS
-        try:
-            channel = self._connect()
-        except (Disconnected, OperatorError) as error:
-            if refusal_is_fatal and isinstance(error, OperatorError):
-                raise
-            # Once for each text: this is tried over and over.
-            if str(error) != self._complaint:
-                self._complaint = str(error)
-                log.warning("cleancache event=not-attached why=%s", error)
-            return None
-        self._complaint = ""
-        calls = Hypercalls(channel)
-        try:
-            kept = self._settle(calls)
-        except Disconnected:
-            self.disconnects += 1
-            channel.close()
-            return None
+        self._attachment.attach(refusal_is_fatal=refusal_is_fatal)
+        return self._calls
+
+    def serve(self, calls: Hypercalls) -> bool:
+        """Pay what is owed, have a pool."""
+        if self._closed:
+            return True
+        kept = self._settle(calls)
         if self._pool is None:
-            self._detach(channel)
-            return None
+            return False
         self._calls = calls
-        self._slots = channel.window.slots
-        self.attaches += 1
-        log.info(
-            "cleancache event=attached generation=%d pool=%d kept=%s",
-            channel.generation,
-            self._pool,
-            kept,
-        )
-        return calls
+        self._slots = calls.channel.window.slots
+        log.info("cleancache event=ready pool=%d kept=%s", self._pool, kept)
+        return True
+
+    def lost(self) -> None:
+        """Go on without tmem."""
+        self._calls = None
+        self._slots = memoryview(b"")
 
     def _settle(self, calls: Hypercalls) -> bool:
         """Have a pool that holds nothing which it may not; whether it is the old one."""
@@ -302,23 +268,12 @@ class Cleancache:
 
     # --- losing
 
-    def _lose(self, calls: Hypercalls) -> None:
-        """The hypervisor is gone; go on without it."""
-        self.disconnects += 1
-        self._calls = None
-        self._slots = memoryview(b"")
-        self._retry_at = self._now_seconds() + RETRY_SECONDS
-        calls.channel.close()
-        log.warning("cleancache event=disconnected generation=%d", calls.channel.generation)
-
-    def _refused(self, calls: Hypercalls, what: str, status: int) -> None:
-        """The pool isn't served any more: end this attachment and begin again without a pool."""
+    def _refused(self, what: str, status: int) -> None:
+        """The pool isn't served any more: go on without until there is another."""
         log.warning("cleancache event=refused call=%s status=%d", what, status)
-        self._calls = None
-        self._slots = memoryview(b"")
+        self.lost()
         self._forget_pool()
-        self._retry_at = self._now_seconds() + RETRY_SECONDS
-        self._detach(calls.channel)
+        self._attachment.unserved(self)
 
     def _owe(self, key: FileKey, index: int | None) -> None:
         """Remember a flush; bounded, and what is remembered less precisely covers more."""

@@ -22,6 +22,7 @@ from fs.hooks import FileKey, NoHooks, PageHooks
 from fs.mount import mount_image
 from fs.ocfs2.filesystem import Ocfs2
 from fs.vfs import Vfs
+from guests.attachment import Attachment
 from guests.cleancache import Cleancache
 from guests.memory import Memory, divide
 from guests.node import Fenced, KeptDevice, Node, NodeSpec
@@ -90,11 +91,13 @@ class Kernel:
                 self.node.join()
             self._mount(spec, budget.buffers, clock_ns, stack)
             self.memory = Memory(budget)
+            self.attachment: Attachment | None = None
             self.cleancache: Cleancache | None = None
             try:
                 if connect is not None:
-                    self.cleancache = self._make_cleancache(connect, now_seconds, detach)
-                    self.cleancache.attach(refusal_is_fatal=True)
+                    self.attachment = Attachment(connect, now_seconds, detach)
+                    self.cleancache = self._make_cleancache(self.attachment)
+                    self.attachment.attach(refusal_is_fatal=True)
             except BaseException:
                 self.fs.unmount()
                 raise
@@ -156,22 +159,10 @@ class Kernel:
             assert isinstance(self.fs, Ocfs2), "a node has looked at its volume before"
             node.mounted(self.fs)
 
-    def _make_cleancache(
-        self,
-        connect: Callable[[], Channel],
-        now_seconds: Callable[[], float],
-        detach: Callable[[Channel], None],
-    ) -> Cleancache:
+    def _make_cleancache(self, attachment: Attachment) -> Cleancache:
         if self.node is None or not self.node.spec.shared:
-            return Cleancache(connect, now_seconds, detach)
-        return SharedCleancache(
-            connect,
-            now_seconds,
-            self.fs.uuid,
-            self._token_of,
-            detach=detach,
-            on_stale=self._lift_token,
-        )
+            return Cleancache(attachment)
+        return SharedCleancache(attachment, self.fs.uuid, self._token_of, on_stale=self._lift_token)
 
     def _token_of(self, key: FileKey) -> int | None:
         """The fencing token of a file's lock; None when it is not held in good standing."""
@@ -234,8 +225,8 @@ class Kernel:
     def idle(self) -> None:
         """Called now and then while there is no work: look whether the hypervisor is back."""
         self._pump()
-        if self.cleancache is not None:
-            self.cleancache.attach()
+        if self.attachment is not None:
+            self.attachment.attach()
 
     def _pump(self) -> None:
         if self.node is not None:
@@ -340,6 +331,8 @@ class Kernel:
         finally:
             if self.cleancache is not None:
                 self.cleancache.flush_fs()
+            if self.attachment is not None:
+                self.attachment.close()
             if self.node is not None and owing:
                 # What it did not flush nobody would distrust: to the others it has died.
                 log.warning("event=left-without-a-word why=pages of a shared pool are not flushed")

@@ -9,8 +9,8 @@ What keeps old bytes away
       exclusive lock before it becomes dirty, and offered only when it is clean.
   C2  Each put and flush carries the lock's fencing token, so the hypervisor refuses the put of a
       node that lost its lock meanwhile.  `token_of` is asked once there is an attachment, and
-      answers None for a lock that is not held in good standing: then nothing is offered.  An
-      attachment ends with the pool that it led to, so no put under a token that was asked for
+      answers None for a lock that is not held in good standing: then nothing is offered.  Between
+      that question and the put nothing else is done, so no put under a token that was asked for
       before can reach a pool that was made after.
   C3  A flush that could not be delivered is owed.
 
@@ -48,10 +48,10 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from fs.hooks import Extent, FileKey
+from guests.attachment import Attachment
 from guests.cleancache import OWED_PAGES_PER_FILE_MAX, Cleancache, object_id
 from guests.hypercall import BatchEntry, Hypercalls
 from ipc.abi import PAGE_BYTES, CallFlag, Reason, Reply, ReplyFlag, Status
-from ipc.channel import Channel
 from ipc.errors import Disconnected
 
 log = logging.getLogger(__name__)
@@ -67,15 +67,13 @@ class SharedCleancache(Cleancache):
 
     def __init__(
         self,
-        connect: Callable[[], Channel],
-        now_seconds: Callable[[], float],
+        attachment: Attachment,
         uuid: bytes,
         token_of: Callable[[FileKey], int | None],
         *,
-        detach: Callable[[Channel], None] = lambda channel: channel.close(),
         on_stale: Callable[[FileKey, int], None] = lambda _key, _needed: None,
     ) -> None:
-        super().__init__(connect, now_seconds, detach)
+        super().__init__(attachment)
         self._uuid = uuid
         self._token_of = token_of
         self._on_stale = on_stale
@@ -147,12 +145,12 @@ class SharedCleancache(Cleancache):
             else:
                 reply = calls.put_batch(entries)
         except Disconnected:
-            self._lose(calls)
+            self._attachment.lose(calls)
             return
         if reply.status == _ESTALE:
             self._was_stale(keys, reply)
         elif reply.status == _ENODEV:
-            self._refused(calls, "put", reply.status)
+            self._refused("put", reply.status)
         elif reply.reason == Reason.NOT_WRITER:
             self.reader = True
 
@@ -182,10 +180,10 @@ class SharedCleancache(Cleancache):
             try:
                 status = self._pay_file(calls, key)
             except Disconnected:
-                self._lose(calls)
+                self._attachment.lose(calls)
                 return False
             if status == _ENODEV:
-                self._refused(calls, "flush", status)
+                self._refused("flush", status)
         return key not in self._owed
 
     def settle_all(self) -> bool:
@@ -212,14 +210,14 @@ class SharedCleancache(Cleancache):
             try:
                 status = self._flush_now(calls, key, index, token)
             except Disconnected:
-                self._lose(calls)
+                self._attachment.lose(calls)
             else:
                 if status == _DONE:
                     if index is None:
                         self._forgive(key)
                     return
                 if status == _ENODEV:
-                    self._refused(calls, "flush", status)
+                    self._refused("flush", status)
         self._owe(key, index)
         self._owed_tokens[key] = max(token, self._owed_tokens.get(key, 0))
 

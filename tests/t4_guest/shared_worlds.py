@@ -20,6 +20,7 @@ from fs.block.device import BLOCK_BYTES, Bytes
 from fs.filesystem import FileSystem
 from fs.hooks import FileKey
 from fs.inode import Inode
+from guests.attachment import Attachment
 from guests.cleancache import object_id
 from guests.memory import FRAMES_MIN, TRANSFER_PAGES, Budget, Memory
 from guests.pagecache import PageCache
@@ -192,8 +193,7 @@ class Node:
         self.stale_needs: list[int] = []
         self.disk = _NoBlockZero(cluster.disk)
         self.cache = SharedCleancache(
-            self._connect,
-            lambda: cluster.seconds,
+            Attachment(self._connect, lambda: cluster.seconds),
             UUID,
             self.tokens.get,
             on_stale=self._was_stale,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from fs.hooks import Extent, FileKey
+from guests.attachment import RETRY_SECONDS, Attachment
 from guests.cleancache import (
     OWED_FILES_MAX,
     OWED_PAGES_PER_FILE_MAX,
-    RETRY_SECONDS,
     Cleancache,
     object_id,
 )
@@ -32,7 +32,7 @@ from tests.t4_guest.worlds import (
 )
 
 KEY = FileKey(12, 1)
-DISCONNECTED = "cleancache event=disconnected"
+DISCONNECTED = "tmem event=disconnected"
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def time() -> Time:
 @pytest.fixture
 def cleancache(hypervisor: LocalHypervisor, time: Time) -> Cleancache:
     """A client, attached."""
-    client = Cleancache(hypervisor.connect, time.now_seconds)
+    client = Cleancache(Attachment(hypervisor.connect, time.now_seconds))
     assert client.attach() is not None
     return client
 
@@ -272,7 +272,7 @@ def test_attaching_is_tried_at_a_bounded_rate(
     time: Time, expect_warning: Callable[[str], None]
 ) -> None:
     """However many calls are made."""
-    expect_warning("cleancache event=not-attached why=nobody")
+    expect_warning("tmem event=not-attached why=nobody")
     tries = 0
 
     def connect() -> Channel:
@@ -280,7 +280,7 @@ def test_attaching_is_tried_at_a_bounded_rate(
         tries += 1
         raise Disconnected("nobody")
 
-    client = Cleancache(connect, time.now_seconds)
+    client = Cleancache(Attachment(connect, time.now_seconds))
     for _ in range(1000):
         time.seconds += RETRY_SECONDS / 100
         get(client, KEY, 0)

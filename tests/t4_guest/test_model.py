@@ -154,7 +154,7 @@ def test_every_read_is_right_whatever_the_hypervisor_does(
     steps: int,
 ) -> None:
     """A failure prints the seed that replays it."""
-    expect_warning("cleancache event=(disconnected|not-attached)")
+    expect_warning("(tmem|cleancache) event=(disconnected|not-attached)")
     image = make_image(tmp_path_factory.mktemp("model") / "image", mib=4)
     play(image, seed, steps)
 

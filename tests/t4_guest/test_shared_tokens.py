@@ -15,7 +15,7 @@ from fs.dlm.locks import NodeLocks
 from fs.dlm.modes import Mode
 from fs.dlm.twin import Twin
 from fs.hooks import FileKey
-from guests.cleancache import RETRY_SECONDS
+from guests.attachment import RETRY_SECONDS, Attachment
 from guests.sharedcache import SharedCleancache
 from hypervisor.auth import Role
 from ipc.channel import Channel
@@ -38,8 +38,7 @@ class Machine:
         world.twin.attach(number, self.locks.manager)
         world.hypervisor.grants.allow(UUID, self.name, Role.WRITER)
         self.cache = SharedCleancache(
-            self._connect,
-            lambda: world.seconds,
+            Attachment(self._connect, lambda: world.seconds),
             UUID,
             lambda key: self.locks.token(lock_name(key)) or None,
             on_stale=self._lift,
@@ -105,7 +104,7 @@ def lock_name(key: FileKey) -> bytes:
 @pytest.fixture(autouse=True)
 def silent() -> Iterator[None]:
     """Attachments end here."""
-    logger = logging.getLogger("guests.cleancache")
+    logger = logging.getLogger("guests.attachment")
     logger.setLevel(logging.CRITICAL)
     yield
     logger.setLevel(logging.NOTSET)

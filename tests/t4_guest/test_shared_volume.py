@@ -21,7 +21,7 @@ from fs.ocfs2.filesystem import Ocfs2
 from fs.ocfs2.fsck.checker import check as check_volume
 from fs.ocfs2.locking import VALUE_BYTES
 from fs.ocfs2.mkfs import Parameters, blocks_needed, make_volume
-from guests.cleancache import RETRY_SECONDS
+from guests.attachment import RETRY_SECONDS, Attachment
 from guests.memory import FRAMES_MIN, TRANSFER_PAGES, Budget, Memory
 from guests.pagecache import PageCache
 from guests.sharedcache import SharedCleancache
@@ -111,7 +111,9 @@ class World:
 
         def pages(fs: Ocfs2) -> PageCache:
             cache = SharedCleancache(
-                member.connect, lambda: self.seconds, UUID, lambda key: fs.token_of(key) or None
+                Attachment(member.connect, lambda: self.seconds),
+                UUID,
+                lambda key: fs.token_of(key) or None,
             )
             self.caches.append(cache)
             budget = Budget(FRAMES_MIN + TRANSFER_PAGES, FRAMES_MIN, TRANSFER_PAGES, 0, 0)
@@ -162,7 +164,9 @@ class World:
 @pytest.fixture(autouse=True)
 def silent() -> Iterator[None]:
     """A history may meet the end of an attachment, or not."""
-    loggers = [logging.getLogger(f"guests.{name}") for name in ("cleancache", "sharedcache")]
+    loggers = [
+        logging.getLogger(f"guests.{name}") for name in ("attachment", "cleancache", "sharedcache")
+    ]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     yield

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from fs.hooks import Extent, FileKey
-from guests.cleancache import RETRY_SECONDS, object_id
+from guests.attachment import RETRY_SECONDS
+from guests.cleancache import object_id
 from guests.sharedcache import SharedCleancache
 from hypervisor.auth import Role
 from hypervisor.machine import Machine
@@ -32,13 +33,15 @@ STEPS = 400
 @pytest.fixture
 def losing(expect_warning: Callable[[str], None]) -> None:
     """An attachment ends, or there is none."""
-    expect_warning("cleancache event=")
+    expect_warning("(tmem|cleancache) event=")
 
 
 @pytest.fixture
 def silent() -> Iterator[None]:
     """A history may meet the end of an attachment, or not."""
-    loggers = [logging.getLogger(f"guests.{name}") for name in ("cleancache", "sharedcache")]
+    loggers = [
+        logging.getLogger(f"guests.{name}") for name in ("attachment", "cleancache", "sharedcache")
+    ]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     yield

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import struct
 import subprocess
 import uuid as uuids
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from fs.block.counting import CountingDevice
 from fs.block.device import BLOCK_BYTES
+from fs.block.faulty import FaultyDevice
+from fs.block.file import FileDevice
 from fs.block.memory import MemoryDevice
-from guests.swapdisk import SwapDisk, open_swap
-from guests.swapheader import make_swap
+from fs.errors import ImageError
+from guests.swapdisk import CLUSTER_SLOTS, SwapDisk, open_swap
+from guests.swapheader import make_swap, names_owner, owner_uuid, read_header
 from tests.support.tools import need_tool
 
 UUID = uuids.UUID("00112233-4455-6677-8899-aabbccddeeff")

@@ -18,6 +18,7 @@ from fs.block.counting import CountingDevice
 from fs.block.device import BLOCK_BYTES, Bytes
 from fs.filesystem import FileSystem
 from fs.inode import Inode
+from guests.attachment import Attachment
 from guests.cleancache import Cleancache
 from guests.memory import TRANSFER_PAGES, Budget, Memory
 from guests.pagecache import PageCache
@@ -93,7 +94,7 @@ class ExperimentGuest:
         self._device = CountingDevice(self._disk)
         memory = Memory(Budget(frames + TRANSFER_PAGES, frames, TRANSFER_PAGES, 0, 0))
         # The clock is only asked whether it is time to attach again.
-        self._cleancache = Cleancache(connect, lambda: 0.0)
+        self._cleancache = Cleancache(Attachment(connect, lambda: 0.0))
         self._cleancache.attach(refusal_is_fatal=True)
         file_system = cast("FileSystem", _OneFile(self._device))
         self._cache = PageCache(file_system, memory, self._cleancache)

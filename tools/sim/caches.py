@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from fs.hooks import Extent, FileKey
+from guests.attachment import Attachment
 from guests.cleancache import Cleancache
 from guests.kernel import GuestSpec, Kernel
 from ipc.abi import PAGE_BYTES
@@ -39,9 +40,10 @@ class CacheUser:
         self._random = rng
         self._disk: dict[tuple[FileKey, int], bytes] = {}
         self._generations = [1] * _FILES
-        self._cleancache = Cleancache(
+        self._attachment = Attachment(
             partial(cluster.connect, life), cluster.now_seconds, partial(cluster.detach, life)
         )
+        self._cleancache = Cleancache(self._attachment)
         self._cleancache.attach()
 
     def step(self) -> None:
@@ -93,6 +95,7 @@ class CacheUser:
     def end(self) -> None:
         """Unmount."""
         self._cleancache.flush_fs()
+        self._attachment.close()
 
     def bury(self) -> None:
         """Nothing of it is outside."""
