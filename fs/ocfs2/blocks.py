@@ -6,7 +6,8 @@ Invariants:
   I2  a buffer with a change that is not in its home block on the disk yet is pinned: it is never
       evicted and never dropped;
   I3  `owner` is the block number of the inode whose meta lock protects the block. When another
-      node may have changed that inode, all its blocks are dropped.
+      node may have changed that inode, all its blocks are dropped. A block that is asked for as
+      another inode's than before is read again.
 
 Differs from `fs.buffers`: nothing is written from here. The journal does that.
 """
@@ -57,6 +58,10 @@ class BlockCache:
         EUCLEAN for a number outside the image.
         """
         buffer = self.find(block)
+        if buffer is not None and buffer.owner != owner and not buffer.pins:
+            # Another node freed it with its owner, and nobody told this one to drop it.
+            self.forget(block)
+            buffer = None
         if buffer is None:
             if not 0 < block < self._device.blocks:
                 raise corrupt(f"block {block} of {self._device.blocks} is named")
