@@ -313,13 +313,11 @@ class Cluster:
         if self._stopping or not hasattr(self, "_registry"):
             return
         self._stopping = True
-        for name in self._guests:
-            with contextlib.suppress(Disconnected):
-                self.ask_guest(name, {"verb": "stop"})
+        for name, process in self._guests.items():
+            self._ask_to_end(process, self.directory.guest_socket(name))
         self._end(list(self._guests.values()))
         if self._hypervisor is not None:
-            with contextlib.suppress(Disconnected):
-                ask(self.directory.hypervisor_socket, {"verb": "stop"})
+            self._ask_to_end(self._hypervisor, self.directory.hypervisor_socket)
             self._end([self._hypervisor])
         if hasattr(self, "_factory"):
             self._factory.close()
@@ -330,6 +328,13 @@ class Cluster:
             log.info("event=down")
             log.removeHandler(self._log_file)
             self._log_file.close()
+
+    def _ask_to_end(self, process: Any, socket_path: Path) -> None:
+        try:
+            ask(socket_path, {"verb": "stop"})
+        except Disconnected:
+            # One that is just starting does not listen yet, and would not know until it is killed.
+            process.terminate()
 
     def _end(self, processes: list[Any]) -> None:
         deadline = time.monotonic() + _STOP_SECONDS

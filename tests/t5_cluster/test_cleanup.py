@@ -38,6 +38,8 @@ def test_interrupt_at_any_moment_leaves_nothing(
     assert process.returncode in (130, -signal.SIGINT, 0), f"after {seconds} s: {errors}"
     assert "Traceback" not in errors, f"after {seconds} s"
     assert left_behind(folder, cluster_name) == [], f"after {seconds} s"
+    logs = [path.read_text() for path in folder.rglob("supervisor.log")]
+    assert not any("event=kill" in text for text in logs), f"after {seconds} s: {logs}"
 
 
 @pytest.mark.parametrize("number", range(5))
