@@ -5,9 +5,10 @@ this module and nothing to anybody after the guest has ended, so nothing but the
 and there is no flush.
 
 Slots are given out in clusters of 256, as Linux does on disks without moving parts
-(SWAPFILE_CLUSTER): from the current cluster onwards until its end, then from a free cluster, else
-from one of those with the most room.  So what is written together lies together, and a reader that
-comes back for one page of it finds the others in the same readahead window.
+(SWAPFILE_CLUSTER): from the current cluster onwards until its end, where a gap for the whole batch
+comes before smaller ones, then from a free cluster, else from one of those with the most room.  So
+what is written together lies together, and a reader that comes back for one page of it finds the
+others in the same readahead window.
 
 Invariants
   I1  A slot is free, used, or out of use for good (header, bad page of the header, retired).
@@ -120,12 +121,15 @@ class SwapDisk:
         """
         taken: list[int] = []
         while len(taken) < count:
-            first = self._states.find(_FREE, self._next, self._cluster_end)
+            wanted = count - len(taken)
+            first = self._states.find(bytes(wanted), self._next, self._cluster_end)
+            if first < 0:
+                first = self._states.find(_FREE, self._next, self._cluster_end)
             if first < 0:
                 if not self._enter_cluster():
                     break
                 continue
-            last = min(self._cluster_end, first + count - len(taken))
+            last = min(self._cluster_end, first + wanted)
             ahead = self._states[first:last]
             length = len(ahead) - len(ahead.lstrip(b"\0"))
             self._states[first : first + length] = bytes([_USED]) * length
