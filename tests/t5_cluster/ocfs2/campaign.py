@@ -17,7 +17,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tests.t5_cluster.ocfs2.powercuts import PowerCutRun, Width
+from tests.t5_cluster.ocfs2.deaths import DeathRun
+from tests.t5_cluster.ocfs2.judgement import Width
+from tests.t5_cluster.ocfs2.powercuts import PowerCutRun
+from tests.t5_cluster.ocfs2.world import SLOTS
 
 
 class Task(NamedTuple):
@@ -27,8 +30,11 @@ class Task(NamedTuple):
     seed: int
     length: int
     part: int
-    parts: int
     every: int
+
+    def __str__(self) -> str:
+        """For a person."""
+        return f"{self.what} seed {self.seed}, part {self.part + 1} of {PARTS}"
 
 
 class Result(NamedTuple):
@@ -40,31 +46,41 @@ class Result(NamedTuple):
 
 
 PARTS = 4
+POWER, DEATH = "power", "death"
 
 
-def tasks(seeds: range, length: int, every: int) -> Iterator[Task]:
-    """All of a campaign."""
+def tasks(seeds: range, length: int, every: int, only: str | None) -> Iterator[Task]:
+    """All of a campaign. Each seed has one of the nodes as the victim."""
     for seed in seeds:
-        for part in range(PARTS):
-            yield Task("power", seed, length, part, PARTS, every)
+        for what in (POWER, DEATH):
+            if only in (None, what):
+                yield from (Task(what, seed, length, part, every) for part in range(PARTS))
 
 
 def do(task: Task) -> Result:
     """One part of a run."""
-    counts: Counter[str] = Counter()
+    run: PowerCutRun | DeathRun
     try:
-        run = PowerCutRun(task.seed, task.length)
-        counts = run.counts
-        run.run(Width(every=task.every), task.part, task.parts)
+        if task.what == POWER:
+            run = PowerCutRun(task.seed, task.length)
+        else:
+            run = DeathRun(task.seed, task.length, task.seed % SLOTS)
     except AssertionError as failure:
-        return Result(task, counts, str(failure))
-    return Result(task, counts, None)
+        return Result(task, Counter(), str(failure))
+    try:
+        run.run(Width(every=task.every), task.part, PARTS)
+    except AssertionError as failure:
+        return Result(task, run.counts, str(failure))
+    return Result(task, run.counts, None)
 
 
 def replay(name: str) -> None:
     """One state."""
-    _, seed, length, _ = name.split("/", 3)
-    PowerCutRun(int(seed), int(length)).replay(name)
+    what, seed, length, *rest = name.split("/")
+    if what == POWER:
+        PowerCutRun(int(seed), int(length)).replay(name)
+    else:
+        DeathRun(int(seed), int(length), int(rest[0])).replay(name)
 
 
 def main() -> int:
@@ -74,6 +90,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=4, help="how many workloads")
     parser.add_argument("--length", type=int, default=40, help="operations of a workload")
     parser.add_argument("--every", type=int, default=1, help="of so many states one")
+    parser.add_argument("--only", choices=(POWER, DEATH))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--replay", metavar="ID", help="judge one state again")
     arguments = parser.parse_args()
@@ -87,19 +104,18 @@ def main() -> int:
 def campaign(arguments: argparse.Namespace) -> int:
     """All states; 1 if one fails."""
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    work = tasks(seeds, arguments.length, arguments.every, arguments.only)
     began = time.monotonic()
     total: Counter[str] = Counter()
     failures: list[str] = []
     with multiprocessing.Pool(arguments.jobs) as pool:
-        work = tasks(seeds, arguments.length, arguments.every)
         for task, counts, failure in pool.imap_unordered(do, work):
             total += counts
-            said = failure or _counted(counts)
-            print(f"{task.what}/{task.seed} {task.part + 1}/{task.parts}: {said}", flush=True)
+            print(f"{task}: {failure or _counted(counts)}", flush=True)
             if failure is not None:
                 failures.append(failure.split(": ")[0])
     seconds = time.monotonic() - began
-    judged = total["states"] + total["recovery cuts"]
+    judged = total["power cuts"] + total["recovery cuts"] + total["deaths"]
     print(
         f"seeds {seeds[0]} to {seeds[-1]}: {_counted(total)}; "
         f"{seconds:.0f} seconds, {judged / seconds:.0f} a second"
@@ -110,7 +126,7 @@ def campaign(arguments: argparse.Namespace) -> int:
 
 
 def _counted(counts: Counter[str]) -> str:
-    return ", ".join(f"{count} {what}" for what, count in counts.items())
+    return ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
 
 
 if __name__ == "__main__":

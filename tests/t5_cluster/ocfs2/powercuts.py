@@ -11,28 +11,21 @@ import random
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from fs.block.memory import MemoryDevice
 from fs.block.writelog import LoggingDevice, PowerCut, PowerCuts, power_cuts
-from tests.t5_cluster.ocfs2.judgement import Seen, fsck_agrees, is_whole, mount, recovered, works
+from tests.t5_cluster.ocfs2.judgement import (
+    Seen,
+    Width,
+    fsck_agrees,
+    is_whole,
+    mount,
+    recovered,
+    works,
+)
 from tests.t5_cluster.ocfs2.oracle import Oracle, Vector, agree
 from tests.t5_cluster.ocfs2.workload import volume, workload
 from tests.t5_cluster.ocfs2.world import SLOTS, World
-
-
-@dataclass(frozen=True)
-class Width:
-    """How much is looked at."""
-
-    subset_writes_max: int = 10
-    samples: int = 200
-    torn_each: int = 2
-    every: int = 1
-    """Of so many states one."""
-    again_every: int = 100
-    """Of so many looked at, one has its recovery cut at every write."""
-    fsck_every: int = 200
 
 
 class PowerCutRun:
@@ -61,7 +54,7 @@ class PowerCutRun:
             if number % every != part * width.every:
                 continue
             disk = states.state(cut)
-            self.counts["states"] += 1
+            self.counts["power cuts"] += 1
             looked_at = number // every
             fsck = looked_at % width.fsck_every == 0
             self._judge(cut, disk, f"{self.name}/{cut}", fsck=fsck)
@@ -120,7 +113,7 @@ class PowerCutRun:
         least, most = self._bounds(cut.epoch)
         allowed = self._allowed(least, most)
         wrong = "the tree is none of those that may be"
-        for vector in allowed.get(seen.shape, ()):
+        for vector in allowed.get(frozenset(seen.shape), ()):
             path = self._oracle.model(vector).contents_differ(seen.contents)
             if path is None:
                 return

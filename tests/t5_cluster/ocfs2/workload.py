@@ -26,6 +26,7 @@ SHARED: Final = ("/all", "/long")
 LONG_NAME: Final = "n" * 200
 LONG_NAMES: Final = 16
 """So many in a directory of one block: the next ones make it grow."""
+OLD_FILES: Final = 4
 HELD: Final = "held"
 
 
@@ -47,17 +48,23 @@ def volume() -> tuple[MemoryDevice, Model]:
 
 
 def _setup() -> list[Operation]:
+    """Old files and directories with gaps of free blocks between them: what is freed next to where
+    a node allocates is used again soon."""
     made = [Operation(0, Kind.MKDIR, path) for path in SHARED]
     made += [Operation(0, Kind.MKDIR, f"/own{node}") for node in range(SLOTS)]
     for number in range(LONG_NAMES):
         made.append(Operation(0, Kind.CREATE, f"/long/{number:02}{LONG_NAME}"))
     rng = random.Random(0)
-    for folder in ("/all", *(f"/own{node}" for node in range(SLOTS))):
-        for number in range(3):
-            path = f"{folder}/old{number}"
-            made.append(Operation(0, Kind.CREATE, path))
-            made.append(Operation(0, Kind.WRITE, path, data=rng.randbytes(1 + 7000 * number)))
-    return made
+    gaps = []
+    for number in range(OLD_FILES):
+        for folder in ("/all", *(f"/own{node}" for node in range(SLOTS))):
+            for path in (f"{folder}/old{number}", f"{folder}/gap{number}"):
+                data = rng.randbytes(rng.randrange(1, 3 * PAGE))
+                made += [Operation(0, Kind.CREATE, path), Operation(0, Kind.WRITE, path, data=data)]
+            gaps.append(Operation(0, Kind.UNLINK, path))
+            if folder != "/all":
+                made.append(Operation(0, Kind.MKDIR, f"{folder}/dir{number}"))
+    return made + gaps
 
 
 def workload(seed: int, length: int) -> list[Operation]:
@@ -111,6 +118,8 @@ class _Draw:
                 return [Operation(node, kind, place)]
             case Kind.HOLD:
                 return self._hold(found)
+            case Kind.RMDIR:
+                return self._demolish()
         if found is None:
             return []
         path, file = found
@@ -136,15 +145,39 @@ class _Draw:
                 return [Operation(node, kind, path)]
 
     def _mkdir(self, place: str, new: str) -> list[Operation]:
-        directory = self._directory(place)
-        empty = [
-            name
-            for name, thing in directory.entries.items()
+        empty = self._empty_directories(place)
+        if empty and self._rng.random() < 0.5:
+            return [Operation(self._node, Kind.RMDIR, empty[0])]
+        return [Operation(self._node, Kind.MKDIR, new)]
+
+    def _empty_directories(self, place: str) -> list[str]:
+        return [
+            f"{place}/{name}"
+            for name, thing in self._directory(place).entries.items()
             if isinstance(thing, Directory) and not thing.entries
         ]
-        if empty and self._rng.random() < 0.5:
-            return [Operation(self._node, Kind.RMDIR, f"{place}/{empty[0]}")]
-        return [Operation(self._node, Kind.MKDIR, new)]
+
+    def _demolish(self) -> list[Operation]:
+        """A directory whose block is in the journal goes, and the block may get file data."""
+        node, rng = self._node, self._rng
+        place = f"/own{node}"
+        empty = self._empty_directories(place)
+        if not empty:
+            return []
+        path = rng.choice(empty)
+        new = self._new_path(place)
+        drawn = [
+            Operation(node, Kind.CREATE, f"{path}/in"),
+            Operation(node, Kind.FSYNC, f"{path}/in"),
+            Operation(node, Kind.RENAME, f"{path}/in", new),
+            Operation(node, Kind.RMDIR, path),
+        ]
+        if rng.random() < 0.5:
+            drawn.append(Operation(node, Kind.SYNC))
+        for _ in range(2):
+            data = rng.randbytes(self._length())
+            drawn.append(Operation(node, Kind.APPEND, new, data=data))
+        return [*drawn, Operation(node, Kind.FSYNC, new)]
 
     def _hold(self, found: tuple[str, File] | None) -> list[Operation]:
         """A file that is held open loses its name, and lives on until the handle is closed."""
@@ -199,6 +232,7 @@ _WEIGHTS: Final = {
     Kind.LINK: 3,
     Kind.UNLINK: 10,
     Kind.MKDIR: 5,
+    Kind.RMDIR: 4,
     Kind.SYMLINK: 3,
     Kind.HOLD: 8,
     Kind.FSYNC: 9,

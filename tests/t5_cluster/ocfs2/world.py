@@ -80,6 +80,8 @@ class World:
         """The operation under way."""
         self.epochs: list[int] = []
         """For each operation that began, the number of the log's epoch then."""
+        self.began_at: list[int] = []
+        """For each operation, how many steps there had been; and for the end of all."""
         self.outcomes: list[object] = []
         self.died_in: int | None = None
         """The operation during which the victim died."""
@@ -112,9 +114,10 @@ class World:
             with _no_collector():
                 for number, operation in enumerate(operations):
                     self.running = number
+                    self.began_at.append(self.steps)
                     self.epochs.append(len(self.log.epochs) - 1)
                     self.outcomes.append(self._do(number, operation, every))
-                self.running = None
+                self.began_at.append(self.steps)
         finally:
             for node in every:
                 node.dead = True
