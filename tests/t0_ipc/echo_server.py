@@ -53,7 +53,7 @@ class Echo:
                     self.welcome()
                 elif fd in self.pairs:
                     self.answer(self.pairs[fd])
-                else:
+                elif fd in self.doors:  # else the queue of a guest that left in this round
                     self.goodbye(fd)
 
     def welcome(self) -> None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -86,9 +86,20 @@ class ProcessTransport(TransportConformance):
     ring = False
     watches = True
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def echo(
+        cls, tmp_path_factory: pytest.TempPathFactory, new_cluster_name: Callable[[], str]
+    ) -> Iterator[EchoProcess]:
+        """The other end, in its own process; each test has channels of its own to it."""
+        run_directory = tmp_path_factory.mktemp("echo")
+        server = EchoProcess(run_directory, new_cluster_name(), watches=cls.watches)
+        yield server
+        server.close()
+
     @pytest.fixture
-    def echo(self, tmp_path: Path, cluster_name: str) -> Iterator[EchoProcess]:
-        """The other end, in its own process."""
+    def mortal(self, tmp_path: Path, cluster_name: str) -> Iterator[EchoProcess]:
+        """The same for a test that kills it."""
         server = EchoProcess(tmp_path, cluster_name, watches=self.watches)
         yield server
         server.close()
@@ -116,19 +127,19 @@ class ProcessTransport(TransportConformance):
             channel.call(bytes(65))
         assert ask(channel, request(2, Op.FLUSH_PAGE)).sequence == 2
 
-    def test_a_call_to_a_killed_peer_is_disconnected(self, echo: EchoProcess) -> None:
+    def test_a_call_to_a_killed_peer_is_disconnected(self, mortal: EchoProcess) -> None:
         """Queues and windows outlive their maker; the door tells."""
-        with self.opened(echo) as channel:
+        with self.opened(mortal) as channel:
             ask(channel, request(1, Op.FLUSH_PAGE))
-            echo.kill()
+            mortal.kill()
 
             with pytest.raises(Disconnected):
                 channel.call(request(2, Op.FLUSH_PAGE))
 
-    def test_a_peer_that_is_killed_during_a_call_is_noticed(self, echo: EchoProcess) -> None:
+    def test_a_peer_that_is_killed_during_a_call_is_noticed(self, mortal: EchoProcess) -> None:
         """The call was received and never answered."""
-        with self.opened(echo) as channel:
-            killer = threading.Timer(SLEEP_SECONDS / 3, echo.process.kill)
+        with self.opened(mortal) as channel:
+            killer = threading.Timer(SLEEP_SECONDS / 3, mortal.process.kill)
             killer.start()
 
             with pytest.raises(Disconnected):

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import posix_ipc
@@ -39,10 +39,12 @@ class TestQueues(ProcessTransport):
     """Two processes and real queues."""
 
 
-@pytest.fixture
-def echo(tmp_path: Path, cluster_name: str) -> Iterator[EchoProcess]:
+@pytest.fixture(scope="module")
+def echo(
+    tmp_path_factory: pytest.TempPathFactory, new_cluster_name: Callable[[], str]
+) -> Iterator[EchoProcess]:
     """The other end, in its own process."""
-    server = EchoProcess(tmp_path, cluster_name)
+    server = EchoProcess(tmp_path_factory.mktemp("echo"), new_cluster_name())
     yield server
     server.close()
 
@@ -58,16 +60,22 @@ def test_a_message_without_a_whole_sequence_is_answered(echo: EchoProcess, lengt
         assert ask(channel, request(2, Op.FLUSH_PAGE)).sequence == 2
 
 
-def test_a_peer_that_dies_with_the_request_queue_full_is_noticed(echo: EchoProcess) -> None:
+def test_a_peer_that_dies_with_the_request_queue_full_is_noticed(
+    tmp_path: Path, cluster_name: str
+) -> None:
     """A guest whose calls were cut short does not wait for ever to send the next one."""
-    with echo.opened() as channel:
-        echo.process.send_signal(signal.SIGSTOP)
-        for sequence in range(REQUEST_QUEUE_MESSAGES):
-            channel._requests.send(request(sequence, Op.FLUSH_PAGE))
-        echo.kill()
+    echo = EchoProcess(tmp_path, cluster_name)
+    try:
+        with echo.opened() as channel:
+            echo.process.send_signal(signal.SIGSTOP)
+            for sequence in range(REQUEST_QUEUE_MESSAGES):
+                channel._requests.send(request(sequence, Op.FLUSH_PAGE))
+            echo.kill()
 
-        with pytest.raises(Disconnected):
-            channel.call(request(99, Op.FLUSH_PAGE))
+            with pytest.raises(Disconnected):
+                channel.call(request(99, Op.FLUSH_PAGE))
+    finally:
+        echo.close()
 
 
 def test_names_are_gone_after_the_handshake(echo: EchoProcess) -> None:
