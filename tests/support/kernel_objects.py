@@ -130,30 +130,37 @@ def descriptors() -> set[Leak]:
 def processes() -> set[Leak]:
     """Living descendants, but for multiprocess's helpers; dead ones are reaped on the way."""
     kept = _helpers("_forkserver_pid", "_pid")
-    children: dict[int, list[tuple[int, Leak]]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            pid = int(entry.name)
-            try:
-                stat = (entry / "stat").read_text()
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
+    children: dict[int, list[tuple[int, str]]] = {}
+    # This is done twice a test, so it is done the short way.
+    for name in os.listdir("/proc"):
+        if name.isdecimal() and (stat := _proc_text(name, "stat")):
             fields = stat.rpartition(")")[2].split()
-            parent = int(fields[1])
+            pid, parent = int(name), int(fields[1])
             if fields[0] not in "ZX":
-                leak = Leak("process", f"{pid} {fields[19]}", command)
-                children.setdefault(parent, []).append((pid, leak))
+                children.setdefault(parent, []).append((pid, fields[19]))
             elif parent == os.getpid():
                 _reap(pid)
     found = set()
     unvisited = [os.getpid()]
     while unvisited:
-        for pid, leak in children.get(unvisited.pop(), []):
+        for pid, start in children.get(unvisited.pop(), []):
             unvisited.append(pid)
             if pid not in kept:
-                found.add(leak)
+                command = _proc_text(str(pid), "cmdline").replace("\0", " ").strip()
+                found.add(Leak("process", f"{pid} {start}", command))
     return found
+
+
+def _proc_text(pid: str, name: str) -> str:
+    """A file of a process, cut off where nobody would read on; empty when it is gone."""
+    try:
+        descriptor = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
+        try:
+            return os.read(descriptor, 4096).decode(errors="replace")
+        finally:
+            os.close(descriptor)
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def wait_for_exits(known: set[Leak]) -> None:
