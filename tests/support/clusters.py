@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -112,6 +114,20 @@ def tmem(*arguments: str, cwd: Path, timeout: float = 90) -> subprocess.Complete
         timeout=timeout,
         check=False,
     )
+
+
+def tmem_here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The same in this process: for commands that only ask or refuse, of which tests have many."""
+    from tools.cli import main
+
+    output, errors = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
+        code = main(list(arguments))
+    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
 
 
 def command(*arguments: str) -> list[str]:

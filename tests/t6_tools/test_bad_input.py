@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.clusters import left_behind, short_folder, tmem
+from tests.support.clusters import left_behind, short_folder, tmem, tmem_here
 from tests.support.tools import need_tool
 
 
@@ -62,7 +62,7 @@ def test_bad_command_is_one_line_and_an_exit_code(
     folder: Path, words: list[str], exit_code: int, says: str
 ) -> None:
     """No traceback, no table, no file, no process."""
-    done = tmem(*words, cwd=folder)
+    done = tmem_here(*words, cwd=folder)
 
     (line,) = done.stderr.splitlines()
     assert line.startswith("tmem: ")
@@ -70,6 +70,17 @@ def test_bad_command_is_one_line_and_an_exit_code(
     assert done.returncode == exit_code
     assert done.stdout == ""
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code"), [(["dance"], 64), (["up", "-f", "missing.toml"], 66), (["ps"], 69)]
+)
+def test_the_process_ends_with_the_same(folder: Path, words: list[str], exit_code: int) -> None:
+    """What the others here ask of the function is what a shell sees."""
+    done, here = tmem(*words, cwd=folder), tmem_here(*words, cwd=folder)
+
+    assert done.returncode == here.returncode == exit_code
+    assert (done.stdout, done.stderr) == (here.stdout, here.stderr)
 
 
 def test_all_errors_of_a_cluster_file_are_told_with_their_place(folder: Path) -> None:
@@ -80,7 +91,7 @@ def test_all_errors_of_a_cluster_file_are_told_with_their_place(folder: Path) ->
         '[[phase]]\ntitle = "t"\n[phase.work.green]\nworkload = "mixed"\n'
     )
 
-    done = tmem("up", "-f", "bad.toml", cwd=folder)
+    done = tmem_here("up", "-f", "bad.toml", cwd=folder)
 
     places = [line.split(": ")[:3] for line in done.stderr.splitlines()]
     assert sorted(places) == [
@@ -107,7 +118,7 @@ def test_settings_that_do_not_fit_are_told_with_the_rest(folder: Path) -> None:
         '[[shared_pool]]\nuuid = "ABCDEF01234567891234567890ABCDEF"\n'
     )
 
-    done = tmem("up", "-f", "bad.toml", cwd=folder)
+    done = tmem_here("up", "-f", "bad.toml", cwd=folder)
 
     complaints = dict(line.split(": ", 3)[2:] for line in done.stderr.splitlines())
     assert sorted(complaints) == [
@@ -183,7 +194,7 @@ def test_unusable_image_is_refused_by_name(
         f'name = "{cluster_name}"\n[[guest]]\nname = "red"\nimage = "disk.img"\n'
     )
 
-    done = tmem("up", *detach, "-f", "c.toml", cwd=folder)
+    done = tmem_here("up", *detach, "-f", "c.toml", cwd=folder)
 
     (line,) = done.stderr.splitlines()
     assert line.startswith("tmem: red: ")
@@ -200,7 +211,7 @@ def test_image_of_two_guests_is_refused(folder: Path) -> None:
         '[[guest]]\nname = "blue"\nimage = "./disk.img"\n'
     )
 
-    done = tmem("up", "-f", "c.toml", cwd=folder)
+    done = tmem_here("up", "-f", "c.toml", cwd=folder)
 
     (line,) = done.stderr.splitlines()
     assert "guest[1].image" in line

@@ -249,15 +249,20 @@ LEAKS = {
 }
 
 
-@pytest.mark.parametrize("kind", LEAKS)
-def test_a_leaking_test_fails_and_the_leak_is_named(inner: pytest.Pytester, kind: str) -> None:
+def test_a_leaking_test_fails_and_the_leak_is_named(inner: pytest.Pytester) -> None:
     """Each kind of leak fails its test, is named, and is gone before the next test."""
-    inner.makepyfile(test_leak=LEAKS[kind], test_next="def test_next(): pass")
+    for number, code in enumerate(LEAKS.values()):
+        inner.makepyfile(
+            **{f"test_{number}_leak": code, f"test_{number}_next": "def test_next(): pass"}
+        )
 
     result = inner.runpytest_subprocess()
 
-    result.assert_outcomes(passed=2, errors=1)
-    result.stdout.fnmatch_lines(f"*leaked {kind.partition(' (')[0]}*")
+    result.assert_outcomes(passed=2 * len(LEAKS), errors=len(LEAKS))
+    leaked = [f"*leaked {kind.partition(' (')[0]}*" for kind in LEAKS]
+    result.stdout.fnmatch_lines(
+        [line for leak in leaked for line in ("*ERROR at teardown of test_it*", leak)]
+    )
 
 
 def test_a_test_that_cleans_up_passes(inner: pytest.Pytester) -> None:
@@ -301,33 +306,36 @@ def test_names_of_clusters_tell_workers_apart(new_cluster_name: object, cluster_
     assert new_cluster_name() != cluster_name
 
 
-@pytest.mark.parametrize(
-    ("declared", "logged", "errors"),
-    [
-        ("", "", 0),
-        ("", "queue is full", 1),
-        ("queue .* full", "queue is full", 0),
-        ("queue .* full", "disk is full", 1),
-        ("queue .* full", "", 1),
-    ],
-)
-def test_only_declared_warnings_pass(
-    inner: pytest.Pytester, declared: str, logged: str, errors: int
-) -> None:
-    """A record of level WARNING passes just when it was declared, and a declared one must come."""
-    inner.makepyfile(
-        f"""
-        import logging
-        def test_it(expect_warning):
-            logging.getLogger("x").info("not a warning")
-            if {declared!r}:
-                expect_warning({declared!r})
-            if {logged!r}:
-                logging.getLogger("x").warning({logged!r})
-        """
-    )
+LOGGING = {
+    "nothing": ("", "", True),
+    "undeclared": ("", "queue is full", False),
+    "declared": ("queue .* full", "queue is full", True),
+    "another": ("queue .* full", "disk is full", False),
+    "never_came": ("queue .* full", "", False),
+}
+"""What is declared, what is logged, and whether that passes."""
 
-    inner.runpytest_subprocess().assert_outcomes(passed=1, errors=errors)
+
+def test_only_declared_warnings_pass(inner: pytest.Pytester) -> None:
+    """A record of level WARNING passes just when it was declared, and a declared one must come."""
+    tests = [
+        f"""
+def test_{name}(expect_warning):
+    logging.getLogger("x").info("not a warning")
+    if {declared!r}:
+        expect_warning({declared!r})
+    if {logged!r}:
+        logging.getLogger("x").warning({logged!r})
+"""
+        for name, (declared, logged, _) in LOGGING.items()
+    ]
+    inner.makepyfile("\n".join(["import logging", *tests]))
+
+    result = inner.runpytest_subprocess()
+
+    wrong = [f"test_{name}" for name, (_, _, passes) in LOGGING.items() if not passes]
+    result.assert_outcomes(passed=len(LOGGING), errors=len(wrong))
+    assert re.findall(r"ERROR at teardown of (\w+)", str(result.stdout)) == wrong
 
 
 SKIPPING = {
