@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -17,9 +19,13 @@ from typing import Any
 
 import pytest
 
+from fs.block.device import BLOCK_BYTES
 from fs.block.file import FileDevice
 from fs.block.reservations import Reservations
+from fs.block.shared import SECTOR_BYTES
+from fs.ocfs2.format import HEARTBEAT_BLOCKS
 from fs.ocfs2.fsck.checker import check as check_volume
+from guests.node import read_layout
 from ipc.codec import Record
 from ipc.errors import Disconnected
 from tests.support.clusters import left_behind, tmem, volume_toml, wait_until, write_tree
@@ -222,6 +228,52 @@ def test_killed_node_is_recovered_once_and_writers_go_on(cluster: SharedCluster)
     assert check(_all_calls(cluster.folder), frozenset({"red"})) == []
     assert tmem("down", cwd=cluster.folder).returncode == 0
     assert is_sound(cluster.image)
+
+
+def test_nodes_whose_disk_takes_no_writes_fence_themselves(
+    cluster: SharedCluster, folder: Path
+) -> None:
+    """They live on, but from some place of the image on the kernel refuses what they write (EFBIG,
+    by its limit on the size of files). Red still writes its heartbeat, but can't write back what
+    it has under locks that others want; blue can't even do that. Green goes on alone."""
+    layout = read_layout(cluster.image)
+    heartbeat = layout.heartbeat_sector * SECTOR_BYTES
+    cluster.start("red", operations=1_000_000, writes=0.5, syncs=0.3)
+    wait_until(lambda: cluster.status("red")["done"] > 20, "some work of red")
+    _limit(cluster.pid("red"), heartbeat + HEARTBEAT_BLOCKS * BLOCK_BYTES)
+    for name in ("blue", "green"):
+        cluster.start(name, operations=60, writes=0.5)
+    for name in ("blue", "green"):
+        cluster.finish(name)
+    _fenced_for(cluster, "red", "it can't give up a lock (")
+
+    _limit(cluster.pid("blue"), heartbeat)
+    _fenced_for(cluster, "blue", "its heartbeat was not written in time")
+    cluster.start("green", operations=60)
+    cluster.finish("green")
+    assert check(_all_calls(folder), frozenset({"red", "blue"})) == []
+    assert tmem("down", cwd=folder).returncode == 0
+    assert is_sound(cluster.image)
+
+
+def _limit(pid: int, file_bytes: int) -> None:
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+
+
+def _fenced_for(cluster: SharedCluster, name: str, reason: str) -> None:
+    """A guest ends for this reason, and another one replays its journal."""
+    wait_until(lambda: _exit_code(cluster, name) is not None, f"the end of {name}")
+    log = cluster.log(name)
+    assert _exit_code(cluster, name) == "72", log
+    assert "event=bug" not in log
+    (why,) = re.findall(rf"event=fenced node=node {name} \(\d\) why=(.*)", log)
+    assert why.startswith(reason)
+    wait_until(lambda: cluster.recovered(name), f"the recovery of {name}")
+
+
+def _exit_code(cluster: SharedCluster, name: str) -> str | None:
+    found = re.search(rf"event=guest-died guest={name} exit_code=(\d+)", cluster.log("supervisor"))
+    return found and found[1]
 
 
 def _restarted_since(cluster: SharedCluster, restarts: int) -> bool:
