@@ -149,7 +149,16 @@ class OpCount:
 class Account:
     """All operations of one guest; an operation number that does not exist counts under 0."""
 
-    __slots__ = ("faults", "faults_total", "get", "operations", "put", "unread_replies")
+    __slots__ = (
+        "faults",
+        "faults_total",
+        "get",
+        "operations",
+        "put",
+        "unread_replies",
+        "writeback_asked_pages",
+        "writeback_done_pages",
+    )
 
     def __init__(self) -> None:
         self.operations: dict[int, OpCount] = {int(op): OpCount() for op in Op}
@@ -159,6 +168,9 @@ class Account:
         self.faults: dict[int, int] = {}
         self.faults_total = 0
         self.unread_replies = 0
+        self.writeback_asked_pages = 0
+        self.writeback_done_pages = 0
+        """Persistent pages that it was asked to take back, and those that it took back then."""
 
     def fault(self, reason: Reason) -> None:
         self.faults[reason] = self.faults.get(reason, 0) + 1
@@ -196,6 +208,8 @@ class Account:
         for reason, faults in other.faults.items():
             self.faults[reason] = self.faults.get(reason, 0) + faults
         self.faults_total += other.faults_total
+        self.writeback_asked_pages += other.writeback_asked_pages
+        self.writeback_done_pages += other.writeback_done_pages
 
     def cleancache(self) -> dict[str, int]:
         """Linux's counters (mm/cleancache.c), in pages and for all of the guest's pools."""
@@ -214,6 +228,8 @@ class Account:
         return {
             "faults": {Reason(reason).name.lower(): n for reason, n in self.faults.items()},
             "unread_replies": self.unread_replies,
+            "writeback_asked_pages": self.writeback_asked_pages,
+            "writeback_done_pages": self.writeback_done_pages,
             "cpu_ns": self.cpu_ns,
             "cleancache": self.cleancache(),
             "operations": {

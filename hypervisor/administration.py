@@ -6,6 +6,8 @@
                                        duplicate puts go on
     set {guest, pool?, ...}            weight, cap_bytes, reserve_bytes, priority, compress,
                                        sharing, group; of a pool: weight, priority
+    balloon {guest?, size_bytes?}      how much RAM a guest should have, 0 for no wish; the answer
+                                       has the targets of all
     schedule {mode}                    greedy, static, scheduled
     freeable                           what is free, and what dropping ephemeral pages would free
     flush {guest?, size_bytes}         drop ephemeral pages and give the memory back to the host
@@ -40,10 +42,12 @@ from ipc.abi import PAGE_BYTES, UUID_BYTES, Priority
 from ipc.attach import is_guest_name
 from ipc.codec import Record
 from ipc.errors import OperatorError
+from ipc.window import BALLOON_PAGES_MAX
 
 FLUSH_SLICE_PAGES: Final = 4096
 """Pages dropped for one answer to `flush`: some milliseconds."""
 WEIGHT_MAX: Final = 65535
+BALLOON_BYTES_MAX: Final = BALLOON_PAGES_MAX * PAGE_BYTES
 _GROUP_CHARACTERS_MAX: Final = 31
 
 
@@ -67,6 +71,7 @@ class Administration:
             "freeze": lambda record: self._freeze(record, frozen=True),
             "thaw": lambda record: self._freeze(record, frozen=False),
             "set": self._set,
+            "balloon": self._balloon,
             "schedule": self._schedule,
             "freeable": lambda _record: dict(freeable_bytes(machine)),
             "flush": self._flush,
@@ -170,6 +175,32 @@ class Administration:
         if "priority" in record:
             self._machine.memberships.prioritise(member.pool, _priority(record))
         self._machine.balance.retarget()
+        self._changed()
+
+    def _balloon(self, record: Record) -> Record:
+        name = record.get("guest")
+        if name is not None:
+            self._set_balloon(name, _whole(record, "size_bytes", 0, BALLOON_BYTES_MAX))
+        return {
+            "balloon_bytes": {
+                one: settings.balloon_bytes
+                for one, settings in sorted(self._machine.settings.items())
+                if settings.balloon_bytes
+            }
+        }
+
+    def _set_balloon(self, name: object, size_bytes: int) -> None:
+        """As for `set`, the guest need not be there yet.  One that is hears of it whether or not
+        that is news: it may have become larger or smaller by itself meanwhile."""
+        if not isinstance(name, str) or not is_guest_name(name):
+            raise OperatorError(f"{name!r} is no name of a guest")
+        if 0 < size_bytes < PAGE_BYTES:
+            raise OperatorError(f"{size_bytes} bytes are less than a page of {PAGE_BYTES}")
+        settings = self._machine.settings.setdefault(name, Settings())
+        settings.balloon_bytes = size_bytes // PAGE_BYTES * PAGE_BYTES
+        client = self._machine.clients.get(name)
+        if client is not None:
+            self._machine.pressure.tell(client)
         self._changed()
 
     def _schedule(self, record: Record) -> Record:

@@ -77,6 +77,7 @@ def _serve(spec: HypervisorSpec) -> None:
         grants=administered.grants,
         secret=os.urandom(8),
         now_ns=time.thread_time_ns,
+        clock_ns=time.monotonic_ns,
     )
     recovered = recover(machine)
     log.info(

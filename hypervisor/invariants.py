@@ -4,8 +4,9 @@ Every fact that is kept twice is compared: leaves against frame columns and entr
 against objects, kinds of frames against what lies in them, charges against what pages cost, counts
 of pools and members against their pages, policies against the pages of their member, references of
 shared content against the entries that name it, slab slots against the entries that own them, and
-pool, member and guest records against clients, fencing tokens against the segment.  Tests call it
-after every step.
+pool, member and guest records against clients, fencing tokens against the segment, each guest's
+count of persistent pages against those that leaves name and those that records in the segment give
+it, and what was asked of guests against what they did.  Tests call it after every step.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from hypervisor.frames import CONTENT, EPHEMERAL, FREE, KINDS, PERSISTENT, SLAB,
 from hypervisor.machine import Machine
 from hypervisor.objects import NO_PAGES, TmemObject
 from hypervisor.pools import RAW_COST_BYTES, Member, Pool
+from hypervisor.pressure import WRITEBACK_PAGES_MAX
 from hypervisor.store import Store
+from ipc.abi import PAGE_BYTES
 from ipc.errors import InvariantError
 
 Owned = dict[int, tuple[TmemObject, int]]
@@ -42,6 +45,8 @@ def check(machine: Machine) -> None:
     _check_objects(store)
     _check_records(machine)
     _check_clients(machine)
+    _check_persistent(machine, owned)
+    _check_wishes(machine)
     waiting = store.doomed_pools or store.doomed_objects
     if waiting and not store.doomed:
         _fail("doomed pages wait but nobody will reap them")
@@ -314,3 +319,61 @@ def _check_clients(machine: Machine) -> None:
                     f"guest {client.name} pays {client.purses[persistent].bytes} for parts "
                     f"that cost {cost}"
                 )
+
+
+def _check_persistent(machine: Machine, owned: Owned) -> None:
+    """Persistent pages of each guest in three ways: as they are counted, as leaves name them, and,
+    but for those that wait to be reaped, as a restart would find them in the segment."""
+    store = machine.store
+    found: dict[int, int] = {}
+    """By id() of the guest: one that has gone pays for what waits, under a number that is free."""
+    live: dict[int, int] = {}
+    recorded: dict[int, int] = {}
+    pools = {record.number: record for record in store.arena.read_pools()}
+    payers = {(record.pool, record.slot): record.guest for record in store.arena.read_members()}
+    objects: dict[int, int | None] = {}
+    """Object number -> number of its pool, as the segment has it."""
+    for number, (owner, _) in owned.items():
+        if not owner.pool.persistent:
+            continue
+        payer = _member_of(store, owner, number).client
+        found[id(payer)] = found.get(id(payer), 0) + 1
+        if number < store.entries.base:
+            in_segment, state = store.arena.object[number], store.arena.state[number]
+        else:
+            in_segment, state = store.entries.handle(number)[0], store.entries.state(number)
+        if in_segment not in objects:
+            record = store.arena.read_object(in_segment)
+            objects[in_segment] = None if record is None else record[0]
+        pool_number = objects[in_segment]
+        if not owner.doomed and not pools[owner.pool.number].dead:
+            live[payer.number] = live.get(payer.number, 0) + 1
+        if pool_number is not None and not pools[pool_number].dead:
+            slot = state >> SLOT_SHIFT & HINTS_MASK
+            guest = payers.get((pool_number, slot), pools[pool_number].guest)
+            recorded[guest] = recorded.get(guest, 0) + 1
+    if live != recorded:
+        _fail(f"guests have {live} persistent pages, by the segment {recorded}")
+    for client in machine.clients.values():
+        doomed = [
+            member
+            for pool in store.doomed_pools
+            for member in pool.members.values()
+            if member.client is client and pool.persistent
+        ]
+        counted = client.pages(persistent=True) + sum(member.pages for member in doomed)
+        pages = found.get(id(client), 0)
+        if counted != pages:
+            _fail(f"guest {client.name} counts {counted} of {pages} persistent pages")
+
+
+def _check_wishes(machine: Machine) -> None:
+    """W1, W2 and W4 of `pressure`."""
+    for client in machine.clients.values():
+        left = client.wishes.writeback_pages
+        asked = client.account.writeback_asked_pages
+        done = client.account.writeback_done_pages
+        if not 0 <= left <= WRITEBACK_PAGES_MAX or not 0 <= done <= asked - left:
+            _fail(f"guest {client.name} was asked for {asked} pages, did {done}, is to do {left}")
+        if client.settings.balloon_bytes % PAGE_BYTES:
+            _fail(f"guest {client.name} should have {client.settings.balloon_bytes} bytes")

@@ -17,7 +17,8 @@ Kept from the original, and easily broken:
 
 Ours: a put into a shared ephemeral pool under an older fencing token than was seen for its object
 is refused and changes nothing (`tokens`); other pools don't look at it.  A guest that would hold
-more than it may is told OVER_ALLOTMENT.  Persistent pages count against its allotment, and all its
+more than it may is told OVER_ALLOTMENT; when there is no room though it may, another one that holds
+too much is asked for some (`pressure`).  Persistent pages count against its allotment, and all its
 pages against its cap, for which its own ephemeral pages make room first.  Near the limit a put goes
 page by page, so that replacing a page is never refused.
 """
@@ -35,6 +36,7 @@ from hypervisor.membership import Memberships
 from hypervisor.objects import NO_PAGE
 from hypervisor.pages import LeafKey, StoreOptions, leaf_key
 from hypervisor.pools import Client, Member, Settings
+from hypervisor.pressure import Pressure
 from hypervisor.reclaim import NoObjectNumber
 from hypervisor.store import Store
 from ipc.abi import (
@@ -82,8 +84,9 @@ class Machine:
     `recovery.recover` fills it before it serves anyone.
 
     `settings` and `grants` are the administrator's, kept by guest name and read here as they are.
-    `secret` seeds the hash that finds equal pages; `now_ns` measures what encoding costs;
-    `leaf_key` is for whoever must have the same samples in every process.
+    `secret` seeds the hash that finds equal pages; `now_ns` measures what encoding costs,
+    `clock_ns` how long ago a guest was asked for room; `leaf_key` is for whoever must have the same
+    samples in every process.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Machine:
         grants: Grants | None = None,
         secret: bytes = b"",
         now_ns: Callable[[], int] = lambda: 0,
+        clock_ns: Callable[[], int] = lambda: 0,
         leaf_key: LeafKey = leaf_key,
     ) -> None:
         options = StoreOptions(policy, admission, scheduling, secret, now_ns, leaf_key)
@@ -107,6 +111,9 @@ class Machine:
         self.memberships = Memberships(self.store, Grants() if grants is None else grants)
         self.clients: dict[str, Client] = {}
         self.balance = Balance(self.store, self.clients)
+        self.pressure = Pressure(self.clients, clock_ns)
+        self._found_no_room = False
+        """The put that is being served, or some of it."""
         self.departed = Account()
         self.witness: Callable[[Client, str, str, str], None] = _look_away
         """Told of (guest, event, reason, detail) when a guest breaks a rule or is denied."""
@@ -178,10 +185,14 @@ class Machine:
                     flags,
                     token,
                 )
+                if status < 0:
+                    self._ask_for_room(client)
             else:
                 account = client.account.operations[op]
                 if op in (Op.PUT_BATCH, Op.GET_BATCH, Op.FLUSH_BATCH):
                     answer = self._batch(client, account, op, count, window)
+                    if op == Op.PUT_BATCH:
+                        self._ask_for_room(client)
                 elif op == Op.FLUSH_PAGE:
                     answer = self._flush(client, account, pool_id, oid, index, count, token)
                 else:
@@ -280,6 +291,7 @@ class Machine:
         account.done += done
         if done == count:
             return _DONE, 0, bitmap, 0, 0
+        self._found_no_room = True
         flushed = dropped.bit_count()
         if flushed:
             account.refuse(Reason.DUPLICATE_FLUSHED, flushed)
@@ -289,6 +301,14 @@ class Machine:
         if dropped & first_refused:
             return Status.ENOSPC, Reason.DUPLICATE_FLUSHED, bitmap, 0, 0
         return Status.ENOMEM, Reason.NO_MEMORY, bitmap, 0, 0
+
+    def _ask_for_room(self, client: Client) -> None:
+        """A put was not served whole.  If it was for want of room, and none is on its way, another
+        guest may have too much of it."""
+        if self._found_no_room:
+            self._found_no_room = False
+            if not self.store.doomed:
+                self.pressure.refused(client)
 
     def _stale(
         self, member: Member, account: OpCount, oid: bytes, count: int, token: int, needed: int
@@ -379,6 +399,7 @@ class Machine:
                     bitmap |= 1 << at
                     account.done += 1
                     continue
+                self._found_no_room = self._found_no_room or reason != Reason.NO_OBJECT_SLOT
             elif self._find(member, oid, index + at) != NO_PAGE:
                 store.flush(member, oid, index + at, 1)
                 reason = Reason.DUPLICATE_FLUSHED
@@ -429,6 +450,8 @@ class Machine:
         bitmap = self.store.flush(member, oid, index, count)
         account.done += bitmap.bit_count()
         account.missed += count - bitmap.bit_count()
+        if member.policy is None:
+            self._note_taken_back(member, bitmap.bit_count())
         return _DONE, 0, bitmap, 0, 0
 
     def _batch(
@@ -516,6 +539,8 @@ class Machine:
         member = client.members.get(pool_id)
         if member is None:
             return _MISS, 0, 0, 0, 0
+        if member.policy is None:
+            self._note_taken_back(member, member.pool.pages)
         self.memberships.leave(member)
         return _DONE, 0, 0, 0, 0
 
@@ -534,7 +559,14 @@ class Machine:
             member.tokens.see(oid, token)
         pages = self.store.flush_object(member.pool, oid)
         account.pages += pages
+        if member.policy is None:
+            self._note_taken_back(member, pages)
         return _DONE, 0, 0, pages, 0
+
+    def _note_taken_back(self, member: Member, pages: int) -> None:
+        """Its guest has flushed persistent pages."""
+        if not member.pool.shared:
+            self.pressure.flushed(member.client, pages)
 
     def _deny(self, client: Client, what: str, reason: Reason, member: Member) -> None:
         self.witness(client, "denied", reason.name.lower(), f"{what} {member.pool.uuid.hex()}")

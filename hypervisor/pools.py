@@ -22,6 +22,7 @@ from hypervisor.accounting import Account
 from hypervisor.arena import SLOT_SHIFT
 from hypervisor.compression import Compressor
 from hypervisor.objects import Objects
+from hypervisor.pressure import Wishes
 from hypervisor.sharing import Sharing, domain_of
 from ipc.abi import (
     PAGE_BYTES,
@@ -205,6 +206,8 @@ class Settings:
     group: str = ""
     """Its trust group; without a name it trusts nobody, and shares with nobody under GROUP."""
     frozen: bool = False
+    balloon_bytes: int = 0
+    """How much RAM it should have, in whole pages; 0 for no wish."""
     pool_weights: dict[str, int] = field(default_factory=dict)
     """By pool id, as text; forgotten when the guest leaves."""
 
@@ -227,6 +230,7 @@ class Client:
         "settings",
         "start_ticks",
         "uid",
+        "wishes",
     )
 
     def __init__(
@@ -251,6 +255,7 @@ class Client:
         self.allotment_bytes = 0
         """What its persistent pages may cost; `Entitlements` sets it."""
         self.account = Account()
+        self.wishes = Wishes()
         self.compressor = Compressor()
         self.settings = settings
         self.domains: tuple[str | None, str | None] = (None, None)
@@ -285,6 +290,20 @@ class Client:
             for member in self.inherited
             if member.foreign and member.pool.persistent
         )
+
+    @property
+    def over_bytes(self) -> int:
+        """What its persistent pages cost beyond its allotment; below 0 it may have more."""
+        return self.purses[True].bytes - self.foreign_bytes - self.allotment_bytes
+
+    def private_persistent(self) -> tuple[int, int]:
+        """Pages that only itself can take back, and what they cost."""
+        pages = cost_bytes = 0
+        for member in self.members.values():
+            if member.policy is None and not member.pool.shared:
+                pages += member.pages
+                cost_bytes += member.cost_bytes
+        return pages, cost_bytes
 
     def charged(self) -> list[Member]:
         """Its parts in pools, inherited ones too."""

@@ -47,7 +47,9 @@ _EVENTS_MAX: Final = 64
 _CALLS_PER_CPU_READING: Final = 256
 _ROUNDS_MAX: Final = 16
 """Rounds over the rings between two looks at everything else when nothing came from there."""
-_AUDITED: Final = frozenset(("freeze", "thaw", "set", "schedule", "flush", "auth", "destroy"))
+_AUDITED: Final = frozenset(
+    ("freeze", "thaw", "set", "schedule", "flush", "auth", "destroy", "balloon")
+)
 """Verbs that change something."""
 _IDLE_CPU_NS: Final = 20_000_000
 """CPU time for compaction and recompression between two waits of a second: 2 % of a core."""

@@ -26,6 +26,7 @@ from typing import Final
 from hypervisor.doorman import Doorman
 from hypervisor.machine import Machine
 from hypervisor.pools import Client
+from hypervisor.pressure import shared_info
 from ipc import attach
 from ipc.abi import BYE_MAGIC, CONFIRM, CONFIRM_BYTES, CONFIRM_MAGIC, HELLO_BYTES
 from ipc.channel import Port
@@ -118,6 +119,7 @@ class Sessions:
         """By name; as many as were ever enrolled."""
         self._listener = attach.listen(run_directory)
         self._watch(self._listener.fileno(), self._accept)
+        machine.pressure.notify = self.notify
         for client in list(machine.clients.values()):
             self._await_return(client)
 
@@ -225,7 +227,7 @@ class Sessions:
         except OperatorError:
             window.close()
             raise
-        window.publish_info(self._machine.generation)
+        window.publish_info(self._machine.generation, **shared_info(client))
         attach.send_welcome(
             session.connection,
             client.number,
@@ -272,6 +274,8 @@ class Sessions:
         session.guest, session.port = client, pair
         session.ring = pair if isinstance(pair, RingPair) else None
         self._by_client[client.name] = session
+        # Something may have been wished since WELCOME.
+        self.notify(client)
         self.serving[pair.fileno()] = session
         self._poll.register(pair.fileno(), select.EPOLLIN)
         self._watch_life(client, peer.pidfd)
@@ -304,6 +308,13 @@ class Sessions:
             and client.name not in self._pidfds
             and not any(other.client is client for other in self._pending.values())
         )
+
+    def notify(self, client: Client) -> None:
+        """Write into a guest's window what is wished of it; one that is away is told when it comes
+        back."""
+        session = self._by_client.get(client.name)
+        if session is not None:
+            session.port.window.notify(**shared_info(client))
 
     # --- life and death
 

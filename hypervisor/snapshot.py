@@ -67,6 +67,9 @@ def guest_record(client: Client, *, attached: bool) -> dict[str, Any]:
         "cost_bytes": client.cost_bytes,
         "target_bytes": sum(member.target_bytes for member in client.charged()),
         "allotment_bytes": client.allotment_bytes,
+        "persistent_bytes": client.over_bytes + client.allotment_bytes,
+        "persistent_over_bytes": max(client.over_bytes, 0),
+        "writeback_wanted_pages": client.wishes.writeback_pages,
         "pools": [pool_part_record(member) for member in client.members.values()],
         **client.account.record(),
     }
@@ -83,6 +86,7 @@ def settings_record(settings: Settings) -> dict[str, Any]:
         "priority": settings.priority.name.lower(),
         "sharing": settings.sharing.value,
         "group": settings.group,
+        "balloon_bytes": settings.balloon_bytes,
     }
 
 

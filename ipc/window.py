@@ -7,11 +7,12 @@ at table offset + 48 n, slot n at slots offset + 4096 n.  Map it shared, readabl
 offset 0.  Slots and table belong to the guest between calls and to the hypervisor during one;
 sending and receiving a message orders the accesses, so no other barrier is needed.
 
-The shared info page is how the hypervisor speaks first.  Of a guest that has fallen asleep over it
-nothing is lost: the guest remembers (generation, notifications) of the state that it acted on and
-acts when it reads another pair, so a wish stays until it was seen and nobody has to take it back.
-Every state is whole: `writeback pages` are what is asked for from now on, and take the place of
-what is left of an earlier request.  A wish is a request; a guest that ignores it loses nothing.
+The shared info page is how the hypervisor speaks first.  The guest remembers the notifications of
+the state that it acted on, for as long as it has the window, and acts when it reads another number;
+in a new window it acts on what is there.  So a wish stays until it was seen, whenever that is, and
+the hypervisor need not know.  Every state is whole: `writeback pages` are what is asked for from now
+on, and take the place of what is left of an earlier request.  A guest that ignores a wish loses
+nothing.
 
 Invariants
 
@@ -59,7 +60,7 @@ SHARED_INFO: Final = struct.Struct("<4sIHHI16s")
 
 magic: "TMWI".
 generation: of the hypervisor; stays what it is for as long as the window is used.
-notifications: goes up by one, from 0xffff to 0, with each change of what follows.
+notifications: goes up by one, from 0xffff to 0, each time that what follows is written.
 writeback pages: persistent pages of private pools to take back from now on, at most 256; 0: none.
 balloon target: pages that the guest should shrink or grow its RAM to; 0: no wish.
 spare: zeros.

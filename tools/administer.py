@@ -152,6 +152,7 @@ POOLS_HEADER: Final = (
     "COST",
     "TARGET",
 )
+BALLOON_HEADER: Final = ("NAME", "TARGET")
 GRANTS_HEADER: Final = ("UUID", "GUEST", "ROLE")
 LEGEND: Final = (
     "EPH, PERS: pages; COST: bytes of the arena that it pays for; TARGET: what it should have"
@@ -201,6 +202,12 @@ def pools_table(answer: Record) -> list[tuple[str, ...]]:
     ]
 
 
+def balloon_table(answer: Record, names: list[str]) -> list[tuple[str, ...]]:
+    """A row for each of these guests, of a `balloon` answer."""
+    targets = answer["balloon_bytes"]
+    return [(name, _bound(targets.get(name, 0))) for name in names]
+
+
 def grants_table(answer: Record) -> list[tuple[str, ...]]:
     """A row for each grant of an `auth` answer."""
     return [
@@ -234,6 +241,14 @@ def settings_line(name: str, guest: Record) -> str:
         f"reserve {reserve.replace('-', 'none')}, compress {'on' if guest['compress'] else 'off'}, "
         f"priority {guest['priority']}, sharing {sharing(guest)}"
     )
+
+
+def balloon_line(name: str, answer: Record) -> str:
+    """What a guest was told, after `balloon`."""
+    target_bytes = answer["balloon_bytes"].get(name)
+    if target_bytes is None:
+        return f"{name}: no balloon target"
+    return f"{name}: balloon target {format_size(target_bytes)}"
 
 
 def pool_line(name: str, guest: Record, pool_id: int) -> str:

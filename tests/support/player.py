@@ -13,6 +13,7 @@ from hypervisor.frames import KINDS
 from hypervisor.invariants import check
 from hypervisor.machine import Machine
 from hypervisor.pools import Client, Member, Pool, Settings
+from hypervisor.pressure import shared_info
 from hypervisor.recovery import recover
 from ipc.abi import (
     INVALID_OID,
@@ -53,6 +54,7 @@ class Player:
         self.settings: dict[str, Settings] = {}
         self.grants = Grants()
         self.windows: dict[str, Window] = {}
+        self.now_ns = 0
         self.labels: dict[tuple[int, int], str] = {}
         """(pool, slot) -> the name of a member."""
         self.ids: dict[str, int] = {}
@@ -120,10 +122,26 @@ class Player:
             settings=self.settings,
             grants=self.grants,
             secret=b"a script",
+            clock_ns=lambda: self.now_ns,
         )
+        self.machine.pressure.notify = self._notify
         self.administration = Administration(self.machine)
         found = recover(self.machine)._asdict()
+        for client in self.machine.clients.values():
+            self._welcome(client)
         return ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in found.items() if n)
+
+    def _welcome(self, client: Client) -> None:
+        window = self.windows[client.name]
+        window.publish_info(self.machine.generation, **shared_info(client))
+
+    def _notify(self, client: Client) -> None:
+        self.windows[client.name].notify(**shared_info(client))
+
+    def do_wait(self, words: list[str]) -> Iterator[str]:
+        """Seconds go by."""
+        self.now_ns += round(float(words[0]) * 1e9)
+        yield f"{words[0]} s later"
 
     def do_restart(self, words: list[str]) -> Iterator[str]:
         """The hypervisor is killed and started again on its arena."""
@@ -155,6 +173,8 @@ class Player:
         (name,) = words
         self.windows.setdefault(name, anonymous_window())
         client = self.machine.attach(name, 1, 1, 0)
+        if client is not None:
+            self._welcome(client)
         yield f"{name} attached" if client is not None else f"{name} is turned away"
 
     def do_depart(self, words: list[str]) -> Iterator[str]:
@@ -447,6 +467,17 @@ class Player:
         said = ", ".join(f"{key} {value}" for key, value in options.items())
         yield f"{target} {answer.get('error', said)}"
 
+    def do_balloon(self, words: list[str]) -> Iterator[str]:
+        guest, pages = words or (None, None)
+        size_bytes = None if pages is None else int(float(pages) * PAGE_BYTES)
+        answer = self._ask(verb="balloon", guest=guest, size_bytes=size_bytes)
+        if "error" in answer:
+            yield f"{guest} {answer['error']}"
+            return
+        targets = answer["balloon_bytes"].items()
+        said = [f"{name} {target_bytes // PAGE_BYTES} pages" for name, target_bytes in targets]
+        yield f"targets: {', '.join(said) or 'none'}"
+
     def do_freeze(self, words: list[str]) -> Iterator[str]:
         answer = self._ask(verb="freeze", guest=words[0] if words else None)
         yield f"frozen: {', '.join(answer['frozen']) or 'nobody'}"
@@ -528,6 +559,24 @@ class Player:
         (label,) = words
         found = handles((oid, index) for name, oid, index in self._pages() if name == label)
         yield f"{label} holds {found or 'nothing'}"
+
+    def do_window(self, words: list[str]) -> Iterator[str]:
+        """What a guest reads in its shared info page."""
+        (guest,) = words
+        info = self.windows[guest].info()
+        yield (
+            f"{guest} notified {info.notifications} times: balloon target "
+            f"{info.balloon_target_pages} pages, writeback {info.writeback_pages} pages"
+        )
+
+    def do_writeback(self, words: list[str]) -> Iterator[str]:
+        """What was asked of a guest, and what it did."""
+        record = self._ask(verb="list", guest=words[0])["guests"][words[0]]
+        asked, done, wanted = (
+            record[f"writeback_{what}_pages"] for what in ("asked", "done", "wanted")
+        )
+        over = record["persistent_over_bytes"]
+        yield f"{words[0]} {over} bytes over: asked {asked}, done {done}, wanted {wanted}"
 
     def do_charges(self, _words: list[str]) -> Iterator[str]:
         for client, member in self._members():

@@ -34,6 +34,7 @@ follows it, indented.
     set G|G/P key=value... / freeze [G] / thaw [G] / schedule S
     allow G UUID [reader] / deny G UUID / grants
     host-flush [G] PAGES / host-destroy G[/P] / freeable
+    balloon [G PAGES] / window G / writeback G / wait SECONDS
     restart / reap [PAGES] / compact / recompress
     pages G/P / charges / targets / sharers G/P / tokens G/P OBJECT... / frames / savings / counts G
     quiet COMMAND / repeat N COMMAND with {n}

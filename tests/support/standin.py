@@ -184,6 +184,11 @@ def usual_answer(question: Record) -> Record:
             return {"frozen": list(GUESTS) if guest is None else ["alpha", guest]}
         case "thaw":
             return {"frozen": [] if guest is None else ["bravo"]}
+        case "balloon":
+            targets = {"bravo": 8 << 20}
+            if guest is not None:
+                targets[guest] = question["size_bytes"]
+            return {"balloon_bytes": {name: size for name, size in targets.items() if size}}
         case "set":
             return {"guest": GUESTS[guest]} if guest in GUESTS else {"guest": _guest(0)}
         case "schedule":

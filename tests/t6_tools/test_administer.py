@@ -108,6 +108,7 @@ def test_json_is_the_answer(hypervisor: Standin, capsys: pytest.CaptureFixture[s
         (["freeable"], FREEABLE),
         (["auth", "list"], GRANTED),
         (["set", "alpha", "--weight", "3"], {"guest": GUESTS["alpha"]}),
+        (["balloon"], {"balloon_bytes": {"bravo": 8 << 20}}),
     ):
         assert tmem(*words, "--json") == 0
         assert json.loads(capsys.readouterr().out) == answer
@@ -253,6 +254,10 @@ def test_records_are_xens(
                 {"action": "deny", "guest": "alpha", "uuid": DIGITS},
             ],
         ),
+        (["balloon"], "balloon", [{}]),
+        (["balloon", "alpha"], "balloon", [{}]),
+        (["balloon", "2", "8M"], "balloon", [{"guest": "bravo", "size_bytes": 8 << 20}]),
+        (["balloon", "carol", "none"], "balloon", [{"guest": "carol", "size_bytes": 0}]),
         (["destroy", "alpha", "--yes"], "destroy", [{"guest": "alpha"}]),
         (["destroy", "alpha", "--pool", "0", "-y"], "destroy", [{"guest": "alpha", "pool": 0}]),
     ],
@@ -276,6 +281,13 @@ def test_commands_ask_for_what_was_said(
         (["tmem-freeable"], "5\n"),
         (["tmem-freeze", "-a"], ""),
         (["destroy", "alpha", "--yes"], "destroyed 3 pools of alpha\n"),
+        (["balloon", "alpha", "6400K"], "alpha: balloon target 6.2 MiB\n"),
+        (["balloon", "bravo", "none"], "bravo: no balloon target\n"),
+        (["balloon", "bravo"], "NAME    TARGET\nbravo  8.0 MiB\n"),
+        (
+            ["balloon"],
+            "NAME    TARGET\nalpha        -\nbravo  8.0 MiB\ncarol        -\n",
+        ),
         (
             ["set", "alpha", "--pool", "2", "--weight", "100"],
             "alpha pool 2: weight 100, priority normal\n",
@@ -405,6 +417,13 @@ def test_destroy_asks_on_a_terminal(
         (["set", "alpha", "--cap", "0"], "write 'none'"),
         (["set", "alpha", "--compress", "yes"], "--compress"),
         (["set", "alpha", "--priority", "urgent"], "--priority"),
+        (["balloon", "zulu"], "there is no guest 'zulu'; there are alpha, bravo, carol"),
+        (["balloon", "zulu", "8M"], "no guest 'zulu'"),
+        (["balloon", "alpha", "much"], "SIZE: 'much' is no size"),
+        (["balloon", "alpha", "-8M"], "-8"),
+        (["balloon", "alpha", "0"], "write 'none'"),
+        (["balloon", "alpha", "4095"], "less than 16 TiB"),
+        (["balloon", "alpha", "16T"], "less than 16 TiB"),
         (["schedule", "random"], "random"),
         (["flush", "alpha"], "Missing argument"),
         (["flush", "alpha", "1.5M"], "SIZE: '1.5M' is no size"),

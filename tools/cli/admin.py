@@ -1,4 +1,5 @@
-"""list, pools, freeze, thaw, set, schedule, freeable, flush, auth, destroy: the administrator's.
+"""list, pools, freeze, thaw, set, balloon, schedule, freeable, flush, auth, destroy: the
+administrator's.
 
 Xen's spellings of them (`tmem-list -a` and so on) are in `tools.cli.xen`.
 """
@@ -13,8 +14,9 @@ import typer
 
 from ipc.codec import Record
 from ipc.errors import ExitCode, OperatorError
+from ipc.window import BALLOON_PAGES_MAX
 from tools.cli.common import JsonOption, RunOption, print_json, print_table
-from tools.units import format_size, parse_size
+from tools.units import PAGE_BYTES, format_size, parse_size
 from tools.uuids import parse_uuid
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ def register(app: typer.Typer) -> None:
         ("freeze", freeze),
         ("thaw", thaw),
         ("set", change),
+        ("balloon", balloon),
         ("schedule", schedule),
         ("freeable", freeable),
         ("flush", flush),
@@ -182,6 +185,48 @@ def change(
     else:
         print(pool_line(name, admin.ask("list", guest=name)["guests"][name], pool))
     return ExitCode.OK
+
+
+def balloon(
+    guest: Annotated[
+        str | None, typer.Argument(help="Name or number of the guest [default: list targets].")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Argument(help="How much RAM, for example 8M, or none.", metavar="SIZE|none"),
+    ] = None,
+    run: RunOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Tell a guest how much RAM it should have; it shrinks or grows to that when it can."""
+    from tools import administer as view
+
+    size_bytes = None if size is None else _target_of(size)
+    admin = administrator(run)
+    name = None if guest is None else admin.guest(guest)
+    answer = admin.ask("balloon", guest=None if size is None else name, size_bytes=size_bytes)
+    if json:
+        print_json(answer)
+    elif name is not None and size is not None:
+        print(view.balloon_line(name, answer))
+    else:
+        names = admin.names() if name is None else [name]
+        print_table(view.BALLOON_HEADER, view.balloon_table(answer, names))
+    return ExitCode.OK
+
+
+def _target_of(text: str) -> int:
+    """Bytes of a balloon target; 0 for "none"."""
+    if text == "none":
+        return 0
+    size_bytes = size_of("SIZE", text)
+    if not PAGE_BYTES <= size_bytes <= BALLOON_PAGES_MAX * PAGE_BYTES:
+        raise OperatorError(
+            f"SIZE: {text!r} is no size of a guest's RAM, at least 4 KiB and less than 16 TiB; write "
+            "'none' for no target",
+            ExitCode.USAGE,
+        )
+    return size_bytes
 
 
 def schedule(
