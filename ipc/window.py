@@ -10,8 +10,8 @@ sending and receiving a message orders the accesses, so no other barrier is need
 The shared info page is how the hypervisor speaks first.  The guest remembers the notifications of
 the state that it acted on, for as long as it has the window, and acts when it reads another number;
 in a new window it acts on what is there.  So a wish stays until it was seen, whenever that is, and
-the hypervisor need not know.  Every state is whole: `writeback pages` are what is asked for from now
-on, and take the place of what is left of an earlier request.  A guest that ignores a wish loses
+the hypervisor need not know.  Every state is whole: `writeback pages` are what is asked for from
+now on, and take the place of what is left of an earlier request.  A guest that ignores a wish loses
 nothing.
 
 Invariants

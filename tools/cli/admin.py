@@ -222,8 +222,8 @@ def _target_of(text: str) -> int:
     size_bytes = size_of("SIZE", text)
     if not PAGE_BYTES <= size_bytes <= BALLOON_PAGES_MAX * PAGE_BYTES:
         raise OperatorError(
-            f"SIZE: {text!r} is no size of a guest's RAM, at least 4 KiB and less than 16 TiB; write "
-            "'none' for no target",
+            f"SIZE: {text!r} is no size of a guest's RAM, at least 4 KiB and less than 16 TiB; "
+            "write 'none' for no target",
             ExitCode.USAGE,
         )
     return size_bytes
