@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,9 @@ from guests.node import Fenced, KeptDevice, Node, NodeSpec
 from guests.nodeview import lock_resources, node_status
 from guests.pagecache import PageCache
 from guests.privatecache import TokenNames
+from guests.process import ProcessKilled
 from guests.sharedcache import SharedCleancache
+from guests.userland import Userland
 from guests.volumeview import volume_status
 from guests.workloads import WORKLOADS
 from guests.workloads.job import BadParameters, Findings, Job
@@ -37,6 +40,7 @@ from ipc.channel import Channel
 
 log = logging.getLogger(__name__)
 
+WAIT_SECONDS: Final = 0.02
 STEP_SECONDS: Final = 0.005
 """Work between two looks at the control socket."""
 
@@ -49,6 +53,8 @@ class GuestSpec:
     of it, None for the default.  With `attach` it uses the hypervisor of `run_directory`, where it
     was enrolled under `name` with `token` (32 bytes).  It ends with the process `supervisor_pid`,
     if one is named.  With a `node` the image is shared with the other guests of its cluster.
+    `swap` is its swap area, `swap_uuid` which one it must be; with `frontswap` and a hypervisor
+    pages go to tmem first.
     """
 
     name: str
@@ -60,6 +66,9 @@ class GuestSpec:
     buffer_blocks: int | None = None
     supervisor_pid: int | None = None
     node: NodeSpec | None = None
+    swap: Path | None = None
+    swap_uuid: bytes | None = None
+    frontswap: bool = True
 
 
 class Kernel:
@@ -77,12 +86,15 @@ class Kernel:
         connect: Callable[[], Channel] | None = None,
         detach: Callable[[Channel], None] = lambda channel: channel.close(),
         stack: Callable[[BlockDevice], BlockDevice] = lambda device: device,
+        swap_stack: Callable[[BlockDevice], BlockDevice] = lambda device: device,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         budget = divide(
             spec.memory_bytes, attach=connect is not None, buffer_blocks=spec.buffer_blocks
         )
         self.name = spec.name
         self._now_seconds = now_seconds
+        self._sleep = sleep
         self.node: Node | None = None
         if spec.node is not None:
             self.node = Node(spec.node, spec.image, spec.run_directory)
@@ -97,6 +109,16 @@ class Kernel:
                 if connect is not None:
                     self.attachment = Attachment(connect, now_seconds, detach)
                     self.cleancache = self._make_cleancache(self.attachment)
+                self.userland = Userland(
+                    self.memory,
+                    now_seconds=now_seconds,
+                    wait=self._wait,
+                    swap_path=spec.swap,
+                    swap_uuid=spec.swap_uuid,
+                    attachment=self.attachment if spec.frontswap else None,
+                    stack=swap_stack,
+                )
+                if self.attachment is not None:
                     self.attachment.attach(refusal_is_fatal=True)
             except BaseException:
                 self.fs.unmount()
@@ -231,6 +253,13 @@ class Kernel:
     def _pump(self) -> None:
         if self.node is not None:
             self.node.pump()
+        self.userland.in_background()
+
+    def _wait(self) -> None:
+        """A moment for others while a page is waited for."""
+        if self.node is not None:
+            self.node.pump()
+        self._sleep(WAIT_SECONDS)
 
     def _step(self) -> None:
         assert self._steps is not None
@@ -238,7 +267,7 @@ class Kernel:
             next(self._steps)
         except StopIteration:
             self._end(None)
-        except OSError as error:
+        except (OSError, ProcessKilled) as error:
             assert self.job is not None
             log.error("workload=%s event=failed why=%s", self.job.workload, error)
             self._end(str(error))
@@ -289,6 +318,7 @@ class Kernel:
             **self.findings.record(),
             "seconds": self._seconds + running,
             "page_cache": self._page_cache(),
+            **self.userland.counters(),
             "cleancache": cleancache.counters() if cleancache is not None else no_cleancache(),
             "memory": {
                 "budget_pages": self.memory.budget.total,
@@ -306,6 +336,7 @@ class Kernel:
             "hits": counters.hits,
             "misses": counters.misses,
             "readahead_pages": counters.readahead_pages,
+            "refaults": counters.refaults,
             "evictions": counters.evictions,
             "written_pages": counters.written_pages,
             "cached_pages": self.pages.cached_pages,
@@ -324,6 +355,7 @@ class Kernel:
             self._end(None)
         owing = False
         try:
+            self.userland.close()
             self._unmount()
             owing = (
                 isinstance(self.cleancache, SharedCleancache) and not self.cleancache.settle_all()

@@ -2,7 +2,7 @@
 
 A guest is given `memory_bytes` and takes no more, whatever it does with it:
 
-    budget = page cache frames          in the mapping, this module hands them out
+    budget = frames                     in the mapping, for file pages and for anonymous memory
            + transfer frames            in the mapping, where extents stand on their way
            + metadata buffers           of the file system (`fs.buffers`), 4 KiB a block
            + window                     the mapping shared with the hypervisor, if there is one
@@ -14,6 +14,9 @@ The transfer frames exist because frames of one extent are scattered over the ma
 or tmem moves neighbours: an extent is gathered or scattered there, one copy a page.
 
 Invariant: a frame is free, or belongs to exactly one owner; `used_pages` never passes `frames`.
+
+The mapping is private to the process: only of such pages does the host take back what the guest
+gives up (MADV_DONTNEED), and only such can it merge.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import mmap
 from array import array
 from typing import Final, NamedTuple
 
+from guests.reclaim import Reclaim
 from ipc.abi import PAGE_BYTES
 from ipc.errors import OperatorError
 from ipc.limits import WINDOW_BYTES
@@ -68,12 +72,17 @@ class Memory:
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self._mapping = mmap.mmap(-1, (budget.frames + budget.transfer) * PAGE_BYTES)
+        self._mapping = mmap.mmap(
+            -1,
+            (budget.frames + budget.transfer) * PAGE_BYTES,
+            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
+        )
         self.pages = memoryview(self._mapping)
         """All frames, frame 0 first."""
         self.transfer = self.pages[budget.frames * PAGE_BYTES :]
         """`TRANSFER_PAGES` neighbours for an extent on its way; nobody owns them over a call."""
         self._free = array("I", range(budget.frames - 1, -1, -1))
+        self.reclaim = Reclaim(budget.frames, lambda: len(self._free))
 
     @property
     def free_pages(self) -> int:
@@ -82,7 +91,7 @@ class Memory:
 
     @property
     def used_pages(self) -> int:
-        """Frames that the page cache owns."""
+        """Frames that somebody owns."""
         return self.budget.frames - len(self._free)
 
     def take(self) -> int:

@@ -62,12 +62,14 @@ class CachedFile:
 class PageCacheCounters:
     """In pages, since boot."""
 
-    __slots__ = ("evictions", "hits", "misses", "readahead_pages", "written_pages")
+    __slots__ = ("evictions", "hits", "misses", "readahead_pages", "refaults", "written_pages")
 
     def __init__(self) -> None:
         self.hits = 0
         self.misses = 0
         self.readahead_pages = 0
+        self.refaults = 0
+        """Read from the disk although they were evicted a short time ago."""
         self.evictions = 0
         self.written_pages = 0
 
@@ -88,11 +90,14 @@ class PageCache:
         self._hooks = hooks
         self._shared = shared
         frames = memory.budget.frames
-        self._lists = PageLists(frames)
+        self.lists = PageLists(frames)
+        memory.reclaim.serve(files=self)
         self._owners: list[CachedFile | None] = [None] * frames
         self._indexes = array("Q", bytes(8 * frames))
         self._holes = bytearray(frames)
         self._files: OrderedDict[int, CachedFile] = OrderedDict()
+        self._ghosts: OrderedDict[tuple[int, int], None] = OrderedDict()
+        """Pages that were evicted last, as many as there are frames: inode number and index."""
         self._dirty_pages = 0
         self._dirty_pages_max = frames // DIRTY_SHARE
         self.counters = PageCacheCounters()
@@ -100,12 +105,12 @@ class PageCache:
     @property
     def cached_pages(self) -> int:
         """Pages held."""
-        return len(self._lists)
+        return len(self.lists)
 
     @property
     def active_pages(self) -> int:
         """Pages that were used more than once."""
-        return self._lists.active_pages
+        return self.lists.active_pages
 
     @property
     def dirty_pages(self) -> int:
@@ -261,7 +266,7 @@ class PageCache:
             frame = file.frames[index]
         else:
             self.counters.hits += 1
-        self._lists.touch(frame)
+        self.lists.touch(frame)
         return frame
 
     def _page_bytes(self, file: CachedFile, index: int) -> bytes:
@@ -277,7 +282,7 @@ class PageCache:
         count = 1
         while count < planned and index + count not in file.frames:
             count += 1
-        self._make_room(count)
+        self._memory.reclaim.make_room(count)
         transfer = self._memory.transfer
         found = self._hooks.get_pages(file.inode.key, index, count, transfer)
         self._adopt(file, index, count, found)
@@ -300,6 +305,7 @@ class PageCache:
             for run in runs(blocks):
                 if run.block:
                     self._fs.device.read(run.block, run.length, transfer)
+                    self._note_refaults(file, index + first + run.position, run.length)
                 else:
                     transfer[: run.length * PAGE] = bytes(run.length * PAGE)
                 whole = (1 << run.length) - 1
@@ -328,7 +334,7 @@ class PageCache:
         self._owners[frame] = file
         self._indexes[frame] = index
         self._holes[frame] = 0
-        self._lists.add(frame)
+        self.lists.add(frame)
         return frame
 
     def _drop(self, file: CachedFile, index: int) -> None:
@@ -338,7 +344,7 @@ class PageCache:
             file.dirty.remove(index)
             self._dirty_pages -= 1
         self._owners[frame] = None
-        self._lists.remove(frame)
+        self.lists.remove(frame)
         self._memory.give(frame)
 
     # --- dirty pages
@@ -350,10 +356,10 @@ class PageCache:
             self._write_back(oldest, sorted(oldest.dirty))
         frame = file.frames.get(index)
         if frame is None:
-            self._make_room(1)
+            self._memory.reclaim.make_room(1)
             frame = self._insert(file, index)
         self._make_dirty(file, index)
-        self._lists.touch(frame)
+        self.lists.touch(frame)
         return frame
 
     def _make_dirty(self, file: CachedFile, index: int) -> None:
@@ -391,15 +397,10 @@ class PageCache:
 
     # --- reclaim
 
-    def _make_room(self, count: int) -> None:
-        """At least `count` free frames; a page that the caller inserted in between may leave."""
-        while self._memory.free_pages < count:
-            self._evict()
-
-    def _evict(self) -> None:
-        """Evict one batch: write the dirty ones, offer the clean ones, free all."""
+    def evict(self, frames: list[int]) -> int:
+        """Write the dirty pages of these frames, offer the clean ones, free all."""
         by_file: dict[int, list[int]] = {}
-        for frame in self._lists.victims():
+        for frame in frames:
             owner = self._owners[frame]
             assert owner is not None, "a listed frame has an owner"
             by_file.setdefault(owner.inode.ino, []).append(self._indexes[frame])
@@ -413,13 +414,14 @@ class PageCache:
         finally:
             # What came before a file that can't be written goes all the same.
             self._let_go(clean)
+        return len(frames)
 
     def _let_go(self, clean: list[tuple[CachedFile, list[int]]]) -> None:
         """Offer clean pages, by file and ascending, and free their frames."""
         extents: list[Extent] = []
         frames: list[int] = []
         holes = self._holes
-        was_active = self._lists.was_active
+        was_active = self.lists.was_active
         for file, indexes in clean:
             mapped = [index for index in indexes if not holes[file.frames[index]]]
             mapped_frames = [file.frames[index] for index in mapped]
@@ -439,7 +441,21 @@ class PageCache:
         for file, indexes in clean:
             for index in indexes:
                 self._drop(file, index)
+                self._ghosts[file.inode.ino, index] = None
             self.counters.evictions += len(indexes)
+        while len(self._ghosts) > self._memory.budget.frames:
+            self._ghosts.popitem(last=False)
+
+    def _note_refaults(self, file: CachedFile, index: int, count: int) -> None:
+        """Pages that were read from the disk although they had been here: evicted too early."""
+        refaults = 0
+        for at in range(index, index + count):
+            if (file.inode.ino, at) in self._ghosts:
+                del self._ghosts[file.inode.ino, at]
+                refaults += 1
+        if refaults:
+            self.counters.refaults += refaults
+            self._memory.reclaim.note_cost(files=refaults)
 
 
 def _extents(indexes: list[int]) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Which page goes when memory is short: an active and an inactive list with a second chance.
+"""Which page goes when memory is short: active and inactive lists, for files and for the rest.
 
     read --> inactive --- touched twice ---> active
                |  ^                            |
@@ -6,22 +6,40 @@
                v
             evicted
 
-As in Linux's mm/vmscan.c for file pages: one touch is no proof of use, because a page that is read
+As in Linux's mm/vmscan.c: one touch is no proof of use, because a page that is read
 once sequentially is touched once, so only a second touch makes it active.  Touching is one byte
 written; lists are mended when memory is short and not on every access.  A page that was active once
 is remembered as such until it leaves: whoever keeps it after us may want to know.
 
-Simpler than Linux: no refault distances, no zones, no background reclaim.  A batch of
-`BATCH_PAGES` is evicted by whoever needs a frame.
+Files and anonymous memory each have such lists, and `Reclaim` says whose turn it is.  Giving up a
+page costs what it takes to get it back, so each kind's cost is what the disk had to do for pages
+that were given up too early, and the share of a kind goes down as its cost goes up; `swappiness`
+weighs them (Linux's formula and default).  Costs fade, so a new load is judged by what it does now.
+
+When free frames get few, some are made in the background, between two steps of work; when there
+are none, by whoever needs one.  Both in batches of `BATCH_PAGES`.  When nothing can be evicted,
+`exhausted` is asked (the out-of-memory killer), and if that doesn't help it is ENOMEM.
+
+Simpler than Linux: no refault distances, no zones, no reserves for those who reclaim: a batch is
+written from the transfer frames.
 """
 
 from __future__ import annotations
 
+import errno
 from collections import OrderedDict
+from collections.abc import Callable
 from itertools import islice
-from typing import Final
+from typing import Final, Protocol
+
+from fs.errors import error
 
 BATCH_PAGES: Final = 32
+SWAPPINESS: Final = 60
+LOW_SHARE: Final = 128
+"""The background begins when fewer than one frame in so many is free, and makes twice as many."""
+FILES_FLOOR_PAGES: Final = BATCH_PAGES
+"""With fewer file pages than this only anonymous memory is reclaimed, if it can be."""
 
 _USED: Final = 2
 
@@ -97,3 +115,107 @@ class PageLists:
             frame, _none = self._active.popitem(last=False)
             self.touches[frame] = 1 if self.touches[frame] else 0
             self._inactive[frame] = None
+
+
+class Pages(Protocol):
+    """Whoever owns pages that can be given up."""
+
+    @property
+    def lists(self) -> PageLists:
+        """All of them."""
+        ...
+
+    def evict(self, frames: list[int]) -> int:
+        """Bring the pages of listed frames to where they can be had again, and free the frames.
+
+        Returns how many became free; 0 if there is no place for them.  OSError.
+        """
+        ...
+
+
+class Reclaim:
+    """Makes free frames; `free_pages` counts them."""
+
+    def __init__(self, frames: int, free_pages: Callable[[], int]) -> None:
+        self.swappiness = SWAPPINESS
+        self.low_pages = frames // LOW_SHARE
+        self.exhausted: Callable[[], bool] = lambda: False
+        """Nothing can be evicted: whether that was changed."""
+        self.direct_pages = 0
+        self.background_pages = 0
+        self._frames = frames
+        self._free_pages = free_pages
+        self._files: Pages | None = None
+        self._anonymous: Pages | None = None
+        self._file_cost = 0
+        self._anonymous_cost = 0
+        self._credit = 0.0
+        self._filling = False
+
+    def serve(self, *, files: Pages | None = None, anonymous: Pages | None = None) -> None:
+        """Who owns pages."""
+        self._files = files or self._files
+        self._anonymous = anonymous or self._anonymous
+
+    def note_cost(self, *, files: int = 0, anonymous: int = 0) -> None:
+        """The disk had to move so many pages that had better stayed, or that went dirty."""
+        self._file_cost += files
+        self._anonymous_cost += anonymous
+        if self._file_cost + self._anonymous_cost > self._frames // 4:
+            self._file_cost //= 2
+            self._anonymous_cost //= 2
+
+    def make_room(self, count: int) -> None:
+        """At least `count` free frames; a page that the caller has just brought in may leave.
+
+        ENOMEM; OSError of a page that can't be written.
+        """
+        while self._free_pages() < count:
+            freed = self._evict_batch()
+            self.direct_pages += freed
+            if not freed and not self.exhausted():
+                raise error(errno.ENOMEM, "no page can be evicted, and nobody can be killed")
+
+    def in_background(self) -> None:
+        """One batch, from the low mark on until twice as many frames are free."""
+        free = self._free_pages()
+        self._filling = free < self.low_pages or (self._filling and free < 2 * self.low_pages)
+        if self._filling:
+            self.background_pages += self._evict_batch()
+
+    def _evict_batch(self) -> int:
+        failure: OSError | None = None
+        for pages in self._turns():
+            victims = pages.lists.victims()
+            try:
+                freed = pages.evict(victims) if victims else 0
+            except OSError as reason:
+                failure = reason
+                continue
+            if freed:
+                return freed
+        if failure is not None:
+            raise failure
+        return 0
+
+    def _turns(self) -> list[Pages]:
+        """Whose turn it is, and who is next if that brings nothing."""
+        files, anonymous = self._files, self._anonymous
+        if files is None or anonymous is None:
+            return [pages for pages in (files, anonymous) if pages is not None]
+        if not self.swappiness or not len(anonymous.lists):
+            return [files, anonymous]
+        if len(files.lists) <= FILES_FLOOR_PAGES:
+            return [anonymous, files]
+        self._credit += self._anonymous_share()
+        if self._credit < 1:
+            return [files, anonymous]
+        self._credit -= 1
+        return [anonymous, files]
+
+    def _anonymous_share(self) -> float:
+        """Linux's get_scan_count: pressure goes to where giving up pages costs less."""
+        total = self._file_cost + self._anonymous_cost + 1
+        anonymous = self.swappiness * total / (self._anonymous_cost + 1)
+        files = (200 - self.swappiness) * total / (self._file_cost + 1)
+        return anonymous / (anonymous + files)

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fs.block.device import BlockDevice
+from guests.anonymous import PageTable
 from guests.kernel import GuestSpec, Kernel
 from guests.pagecache import PageCache
 from hypervisor.arena import HINTS_MASK, Arena, format_arena
@@ -43,6 +45,7 @@ class LocalHypervisor:
         self.is_up = True
         self.draw_fault: Callable[[], Fault] = lambda: Fault.NONE
         self._crashed = False
+        self._life = 0
 
     def connect(self) -> Channel:
         """As `ipc.attach.connect` does."""
@@ -64,8 +67,10 @@ class LocalHypervisor:
     def kill(self, *, arena_lost: bool = False) -> None:
         """Die between two calls; `start` brings it back, with an empty arena if that was lost."""
         self.is_up = False
+        self._life += 1
         self._crashed = True
         if arena_lost:
+            self._mapping[:] = bytes(len(self._mapping))
             format_arena(self._mapping)
 
     def start(self) -> None:
@@ -80,9 +85,11 @@ class LocalHypervisor:
         return self.machine.execute(self.machine.clients["guest"], request, window)
 
     def _faults(self) -> Iterator[Fault]:
+        life = self._life
         while True:
-            fault = self.draw_fault() if self.is_up else Fault.LOSE_REQUEST
-            if fault is not Fault.NONE:
+            lives = self.is_up and self._life == life
+            fault = self.draw_fault() if lives else Fault.LOSE_REQUEST
+            if lives and fault is not Fault.NONE:
                 self._crashed = True
             yield fault
 
@@ -118,6 +125,9 @@ class Time:
     def now_seconds(self) -> float:
         return self.seconds
 
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
     def clock_ns(self) -> int:
         self.calendar_ns += 1_000_000
         return self.calendar_ns
@@ -149,15 +159,21 @@ def running_kernel(
     memory_bytes: int = SMALL_MEMORY_BYTES,
     time: Time | None = None,
     stack: Callable[[BlockDevice], BlockDevice] = lambda device: device,
+    swap: Path | None = None,
+    swap_stack: Callable[[BlockDevice], BlockDevice] = lambda device: device,
+    sleep: Callable[[float], None] | None = None,
+    **spec: Any,
 ) -> Iterator[Kernel]:
-    """A kernel that is stopped at the end."""
+    """A kernel that is stopped at the end; while it sleeps only its clock goes on."""
     time = time or Time()
     kernel = Kernel(
-        GuestSpec("guest", image, memory_bytes, image.parent, buffer_blocks=8),
+        GuestSpec("guest", image, memory_bytes, image.parent, buffer_blocks=8, swap=swap, **spec),
         clock_ns=time.clock_ns,
         now_seconds=time.now_seconds,
         connect=hypervisor.connect if hypervisor is not None else None,
         stack=stack,
+        swap_stack=swap_stack,
+        sleep=sleep or time.sleep,
     )
     try:
         yield kernel
@@ -167,7 +183,7 @@ def running_kernel(
 
 def check_pages(pages: PageCache) -> None:
     """Every frame is free or belongs to one page of one file, and is on one list (I1, I2)."""
-    memory, lists = pages._memory, pages._lists
+    memory, lists = pages._memory, pages.lists
     owned = {}
     dirty = 0
     for file in pages._files.values():
@@ -180,11 +196,56 @@ def check_pages(pages: PageCache) -> None:
             assert pages._indexes[frame] == index
             assert index not in file.dirty or not pages._holes[frame]
     assert owned.keys().isdisjoint(memory._free)
-    assert len(owned) == memory.used_pages == len(lists)
+    assert len(owned) == len(lists) <= memory.used_pages
     assert owned.keys() == lists._active.keys() | lists._inactive.keys()
     assert not lists._active.keys() & lists._inactive.keys()
     assert memory.used_pages <= memory.budget.frames
     assert dirty == pages.dirty_pages
+
+
+def check_programs(kernel: Kernel) -> None:
+    """The invariants of anonymous memory, and that every frame and every slot has one owner."""
+    userland = kernel.userland
+    anonymous, swap = userland.anonymous, userland.swap
+    named: dict[int, list[tuple[PageTable, int]]] = {}
+    users: dict[int, int] = {}
+    for process in userland.processes:
+        counts = {True: 0, False: 0}
+        for page, entry in process.table.used():
+            counts[entry > 0] += 1
+            assert process.maps.cover(page, page + 1)
+            if entry > 0:
+                named.setdefault(entry - 1, []).append((process.table, page))
+            else:
+                users[-entry] = users.get(-entry, 0) + 1
+        assert counts == {
+            True: process.table.resident_pages,
+            False: process.table.swapped_pages,
+        }
+    listed = anonymous.lists._active.keys() | anonymous.lists._inactive.keys()
+    assert anonymous._tables.keys() == listed
+    for frame, tables in anonymous._tables.items():
+        assert sorted(tables, key=lambda one: (id(one[0]), one[1])) == sorted(
+            named.pop(frame, []), key=lambda one: (id(one[0]), one[1])
+        )
+        assert tables or frame in anonymous._slots, "a frame that nobody wants"
+    assert not named, "an entry for a frame that is not here"
+    assert {slot: frame for frame, slot in anonymous._slots.items()} == anonymous._cached
+    memory = kernel.memory
+    assert listed.isdisjoint(memory._free)
+    assert memory.used_pages == anonymous.pages + kernel.pages.cached_pages
+    if swap is None:
+        assert not users
+        return
+    for slot in range(1, len(swap._users)):
+        assert swap.users(slot) == users.get(slot, 0)
+        wanted = slot in users or slot in anonymous._cached
+        assert swap.disk.is_used(slot) == wanted, f"slot {slot}"
+    front = swap.frontswap
+    if front is not None:
+        assert all(swap.disk.is_used(slot) for slot in front._stored)
+        assert front._stored.keys().isdisjoint(front._to_flush)
+        assert front._stored.keys().isdisjoint(front._gone)
 
 
 def write_file(kernel: Kernel, path: str, data: bytes) -> None:

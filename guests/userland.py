@@ -1,0 +1,156 @@
+"""What the programs of a guest live on: their memory, its swap, frontswap, and who is killed.
+
+    processes  ->  anonymous  ->  swap  ->  frontswap, else the swap disk
+                      |
+                   reclaim (with the page cache)
+
+Without a swap disk there is no frontswap either, as in Linux: the slot of a page is on the disk,
+wherever the page is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from fs.block.device import BlockDevice
+from guests.anonymous import AnonymousMemory
+from guests.attachment import Attachment
+from guests.frontswap import Frontswap
+from guests.memory import Memory
+from guests.pressure import Pressure
+from guests.process import Processes
+from guests.reclaim import BATCH_PAGES
+from guests.swap import Swap
+from guests.swapdisk import open_swap
+
+KILLS_SHOWN: Final = 10
+
+
+class Userland:
+    """All of it, for one kernel.  Raises ImageError for a swap area that can't be used."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        *,
+        now_seconds: Callable[[], float],
+        wait: Callable[[], None],
+        swap_path: Path | None = None,
+        swap_uuid: bytes | None = None,
+        attachment: Attachment | None = None,
+        stack: Callable[[BlockDevice], BlockDevice] = lambda device: device,
+    ) -> None:
+        """`wait` lets time pass while a page is waited for; without an attachment there is no
+        frontswap; `stack` puts devices on the swap area."""
+        self.swap: Swap | None = None
+        self.frontswap: Frontswap | None = None
+        self._memory = memory
+        self._attachment = attachment
+        self._seen_notifications = 0
+        self._to_write_back = 0
+        if swap_path is not None:
+            disk = open_swap(swap_path, uuid=swap_uuid, stack=stack)
+            if attachment is not None:
+                self.frontswap = Frontswap(attachment, now_seconds, wait)
+            self.swap = Swap(disk, self.frontswap)
+        self.pressure = Pressure(lambda: int(now_seconds() * 1e9), lambda: len(self.processes) > 1)
+        self.anonymous = AnonymousMemory(memory, self.swap, self.pressure.stalled)
+        total = memory.budget.total + (self.swap.total_pages if self.swap is not None else 0)
+        self.processes = Processes(self.anonymous, total)
+        memory.reclaim.exhausted = self.processes.kill_for_memory
+        if self.frontswap is not None:
+            self.frontswap.on_lost = self.processes.note_lost
+
+    def in_background(self) -> None:
+        """What is due between two steps of work."""
+        self.processes.kill_the_robbed()
+        self._memory.reclaim.in_background()
+        self.pressure.update()
+        if self.swap is not None:
+            self._heed_hypervisor(self.swap)
+
+    def _heed_hypervisor(self, swap: Swap) -> None:
+        """Take pages back out of tmem when the hypervisor asks for it, a batch at a time."""
+        calls = self._attachment.calls if self._attachment is not None else None
+        if calls is None:
+            return
+        info = calls.channel.window.info()
+        if info.notifications != self._seen_notifications:
+            self._seen_notifications = info.notifications
+            self._to_write_back = info.writeback_pages
+        if self._to_write_back > 0:
+            done = swap.write_back(min(BATCH_PAGES, self._to_write_back))
+            self._to_write_back = self._to_write_back - done if done else 0
+
+    def close(self) -> None:
+        """All programs end, and the swap area is not used any more."""
+        for process in list(self.processes):
+            process.exit()
+        if self.swap is not None:
+            self.swap.close()
+
+    # --- figures
+
+    def counters(self) -> dict[str, Any]:
+        """Of `status`: pages of 4 KiB."""
+        return {
+            "anonymous": self._anonymous(),
+            "swap": self._swap(),
+            "frontswap": self._frontswap(),
+            "pressure": self.pressure.record(),
+        }
+
+    def _anonymous(self) -> dict[str, Any]:
+        counters, processes = self.anonymous.counters, self.processes
+        reclaim = self._memory.reclaim
+        return {
+            "pages": self.anonymous.pages,
+            "active_pages": self.anonymous.lists.active_pages,
+            "committed_pages": processes.committed_pages,
+            "processes": len(processes),
+            "faults": counters.faults,
+            "major_faults": counters.major_faults,
+            "zero_fills": counters.zero_fills,
+            "copies": counters.copies,
+            "evictions": counters.evictions,
+            "readahead_hits": counters.readahead_hits,
+            "direct_reclaim_pages": reclaim.direct_pages,
+            "background_reclaim_pages": reclaim.background_pages,
+            "oom_kills": processes.oom_kills,
+            "kills": [str(kill) for kill in processes.kills[-KILLS_SHOWN:]],
+        }
+
+    def _swap(self) -> dict[str, int]:
+        swap = self.swap
+        if swap is None:
+            names = ("in", "out", "written_back", "lost_writes", "retired", "total", "free")
+            return dict.fromkeys((*(f"{name}_pages" for name in names), "cached_pages"), 0)
+        return {
+            "in_pages": swap.counters.pages_in,
+            "out_pages": swap.counters.pages_out,
+            "written_back_pages": swap.counters.written_back,
+            "lost_writes_pages": swap.counters.lost_writes,
+            "retired_pages": swap.disk.counters.retired_slots,
+            "total_pages": swap.total_pages,
+            "free_pages": swap.free_pages,
+            "cached_pages": self.anonymous.cached_pages,
+        }
+
+    def _frontswap(self) -> dict[str, Any]:
+        front = self.frontswap
+        if front is None:
+            names = ("loads", "succ_stores", "failed_stores", "invalidates", "lost", "curr_pages")
+            return {**dict.fromkeys(names, 0), "attached": False, "refusals": {}}
+        counters = front.counters
+        return {
+            "loads": counters.loads,
+            "succ_stores": counters.succ_stores,
+            "failed_stores": counters.failed_stores,
+            "invalidates": counters.invalidates,
+            "lost": counters.lost,
+            "curr_pages": front.pages,
+            "attached": front.attached,
+            "refusals": dict(front.refusals),
+        }
