@@ -45,7 +45,7 @@ _SIGNATURE: Final = b"SWAPSPACE2"
 _SIGNATURE_AT: Final = BLOCK_BYTES - len(_SIGNATURE)
 _OLD_SIGNATURE: Final = b"SWAP-SPACE"
 _HIBERNATED: Final = (b"S1SUSPEND", b"S2SUSPEND", b"ULSUSPEND", b"LINHIB0001")
-"""Of the kernel's two formats, of uswsusp, and of TuxOnIce, which stands at the page's start."""
+"""Of Linux itself, of uswsusp and of another; blkid knows the same."""
 _OTHER_PAGE_BYTES: Final = (8192, 16384, 32768, 65536)
 _OWNERS: Final = uuids.UUID("7f1c2a9e-5d0b-4c7e-9b52-3c1f6f0d8a44")
 
@@ -154,7 +154,7 @@ def _check_signature(device: BlockDevice, page: bytes) -> None:
         return
     if signature == _OLD_SIGNATURE:
         raise _unusable("is a swap area of the old kind, SWAP-SPACE, which Linux gave up too")
-    if signature.startswith(_HIBERNATED) or page.startswith(_HIBERNATED):
+    if signature.startswith(_HIBERNATED):
         raise ImageError(
             "holds the memory of a machine that hibernates; wake that machine up first,"
             f" or make the area again with {MADE_BY} --force"

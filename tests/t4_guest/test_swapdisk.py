@@ -364,6 +364,8 @@ def of_large_pages(device: MemoryDevice) -> None:
         (bytes_at(1024, struct.pack(">I", 1)), "of a machine with the other byte order"),
         (bytes_at(4086, b"S1SUSPEND\0"), "holds the memory of a machine that hibernates"),
         (bytes_at(4086, b"S2SUSPEND\0"), "holds the memory of a machine that hibernates"),
+        (bytes_at(4086, b"ULSUSPEND\0"), "holds the memory of a machine that hibernates"),
+        (bytes_at(4086, b"LINHIB0001"), "holds the memory of a machine that hibernates"),
         (bytes_at(1024, struct.pack("<I", 2)), "of version 2, and only version 1 is known"),
         (bytes_at(1024, bytes(4)), "of version 0, and only version 1 is known"),
         (bytes_at(1028, bytes(4)), "has a swap header that counts no page behind it"),
