@@ -60,13 +60,15 @@ _STEADY_SECONDS: Final = 30.0
 
 @dataclass(frozen=True)
 class GuestPlan:
-    """A guest to start: its RAM, the image that is its disk, and its place among the nodes that
-    mount the same one."""
+    """A guest to start: its RAM, the image that is its disk, its place among the nodes that mount
+    the same one, and its swap file with the uuid that it must have."""
 
     name: str
     memory_bytes: int
     image: Path
     node: NodeSpec | None = None
+    swap: Path | None = None
+    swap_uuid: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,8 @@ class Cluster:
             attach=self.plan.arena_bytes is not None,
             supervisor_pid=os.getpid(),
             node=guest.node,
+            swap=guest.swap,
+            swap_uuid=guest.swap_uuid,
         )
         process = self._factory.spawn(run_guest, spec, guest.name)
         self._guests[guest.name] = process

@@ -19,6 +19,8 @@
     tree_limit = "13M"           # take files of the tree up to this size
     # image = "disk.img"         # or an ext2 image, used in place
     # manifest = "disk.json"     # of an image: {path: sha256}, what the files must hold
+    swap = "64M"                 # a swap file of this size, made anew for each start
+    # swap_image = "swap.img"    # or one that is there (`tmem mkswap`)
     weight = 100                 # from here on: what `tmem set` changes later; without them the
     cap = "8M"                   # hypervisor's defaults
     reserve = "1M"
@@ -72,6 +74,7 @@ from pydantic import (
 )
 
 from fs.cluster.config import Timing
+from guests.swapheader import PAGES_MAX, PAGES_MIN
 from ipc.attach import is_guest_name
 from ipc.errors import ExitCode, OperatorError
 from ipc.limits import GUEST_NAME_CHARACTERS_MAX, GUESTS_MAX
@@ -96,9 +99,18 @@ def _perhaps_pages(value: Any) -> int | None:
     return None if value is None else _pages(value)
 
 
+def _perhaps_swap(value: Any) -> int | None:
+    size = _perhaps_pages(value)
+    if size is not None and not PAGES_MIN <= size // PAGE_BYTES <= PAGES_MAX:
+        least, most = format_size(PAGES_MIN * PAGE_BYTES), format_size(PAGES_MAX * PAGE_BYTES)
+        raise ValueError(f"a swap area of {size} bytes can't be made; it has {least} to {most}")
+    return size
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
 Pages = Annotated[int, BeforeValidator(_pages)]
 PerhapsPages = Annotated[int | None, BeforeValidator(_perhaps_pages)]
+PerhapsSwap = Annotated[int | None, BeforeValidator(_perhaps_swap)]
 Uuid = Annotated[str, BeforeValidator(parse_uuid)]
 
 
@@ -138,6 +150,8 @@ class GuestConfig(_Strict):
     tree_limit: Size = 13 * 2**20
     image: str | None = None
     manifest: str | None = None
+    swap: PerhapsSwap = None
+    swap_image: str | None = None
     weight: int | None = Field(default=None, ge=1, le=65535)
     cap: PerhapsPages = None
     reserve: PerhapsPages = None
@@ -290,7 +304,7 @@ def _disagreements(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
     owners: dict[str, int] = {}
     images: set[Path] = set()
     for number, guest in enumerate(_tables(fields.get("guest"))):
-        name, count, image = guest.get("name"), guest.get("count"), guest.get("image")
+        name, count = guest.get("name"), guest.get("count")
         if isinstance(name, str) and (count is None or isinstance(count, int)):
             for one in guest_names(name, count):
                 if not is_guest_name(one):
@@ -309,14 +323,21 @@ def _disagreements(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
                     )
                     break
                 owners[one] = number
-        if isinstance(image, str):
-            path = Path(image).resolve()
-            if path in images or (isinstance(count, int) and count > 1):
-                yield (
-                    f"guest[{number}].image",
-                    (f"{image} is in use by another guest; each guest needs an image of its own"),
-                )
-            images.add(path)
+        for key in ("image", "swap_image"):
+            image = guest.get(key)
+            if isinstance(image, str):
+                path = Path(image).resolve()
+                if path in images or (isinstance(count, int) and count > 1):
+                    yield (
+                        f"guest[{number}].{key}",
+                        f"{image} is in use by another guest; each guest needs an image of its own",
+                    )
+                images.add(path)
+        if guest.get("swap") is not None and guest.get("swap_image") is not None:
+            yield (
+                f"guest[{number}].swap_image",
+                "there is the key swap too; a guest has one of both",
+            )
     for number, phase in enumerate(_tables(fields.get("phase"))):
         work = phase.get("work")
         for name in work if isinstance(work, dict) else ():
@@ -439,7 +460,7 @@ def _text(detail: Any) -> str:
 
 def _resolve(fields: dict[str, Any], base: Path) -> dict[str, Any]:
     for disk in (*_tables(fields.get("guest")), *_tables(fields.get("volume"))):
-        for key in ("image", "manifest", "tree"):
+        for key in ("image", "manifest", "swap_image", "tree"):
             value = disk.get(key)
             if isinstance(value, str) and (key != "tree" or value != "stdlib"):
                 disk[key] = str(base / value)

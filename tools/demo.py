@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -32,6 +32,7 @@ from tools.config import ClusterConfig, GuestConfig, VolumeConfig
 from tools.image import build_image, copy_image
 from tools.interrupts import Interrupts
 from tools.rundir import ClusterDirectory
+from tools.swapfile import Swap, prepare_swap
 from tools.topology import phases as default_phases
 from tools.units import PAGE_BYTES
 from tools.volumeimage import build_volume
@@ -63,12 +64,16 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class Disk:
-    """What a guest's disk is made of; `copied` images are the run's own, and called `name`."""
+    """What a guest's disk is made of; `copied` images are the run's own, and called `name`.
+
+    `swap` is of the guest alone, also where several have one disk.
+    """
 
     name: str
     source: Path
     manifest: Path | None
     copied: bool
+    swap: Swap | None = None
 
     def path(self, directory: ClusterDirectory) -> Path:
         """The image that the guest uses."""
@@ -85,6 +90,9 @@ def check_cluster(config: ClusterConfig, directory: ClusterDirectory) -> None:
 
 def prepare_disks(config: ClusterConfig, cache: Path) -> dict[str, Disk]:
     """The disk of every guest; images of trees are built or taken from the cache."""
+    swaps = {
+        name: prepare_swap(name, guest.swap, guest.swap_image) for name, guest in config.guests()
+    }
     volumes = {
         node: disk
         for volume in config.volume
@@ -92,7 +100,7 @@ def prepare_disks(config: ClusterConfig, cache: Path) -> dict[str, Disk]:
         for node in volume.nodes
     }
     return {
-        name: volumes.get(name) or _prepare_disk(name, guest, cache)
+        name: replace(volumes.get(name) or _prepare_disk(name, guest, cache), swap=swaps[name])
         for name, guest in config.guests()
     }
 
@@ -146,7 +154,17 @@ def plan_cluster(
     for number, (name, guest) in enumerate(config.guests()):
         memory_bytes = guest.memory + (shares[number] if shares else 0)
         image = disks[name].path(directory)
-        guests.append(GuestPlan(name, memory_bytes, image, nodes.get(name)))
+        swap = disks[name].swap
+        guests.append(
+            GuestPlan(
+                name,
+                memory_bytes,
+                image,
+                nodes.get(name),
+                swap=None if swap is None else swap.path(directory.images),
+                swap_uuid=None if swap is None else swap.uuid,
+            )
+        )
     if mode == "off":
         return ClusterPlan(config.name, guests, None)
     told = [*questions(config), *_grants(config, disks)]
@@ -196,14 +214,18 @@ def divide_pages(total_bytes: int, parts: int) -> list[int]:
 
 
 def copy_disks(disks: dict[str, Disk], directory: ClusterDirectory) -> None:
-    """Give every guest its own copy of a cached image, and every volume one for its nodes."""
+    """Give every guest its own copy of a cached image, and every volume one for its nodes; make
+    their swap files."""
     directory.images.mkdir(mode=0o700, parents=True, exist_ok=True)
     for disk in {disk.name: disk for disk in disks.values() if disk.copied}.values():
         copy_image(disk.source, disk.path(directory))
+    for disk in disks.values():
+        if disk.swap is not None:
+            disk.swap.make(directory.images)
 
 
 def remove_disks(directory: ClusterDirectory) -> None:
-    """Remove the guests' copies; the cache has the originals."""
+    """Remove the guests' copies, of which the cache has the originals, and their swap files."""
     shutil.rmtree(directory.images, ignore_errors=True)
 
 

@@ -8,7 +8,7 @@
             registry/       every kernel object and process (`ipc.names`)
             attach.sock control.sock guest-NAME.sock
             log/NAME.log    one log a process
-            images/NAME.img the guests' disks
+            images/NAME.img the guests' disks, and NAME.swap where they have swap
     runs/latest             the newest finished measured run
     runs/cache/             images, by content
 

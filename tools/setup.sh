@@ -18,8 +18,9 @@ case $kind in
     dev) requirements=requirements-dev.txt
          # e2fsprogs and ocfs2-tools judge our file systems; gcc and the multilib parts build the C client for 64 and 32 bits;
          # the two servers are what `make bench` compares with. kmod is there for mkfs.ocfs2: it runs modprobe, and where
-         # there is none its child goes on as a second mkfs, and the whole fails.
-         debian='e2fsprogs ocfs2-tools kmod gcc libc6-dev gcc-multilib redis-server memcached' ;;
+         # there is none its child goes on as a second mkfs, and the whole fails. file and util-linux (mkswap, blkid) judge
+         # swap areas.
+         debian='e2fsprogs ocfs2-tools kmod gcc libc6-dev gcc-multilib redis-server memcached file util-linux' ;;
     vm) requirements=requirements.txt
         debian='qemu-system-x86 seabios busybox-static kmod ocfs2-tools'
         without='make vm-check can not run without these' ;;

@@ -1,4 +1,4 @@
-"""mkfs, fsck, locks, fs stat: OCFS2 volumes, in image files and in a running cluster."""
+"""mkfs, mkswap, fsck, locks, fs stat: OCFS2 volumes, in image files and in a running cluster."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tools.cli.common import JsonOption, RunOption, print_json, print_table
 def register(app: typer.Typer) -> None:
     """Add these commands."""
     app.command()(mkfs)
+    app.command()(mkswap)
     app.command()(fsck)
     app.command()(locks)
     files = typer.Typer(help="File systems of the guests.", no_args_is_help=True)
@@ -54,6 +55,34 @@ def mkfs(
         journal_bytes=size_of("--journal", journal),
         generation=secrets.randbits(32) or 1,
         now_s=int(time.time()),
+        force=force,
+    )
+    print(made)
+    return ExitCode.OK
+
+
+def mkswap(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Swap file to make.")],
+    size: Annotated[
+        str | None,
+        typer.Option(help="Size of a new file, for example 64M [default: what is there]."),
+    ] = None,
+    label: Annotated[str, typer.Option(help="Label, at most 15 bytes.")] = "",
+    uuid: Annotated[
+        str | None, typer.Option(help="Uuid [default: a random one].", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+) -> int:
+    """Make a swap file for a guest (or for Linux), as mkswap does."""
+    from uuid import uuid4
+
+    from tools.swapfile import make_swap_file
+
+    made = make_swap_file(
+        path,
+        size_bytes=None if size is None else size_of("--size", size),
+        label=label,
+        uuid=uuid4().bytes if uuid is None else bytes.fromhex(uuid_of(uuid)),
         force=force,
     )
     print(made)
