@@ -5,11 +5,13 @@ against objects, kinds of frames against what lies in them, charges against what
 of pools and members against their pages, policies against the pages of their member, references of
 shared content against the entries that name it, slab slots against the entries that own them, and
 pool, member and guest records against clients, fencing tokens against the segment, each guest's
-count of persistent pages against those that leaves name and those that records in the segment give
-it, and what was asked of guests against what they did.  Tests call it after every step.
+count of persistent pages against those that records in the segment give it, and what was asked of
+guests against what they did.  Tests call it after every step.
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 from hypervisor.arena import (
     CONTENT_FRAME,
@@ -20,6 +22,8 @@ from hypervisor.arena import (
     SEQUENCE_SHIFT,
     SLAB_PART,
     SLOT_SHIFT,
+    MemberRecord,
+    PoolRecord,
 )
 from hypervisor.frames import CONTENT, EPHEMERAL, FREE, KINDS, PERSISTENT, SLAB, TABLE
 from hypervisor.machine import Machine
@@ -43,9 +47,10 @@ def check(machine: Machine) -> None:
     _check_entries(store, owned)
     _check_members(store, pools, owned)
     _check_objects(store)
-    _check_records(machine)
+    pool_records, member_records = store.arena.read_pools(), store.arena.read_members()
+    _check_records(machine, pool_records, member_records)
     _check_clients(machine)
-    _check_persistent(machine, owned)
+    _check_persistent(machine, owned, pool_records, member_records)
     _check_wishes(machine)
     waiting = store.doomed_pools or store.doomed_objects
     if waiting and not store.doomed:
@@ -236,11 +241,13 @@ def _check_objects(store: Store) -> None:
             _fail(f"object record {number} was never given out")
 
 
-def _check_records(machine: Machine) -> None:
+def _check_records(
+    machine: Machine, pool_records: list[PoolRecord], member_records: list[MemberRecord]
+) -> None:
     store = machine.store
     pools = {pool.number: pool for pool in machine.memberships.all_pools(machine.clients)}
     doomed = {pool.number for pool in store.doomed_pools}
-    records = {record.number: record for record in store.arena.read_pools()}
+    records = {record.number: record for record in pool_records}
     if {n for n, record in records.items() if not record.dead} != set(pools):
         _fail("live pool records and pools differ")
     if {n for n, record in records.items() if record.dead} != doomed:
@@ -264,7 +271,7 @@ def _check_records(machine: Machine) -> None:
     }
     recorded = {
         (record.pool, record.slot): (record.number, record.heir, record.guest)
-        for record in store.arena.read_members()
+        for record in member_records
     }
     if members != recorded:
         _fail("member records and members differ")
@@ -321,50 +328,49 @@ def _check_clients(machine: Machine) -> None:
                 )
 
 
-def _check_persistent(machine: Machine, owned: Owned) -> None:
-    """Persistent pages of each guest in three ways: as they are counted, as leaves name them, and,
-    but for those that wait to be reaped, as a restart would find them in the segment."""
+def _check_persistent(
+    machine: Machine,
+    owned: Owned,
+    pool_records: list[PoolRecord],
+    member_records: list[MemberRecord],
+) -> None:
+    """Persistent pages of each guest as they are counted, and as a restart would find them: by the
+    records in the segment alone, but for what waits to be reaped."""
     store = machine.store
-    found: dict[int, int] = {}
-    """By id() of the guest: one that has gone pays for what waits, under a number that is free."""
-    live: dict[int, int] = {}
-    recorded: dict[int, int] = {}
-    pools = {record.number: record for record in store.arena.read_pools()}
-    payers = {(record.pool, record.slot): record.guest for record in store.arena.read_members()}
-    objects: dict[int, int | None] = {}
-    """Object number -> number of its pool, as the segment has it."""
-    for number, (owner, _) in owned.items():
-        if not owner.pool.persistent:
-            continue
-        payer = _member_of(store, owner, number).client
-        found[id(payer)] = found.get(id(payer), 0) + 1
-        if number < store.entries.base:
-            in_segment, state = store.arena.object[number], store.arena.state[number]
-        else:
-            in_segment, state = store.entries.handle(number)[0], store.entries.state(number)
-        if in_segment not in objects:
-            record = store.arena.read_object(in_segment)
-            objects[in_segment] = None if record is None else record[0]
-        pool_number = objects[in_segment]
-        if not owner.doomed and not pools[owner.pool.number].dead:
-            live[payer.number] = live.get(payer.number, 0) + 1
-        if pool_number is not None and not pools[pool_number].dead:
-            slot = state >> SLOT_SHIFT & HINTS_MASK
-            guest = payers.get((pool_number, slot), pools[pool_number].guest)
-            recorded[guest] = recorded.get(guest, 0) + 1
-    if live != recorded:
-        _fail(f"guests have {live} persistent pages, by the segment {recorded}")
+    arena = store.arena
+    frames = zip(store.frames.kinds, arena.object, arena.state, strict=False)
+    pages = Counter(
+        (number, state >> SLOT_SHIFT & HINTS_MASK)
+        for kind, number, state in frames
+        if kind == PERSISTENT
+    )
+    for entry, (owner, _) in owned.items():
+        if entry >= store.entries.base and owner.pool.persistent:
+            slot = store.entries.state(entry) >> SLOT_SHIFT & HINTS_MASK
+            pages[store.entries.handle(entry)[0], slot] += 1
+    payers = {(record.pool, record.slot): record.guest for record in member_records}
+    pools = {record.number: record for record in pool_records if not record.dead}
+    found: Counter[int] = Counter()
+    for (number, slot), count in pages.items():
+        record = arena.read_object(number)
+        if record is not None and record[0] in pools:
+            found[payers.get((record[0], slot), pools[record[0]].guest)] += count
+    waiting: Counter[int] = Counter()
+    """By id(): a guest that has gone pays for some of it, under a number that is free."""
+    for doomed in store.doomed_objects:
+        for _, leaf in doomed.leaves():
+            for page in leaf:
+                if page >= 0 and doomed.pool.persistent and not _is_doomed(store, doomed.pool):
+                    waiting[id(_member_of(store, doomed, page).client)] += 1
     for client in machine.clients.values():
-        doomed = [
-            member
-            for pool in store.doomed_pools
-            for member in pool.members.values()
-            if member.client is client and pool.persistent
-        ]
-        counted = client.pages(persistent=True) + sum(member.pages for member in doomed)
-        pages = found.get(id(client), 0)
-        if counted != pages:
-            _fail(f"guest {client.name} counts {counted} of {pages} persistent pages")
+        counted = client.pages(persistent=True)
+        expected = found[client.number] + waiting[id(client)]
+        if counted != expected:
+            _fail(f"guest {client.name} counts {counted} of {expected} persistent pages")
+
+
+def _is_doomed(store: Store, pool: Pool) -> bool:
+    return any(pool is one for one in store.doomed_pools)
 
 
 def _check_wishes(machine: Machine) -> None:

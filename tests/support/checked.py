@@ -49,6 +49,7 @@ from tests.support.expectations import (
     held_pages,
 )
 from tests.support.kills import WRITERS, killed_at
+from tests.support.wishes import Wishes
 
 ARENA_BYTES: Final = 1 << 20
 
@@ -77,6 +78,7 @@ class CheckedMachine:
         self.known: dict[tuple[str, int], Known] = {}
         """(owner, kind) -> pages; the owner of shared ones is ""."""
         self.version = 0
+        self.wishes = Wishes(self.windows, lambda name: self.pool(name, 1).pages)
         self.settings: dict[str, Settings] = {}
         self.grants = Grants()
         self.log: list[str] = []
@@ -101,9 +103,11 @@ class CheckedMachine:
             settings=self.settings,
             grants=self.grants,
             secret=self.random.randbytes(8),
+            clock_ns=lambda: self.wishes.now_ns,
         )
         self.administration = Administration(self.machine)
         recover(self.machine)
+        self.wishes.started(self.machine)
         for known in self.known.values():
             known.restarted(known.newest)
 
@@ -123,6 +127,7 @@ class CheckedMachine:
     def join(self, name: str) -> None:
         """A guest attaches and makes a pool of each kind."""
         self.machine.attach(name, 1, 1, 0)
+        self.wishes.came(name)
         for part in PARTS:
             self.make_pool(name, part, self.random.choice(list(Priority)))
 
@@ -163,12 +168,21 @@ class CheckedMachine:
         reply = self.call(name, Op.DESTROY_POOL, self.ids[name, part])
         if reply.status != Status.DONE:
             raise Mismatch(f"a pool can't be destroyed: {reply}")
+        if KIND_OF[part] == 1:
+            self.wishes.took_back(name, self.pool(name, part).pages)
         self.left(name, [part])
 
     def depart(self, name: str) -> None:
         self.machine.depart(self.machine.clients[name])
         self.left(name, [part for part in PARTS if (name, part) in self.ids])
         self.join(name)
+
+    def balloon(self, name: str, pages: int) -> None:
+        self.ask(verb="balloon", guest=name, size_bytes=pages * PAGE_BYTES)
+        self.wishes.balloon(name, pages)
+
+    def list_guests(self) -> None:
+        self.wishes.listed(self.ask(verb="list")["guests"])
 
     def left(self, name: str, parts: list[int]) -> None:
         """A guest has given these pools back: what nobody has any more is gone."""
@@ -202,6 +216,7 @@ class CheckedMachine:
             raise Mismatch(f"{op.name} of {name} is a fault: {reply}")
         if reply.sequence != self.version & 0xFFFF or reply.map >> count:
             raise Mismatch(f"{op.name} of {name}: {reply}")
+        self.wishes.called(name, op, count, reply)
         key = int(op), reply.status, reply.reason
         self.counts[key] = self.counts.get(key, 0) + 1
         return reply
@@ -358,6 +373,8 @@ class CheckedMachine:
         expected = known.drop(oid, index)
         if there != expected and (there or sure):
             raise Mismatch(f"a flush of {part} {oid}:{index} found {there}, not {expected}")
+        if known.kind == 1 and there:
+            self.wishes.took_back(name, 1)
 
     def flush_object(self, name: str, part: int, oid: int, token: int = 0) -> None:
         reply = self.call(name, Op.FLUSH_OBJECT, self.ids[name, part], oid, token=token)
@@ -370,6 +387,8 @@ class CheckedMachine:
             raise Mismatch(f"flushing {pages} pages: {reply}")
         if known.persistent and reply.value != pages:
             raise Mismatch(f"flushing {pages} persistent pages: {reply}")
+        if known.kind == 1:
+            self.wishes.took_back(name, pages)
 
     def batch(self, name: str, op: Op, entries: Sequence[Entry]) -> None:
         """Entries are executed in order, each as a call of one page."""

@@ -102,12 +102,12 @@ class RunningHypervisor:
         token = self.enrol(name)
         return RawGuest(attach.connect(self.run_directory, name, token, ring=ring))
 
-    def ask(self, verb: str) -> dict[str, Any]:
+    def ask(self, verb: str, **fields: Any) -> dict[str, Any]:
         """A verb on the control socket."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(20)
             connection.connect(os.fspath(self.run_directory / CONTROL_SOCKET))
-            send_record(connection, {"verb": verb})
+            send_record(connection, {"verb": verb, **fields})
             record = receive_record(connection)
         assert record is not None
         return record

@@ -199,7 +199,9 @@ class World(CheckedMachine):
             )
         elif choice == 9 and rng.random() < 0.1:
             self.destroy(name, rng.choice((None, part)))
+        elif choice == 11:
+            self.balloon(name, rng.choice((0, 1, 50, 0xFFFF_FFFF)))
         else:
-            self.ask(verb="list")
+            self.list_guests()
             self.ask(verb="pools")
             self.ask(verb="freeable")

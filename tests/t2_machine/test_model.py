@@ -20,6 +20,8 @@ from hypervisor.balance import MODES
 from hypervisor.eviction import POLICIES
 from hypervisor.invariants import check
 from hypervisor.machine import Machine
+from hypervisor.pools import Client
+from hypervisor.pressure import Pressure
 from hypervisor.tokens import Tokens
 from ipc.abi import REPLY, CallFlag, Op, Priority
 from ipc.limits import WINDOW_SLOTS
@@ -169,11 +171,16 @@ TestHistories.settings = settings(
 def test_all_outcomes_are_met() -> None:
     """A world that never gets anywhere would prove nothing."""
     answers: set[str] = set()
+    requests = taken_back = 0
     for seed in range(10):
         world = longrun.world_of(seed)
         _steps(world, 1000)
         answers |= world.answers().keys()
+        requests += world.wishes.requests
+        taken_back += world.wishes.taken_back
 
+    assert requests
+    assert taken_back
     for outcome in (
         "PUT_PAGE DONE NONE",
         "PUT_PAGE EFROZEN FROZEN",
@@ -237,6 +244,35 @@ def _restart_forgets_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Arena, "set_pool_token", lambda *_: None)
 
 
+def _the_least_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not whoever is furthest over its allotment."""
+
+    def wrong(self: Pressure, client: Client) -> None:
+        over = [
+            one
+            for one in self._clients.values()
+            if one.over_bytes > max(client.over_bytes, 0) and one.private_persistent()[0]
+        ]
+        if over:
+            least = min(over, key=lambda one: one.over_bytes)
+            self._ask(least, least.over_bytes)
+
+    monkeypatch.setattr(Pressure, "refused", wrong)
+
+
+def _asked_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hypervisor forgets that it has asked."""
+    monkeypatch.setattr("hypervisor.pressure.ASK_AGAIN_NS", 0)
+
+
+def _flushes_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of flushed objects are not seen as taken back."""
+    right = Pressure.flushed
+    monkeypatch.setattr(
+        Pressure, "flushed", lambda self, client, pages: right(self, client, min(pages, 1))
+    )
+
+
 def _steps(world: World, count: int) -> None:
     for _ in range(count):
         world.step()
@@ -244,10 +280,19 @@ def _steps(world: World, count: int) -> None:
 
 @pytest.mark.parametrize(
     "break_it",
-    [_wrong_map, _old_copy_stays, _flush_forgets, _old_tokens_will_do, _restart_forgets_tokens],
+    [
+        _wrong_map,
+        _old_copy_stays,
+        _flush_forgets,
+        _old_tokens_will_do,
+        _restart_forgets_tokens,
+        _the_least_is_asked,
+        _asked_in_vain,
+        _flushes_do_not_count,
+    ],
 )
 def test_the_oracle_notices(break_it: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five faults, each found within some hundred or thousand steps."""
+    """Eight faults, each found within some hundred or thousand steps."""
     world = World(7)
     break_it(monkeypatch)  # type: ignore[operator]
 
