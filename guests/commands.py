@@ -377,6 +377,20 @@ def modules(console: Console, arguments: list[str]) -> None:
         console.line(name)
 
 
+def selfballoon(console: Console, arguments: list[str]) -> None:
+    """selfballoon [KNOB VALUE]"""  # noqa: D400, D403
+    userland = console.kernel.userland
+    if arguments:
+        if len(arguments) != 2 or not arguments[1].isdigit():
+            raise UsageError("a knob and its new value, a whole number")
+        try:
+            userland.switch_selfballooning(arguments[0], int(arguments[1]))
+        except ValueError as reason:
+            raise UsageError(str(reason)) from None
+    for name, value in vars(userland.selfballoon.knobs).items():
+        console.line(f"{name} {value}")
+
+
 COMMANDS: Final[dict[str, Command]] = {
     "cat": cat,
     "cp": cp,
@@ -389,6 +403,7 @@ COMMANDS: Final[dict[str, Command]] = {
     "mv": mv,
     "rm": rm,
     "rmdir": rmdir,
+    "selfballoon": selfballoon,
     "sha256sum": sha256sum,
     "stat": stat_,
     "sync": sync,

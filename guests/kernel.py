@@ -225,7 +225,8 @@ class Kernel:
         begin = WORKLOADS.get(workload)
         if begin is None:
             raise BadParameters(f"no workload {workload!r}; there are {', '.join(WORKLOADS)}")
-        self.job = Job(workload, seed, parameters, self.vfs, self.findings)
+        processes = self.userland.processes
+        self.job = Job(workload, seed, parameters, self.vfs, self.findings, processes)
         self._error = None
         self._steps = begin(self.job)
         self._began_at = self._now_seconds()

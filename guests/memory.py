@@ -13,7 +13,7 @@ the Python interpreter), and what a program holds of a file's bytes after it has
 The transfer frames exist because frames of one extent are scattered over the mapping while a disk
 or tmem moves neighbours: an extent is gathered or scattered there, one copy a page.
 
-Invariant: a frame is free, or belongs to exactly one owner; `used_pages` never passes `frames`.
+Invariant: a frame is free, or belongs to exactly one owner, or the host has it (`guests.balloon`).
 
 The mapping is private to the process: only of such pages does the host take back what the guest
 gives up (MADV_DONTNEED), and only such can it merge.
@@ -25,6 +25,7 @@ import mmap
 from array import array
 from typing import Final, NamedTuple
 
+from fs.runs import runs
 from guests.reclaim import Reclaim
 from ipc.abi import PAGE_BYTES
 from ipc.errors import OperatorError
@@ -82,6 +83,7 @@ class Memory:
         self.transfer = self.pages[budget.frames * PAGE_BYTES :]
         """`TRANSFER_PAGES` neighbours for an extent on its way; nobody owns them over a call."""
         self._free = array("I", range(budget.frames - 1, -1, -1))
+        self._given_back = array("I")
         self.reclaim = Reclaim(budget.frames, lambda: len(self._free))
 
     @property
@@ -92,7 +94,12 @@ class Memory:
     @property
     def used_pages(self) -> int:
         """Frames that somebody owns."""
-        return self.budget.frames - len(self._free)
+        return self.budget.frames - len(self._free) - len(self._given_back)
+
+    @property
+    def given_back_pages(self) -> int:
+        """Frames that the host has for now."""
+        return len(self._given_back)
 
     def take(self) -> int:
         """A free frame; the caller makes sure that there is one."""
@@ -101,6 +108,24 @@ class Memory:
     def give(self, frame: int) -> None:
         """A frame is free again."""
         self._free.append(frame)
+
+    def give_back(self, pages: int) -> int:
+        """Let the host have so many free frames, as far as there are; how many it has got."""
+        frames = sorted(self._free[-pages:]) if pages > 0 else []
+        del self._free[len(self._free) - len(frames) :]
+        for run in runs(frames):
+            self._mapping.madvise(
+                mmap.MADV_DONTNEED, run.block * PAGE_BYTES, run.length * PAGE_BYTES
+            )
+        self._given_back.extend(frames)
+        return len(frames)
+
+    def take_back(self, pages: int) -> int:
+        """Have frames again that the host had; they are zeros, and cost nothing until touched."""
+        count = min(pages, len(self._given_back))
+        for _ in range(count):
+            self._free.append(self._given_back.pop())
+        return count
 
     def page(self, frame: int) -> memoryview:
         """The bytes of a frame, writable."""

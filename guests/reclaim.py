@@ -165,7 +165,7 @@ class Reclaim:
             self._file_cost //= 2
             self._anonymous_cost //= 2
 
-    def make_room(self, count: int) -> None:
+    def make_room(self, count: int, *, may_kill: bool = True) -> None:
         """At least `count` free frames; a page that the caller has just brought in may leave.
 
         ENOMEM; OSError of a page that can't be written.
@@ -173,7 +173,7 @@ class Reclaim:
         while self._free_pages() < count:
             freed = self._evict_batch()
             self.direct_pages += freed
-            if not freed and not self.exhausted():
+            if not freed and not (may_kill and self.exhausted()):
                 raise error(errno.ENOMEM, "no page can be evicted, and nobody can be killed")
 
     def in_background(self) -> None:

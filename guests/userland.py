@@ -1,8 +1,8 @@
-"""What the programs of a guest live on: their memory, its swap, frontswap, and who is killed.
+"""What the programs of a guest live on: memory, swap, frontswap, and who is killed; the balloon.
 
     processes  ->  anonymous  ->  swap  ->  frontswap, else the swap disk
                       |
-                   reclaim (with the page cache)
+                   reclaim (with the page cache)  <-  balloon  <-  selfballoon, the hypervisor
 
 Without a swap disk there is no frontswap either, as in Linux: the slot of a page is on the disk,
 wherever the page is.
@@ -17,11 +17,13 @@ from typing import Any, Final
 from fs.block.device import BlockDevice
 from guests.anonymous import AnonymousMemory
 from guests.attachment import Attachment
+from guests.balloon import Balloon
 from guests.frontswap import Frontswap
 from guests.memory import Memory
 from guests.pressure import Pressure
 from guests.process import Processes
 from guests.reclaim import BATCH_PAGES
+from guests.selfballoon import Needs, SelfBalloon
 from guests.swap import Swap
 from guests.swapdisk import open_swap
 
@@ -48,8 +50,10 @@ class Userland:
         self.frontswap: Frontswap | None = None
         self._memory = memory
         self._attachment = attachment
-        self._seen_notifications = 0
+        self._seen = (0, 0)
+        """Attachment and notification that were heeded last."""
         self._to_write_back = 0
+        self._wished_pages = self._own_target_pages = memory.budget.total
         if swap_path is not None:
             disk = open_swap(swap_path, uuid=swap_uuid, stack=stack)
             if attachment is not None:
@@ -62,26 +66,63 @@ class Userland:
         memory.reclaim.exhausted = self.processes.kill_for_memory
         if self.frontswap is not None:
             self.frontswap.on_lost = self.processes.note_lost
+        self.balloon = Balloon(memory)
+        self.selfballoon = SelfBalloon(
+            now_seconds, self._needs, self._set_own_target, self._shrink_frontswap
+        )
 
     def in_background(self) -> None:
         """What is due between two steps of work."""
         self.processes.kill_the_robbed()
         self._memory.reclaim.in_background()
         self.pressure.update()
-        if self.swap is not None:
-            self._heed_hypervisor(self.swap)
+        self._heed_hypervisor()
+        self.selfballoon.step()
+        self.balloon.step()
 
-    def _heed_hypervisor(self, swap: Swap) -> None:
-        """Take pages back out of tmem when the hypervisor asks for it, a batch at a time."""
-        calls = self._attachment.calls if self._attachment is not None else None
-        if calls is None:
+    # --- the balloon
+
+    def _needs(self) -> Needs:
+        budget = self._memory.budget
+        return Needs(
+            size=self.balloon.size_pages,
+            maximum=budget.total,
+            committed=self.processes.committed_pages,
+            reserved=budget.total - budget.frames,
+            frontswap=self.frontswap.pages if self.frontswap is not None else 0,
+        )
+
+    def _set_own_target(self, pages: int) -> int:
+        """What the guest thinks that it needs; the hypervisor may wish less."""
+        self._own_target_pages = pages
+        return self.balloon.set_target(min(pages, self._wished_pages))
+
+    def _shrink_frontswap(self, target_pages: int) -> None:
+        """Bring pages back from frontswap until so many are left, as far as frames are free."""
+        if self.frontswap is not None:
+            slots = set(self.frontswap.oldest(self.frontswap.pages - target_pages))
+            self.anonymous.swap_back(slots, [process.table for process in self.processes])
+
+    def switch_selfballooning(self, name: str, value: int) -> None:
+        """Set a knob; ValueError.  Switched off, the guest has its full size again."""
+        self.selfballoon.knobs.set(name, value)
+        if not self.selfballoon.knobs.selfballooning:
+            self._set_own_target(self._memory.budget.total)
+
+    def _heed_hypervisor(self) -> None:
+        """The size that it wishes; and take pages back out of tmem when it asks for that, a batch
+        at a time."""
+        attachment = self._attachment
+        if attachment is None or attachment.calls is None:
             return
-        info = calls.channel.window.info()
-        if info.notifications != self._seen_notifications:
-            self._seen_notifications = info.notifications
+        info = attachment.calls.channel.window.info()
+        if self._seen != (attachment.attaches, info.notifications):
+            self._seen = attachment.attaches, info.notifications
             self._to_write_back = info.writeback_pages
-        if self._to_write_back > 0:
-            done = swap.write_back(min(BATCH_PAGES, self._to_write_back))
+            self._wished_pages = info.balloon_target_pages or self._memory.budget.total
+            self._set_own_target(self._own_target_pages)
+        if self._to_write_back > 0 and self.swap is not None:
+            done = self.swap.write_back(min(BATCH_PAGES, self._to_write_back))
             self._to_write_back = self._to_write_back - done if done else 0
 
     def close(self) -> None:
@@ -100,6 +141,15 @@ class Userland:
             "swap": self._swap(),
             "frontswap": self._frontswap(),
             "pressure": self.pressure.record(),
+            "balloon": {
+                "size_pages": self.balloon.size_pages,
+                "target_pages": self.balloon.target_pages,
+                "floor_pages": self.balloon.floor_pages,
+                "maximum_pages": self.balloon.maximum_pages,
+                "inflated_pages": self.balloon.inflated_pages,
+                "deflated_pages": self.balloon.deflated_pages,
+                "selfballooning": bool(self.selfballoon.knobs.selfballooning),
+            },
         }
 
     def _anonymous(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from guests.workloads import compile as compile_workload
-from guests.workloads import counters, histories, log, mixed, races, read_all, search
+from guests.workloads import counters, histories, log, mixed, programs, races, read_all, search
 from guests.workloads.job import Job
 
 Workload = Callable[[Job], Iterator[None]]
@@ -23,5 +23,6 @@ WORKLOADS: dict[str, Workload] = {
     "mixed": mixed.run,
     "counters": counters.run,
     "histories": histories.run,
+    "programs": programs.run,
     "races": races.run,
 }

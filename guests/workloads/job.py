@@ -9,6 +9,7 @@ from random import Random
 from typing import Any, Final
 
 from fs.vfs import Vfs
+from guests.process import Processes
 
 MISMATCH_PATHS_MAX: Final = 10
 
@@ -52,9 +53,11 @@ class Job:
         parameters: dict[str, Any],
         vfs: Vfs,
         findings: Findings,
+        processes: Processes,
     ) -> None:
         self.workload = workload
         self.vfs = vfs
+        self.processes = processes
         self.random = Random(seed)
         self.findings = findings
         self.done = 0

@@ -228,8 +228,8 @@ def test_a_hypervisor_without_its_memory_ends_who_had_pages_there(
     with running_kernel(image, hypervisor, time=time, swap=swap_file(tmp_path)) as kernel:
         processes = kernel.userland.processes
         robbed, also, other = (processes.spawn(name) for name in ("robbed", "also", "other"))
+        (address,) = {process.map(100 * PAGE) for process in (robbed, also)}
         for process in (robbed, also):
-            address = process.map(100 * PAGE)
             process.write(address, process.name[:1].encode() * 100 * PAGE)
         own = other.map(PAGE)
         other.write(own, b"o" * PAGE)
