@@ -10,7 +10,9 @@ Invariants:
   I2  no lock is waited for inside an operation: whoever finds there that a lock is missing raises
       `NeedLock`, everything is undone, and the operation starts again with that lock as well;
   I3  a version is given out once: it holds this node's number and a count that starts at the
-      mount's time, so a version that is known can't come to mean something else.
+      mount's time, so a version that is known can't come to mean something else;
+  I4  an inode that was made has another version than what was in its block before, before another
+      node can find it: what is cached of a removed inode is not taken for it.
 """
 
 from __future__ import annotations
@@ -105,6 +107,8 @@ class InodeLocks:
         self._counter = now_ns() // 1000
         self._live: WeakValueDictionary[int, Ocfs2Inode] = WeakValueDictionary()
         self._departed: list[int] = []
+        self._made: list[Ocfs2Inode] = []
+        """By the running operation."""
         self.distrust: Callable[[Ocfs2Inode], None] = lambda _inode: None
         """Told of a file of which a shared pool may hold old pages: a node that had it in EX could
         not flush what it changed, or died."""
@@ -207,11 +211,20 @@ class InodeLocks:
                 self.changed(inode.ino)
         state.fresh = True
 
-    def loaded(self, inode: Ocfs2Inode) -> None:
-        """The fields of a new object are right: it was made in the running operation."""
+    def made(self, inode: Ocfs2Inode) -> None:
+        """The running operation makes this inode, whose lock nobody needs so far."""
+        self._made.append(inode)
+
+    def _publish(self, inode: Ocfs2Inode) -> None:
+        """Before its directory is given up. Who has its lock in use now looks for an inode that is
+        gone, and waits for nothing meanwhile."""
+        self.adopt(inode)
         state = self.state(inode.ino)
         state.serial = max(state.serial, 1)
         inode.serial = state.serial
+        self.acquire(inode, Mode.EX)
+        self.changed(inode.ino)
+        self.release(inode, Mode.EX)
 
     def changed(self, block: int) -> None:
         """The inode or its data was changed in EX: its value block gets a new version."""
@@ -289,10 +302,13 @@ class InodeLocks:
             for want in wanted:
                 self.acquire(want.inode, Mode.EX)
                 taken.append(want.inode)
+            self._made.clear()
             with self._transactions.operation():
                 result = body()
             for owner in self._transactions.modified_owners:
                 self.changed(owner)
+            for inode in self._made:
+                self._publish(inode)
             return result
         finally:
             for inode in reversed(taken):

@@ -175,15 +175,13 @@ class Names:
             fill(parent, inode)
             volume.dinodes.store(inode)
             self._add(parent, name, inode)
+            volume.locks.made(inode)
             return inode
 
         wants = [_wants(parent), volume.space.wants_inode]
         if stat.S_ISDIR(mode):
             wants.append(volume.space.wants_clusters)
-        inode = volume.run(wants, body)
-        volume.locks.adopt(inode)
-        volume.locks.loaded(inode)
-        return inode
+        return volume.run(wants, body)
 
     def _check_free(self, parent: Ocfs2Inode, name: bytes) -> None:
         if parent.nlink == 0:

@@ -59,9 +59,7 @@ class Renames:
         replaced = self._names.find(target, new_name)
         if source is not target and inode.is_dir and self._is_below(target, inode):
             raise error(errno.EINVAL, "a directory can't move below itself")
-        if replaced is inode:
-            return None
-        if replaced is not None and replaced.is_dir:
+        if replaced is not None and replaced is not inode and replaced.is_dir:
             if replaced is source or (source is not target and self._is_below(source, replaced)):
                 raise error(errno.ENOTEMPTY, repr(new_name))
         wants = [
@@ -69,7 +67,7 @@ class Renames:
             for place, directory in enumerate(self._ordered(source, target))
         ]
         wants.append(wants_child(inode))
-        if replaced is not None:
+        if replaced is not None and replaced is not inode:
             wants.append(wants_child(replaced))
             if replaced.is_dir or replaced.nlink == 1:
                 wants.append(self._volume.orphans.wants(self._volume.space.slot))
@@ -99,6 +97,10 @@ class Renames:
         volume, names = self._volume, self._names
         names.check_same(source, old_name, inode)
         names.check_same(target, new_name, replaced)
+        if replaced is inode:
+            # Two names of one file: both stay. Under the locks, or it could be the same name that
+            # another node has just moved there.
+            return None
         if target.nlink == 0:
             raise error(errno.ENOENT, "directory is removed")
         if inode.is_system:
