@@ -101,6 +101,7 @@ def make_swap_file(
     """
     existed = path.exists()
     try:
+        # Before a file that is there is made longer or shorter.
         check_label(label)
         if size_bytes is not None:
             check_pages(size_bytes // BLOCK_BYTES)
@@ -112,8 +113,6 @@ def make_swap_file(
             _create(path, size_bytes)
         make_swap(path, uuid=uuid, label=label)
     except ImageError as reason:
-        if not existed:
-            path.unlink(missing_ok=True)
         text = str(reason)
         text = text if text.startswith("image ") else f"image {path}: {text}"
         raise OperatorError(text, ExitCode.USAGE) from None

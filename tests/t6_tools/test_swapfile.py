@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import stat
 import subprocess
@@ -16,10 +17,13 @@ from fs.errors import ImageError
 from guests.swapdisk import open_swap
 from guests.swapheader import make_swap, owner_uuid
 from ipc.errors import ExitCode, OperatorError
+from tests.support.clusters import short_folder, write_tree
 from tests.support.tools import need_tool
 from tools.cli import main
+from tools.cluster import Cluster
 from tools.config import ClusterConfig, read_config, validate
 from tools.demo import Disk, copy_disks, plan_cluster, prepare_disks
+from tools.interrupts import Interrupts
 from tools.rundir import ClusterDirectory
 from tools.swapfile import prepare_swap
 
@@ -89,6 +93,10 @@ def test_what_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert path.stat().st_size == 1 << 20
     assert run(capsys, "mkswap", path, "--size", "2M", "--label", "two")[0] == 0
     assert path.stat().st_size == 2 << 20
+
+    for words in (["--size", "36K"], ["--size", "1M", "--label", "sixteen bytes ii"]):
+        assert run(capsys, "mkswap", path, *words)[0] == 64
+        assert path.stat().st_size == 2 << 20
 
     disk = open_swap(path)
     code, output, errors = run(capsys, "mkswap", path, "--force")
@@ -281,3 +289,25 @@ def test_swap_image_that_can_not_be_used(tmp_path: Path) -> None:
     with pytest.raises(OperatorError, match="is in use by another guest"):
         prepare_swap("web2", None, str(other))
     disk.close()
+
+
+@pytest.mark.cluster
+def test_guest_has_the_swap_of_the_cluster_file_and_no_other(cluster_name: str) -> None:
+    """A real guest says how much it is; a file that was exchanged since the check is refused."""
+    need_tool("mke2fs")
+    with short_folder() as folder, Interrupts() as interrupts:
+        tree = write_tree(folder / "tree", files=3)
+        guest = {"name": "red", "memory": "1M", "tree": str(tree), "swap": "1M"}
+        config = validate({"name": cluster_name, "guest": [guest]}, "c.toml")
+        disks = prepare_disks(config, folder / "cache")
+        directory = ClusterDirectory(folder / "off")
+        plan = plan_cluster(config, disks, directory, "off")
+        copy_disks(disks, directory)
+        with Cluster(plan, directory, interrupts) as cluster:
+            question = {"verb": "exec", "argv": ["cat", "/proc/meminfo"]}
+            answer = cluster.ask_guest("red", question)
+            assert re.search(rb"^SwapTotal: +1020 kB$", answer["stdout"], re.MULTILINE)
+
+        swap_file(directory.images / "red.swap", guest="blue")
+        with pytest.raises(OperatorError, match=r"^red: image .*red.swap: belongs to another"):
+            Cluster(plan, directory, interrupts).__enter__()
