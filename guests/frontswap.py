@@ -35,7 +35,7 @@ from typing import Final
 from fs.errors import error
 from guests.attachment import Attachment
 from guests.hypercall import BatchEntry, Hypercalls
-from ipc.abi import EXTENT_PAGES_MAX, PAGE_BYTES, Reason, Status, oid_from_int
+from ipc.abi import EXTENT_PAGES_MAX, PAGE_BYTES, Reason, ReplyFlag, Status, oid_from_int
 from ipc.errors import Disconnected
 
 log = logging.getLogger(__name__)
@@ -228,10 +228,11 @@ class Frontswap:
         if not slots:
             return
         try:
-            reply = calls.flush_batch(self._entries(slots))
+            reply = calls.flush_batch([(self._pool, slot, 0, 0, _OID, 0) for slot in slots])
         except Disconnected:
             self._attachment.lose(calls)
             return
+        assert not reply.flags & ReplyFlag.FAULT, f"a flush is not well-formed: {reply}"
         if reply.status == _ENODEV:
             self._pool_is_gone()
             return

@@ -248,6 +248,7 @@ class Kernel:
     def idle(self) -> None:
         """Called now and then while there is no work: look whether the hypervisor is back."""
         self._pump()
+        self.userland.idle()
         if self.attachment is not None:
             self.attachment.attach()
 

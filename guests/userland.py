@@ -80,6 +80,11 @@ class Userland:
         self.selfballoon.step()
         self.balloon.step()
 
+    def idle(self) -> None:
+        """While there is no work: tell of pages that are not wanted any more."""
+        if self.frontswap is not None:
+            self.frontswap.flush()
+
     # --- the balloon
 
     def _needs(self) -> Needs:

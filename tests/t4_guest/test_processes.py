@@ -177,11 +177,11 @@ def test_programs_over_a_hypervisor_that_dies(
                 hypervisor.start()
             world.step()
             if not number % 50:
-                check_programs(kernel)
+                check_programs(kernel, hypervisor)
         world.trouble = 0.0
         time.seconds += RETRY_SECONDS
         world.look()
-        check_programs(kernel)
+        check_programs(kernel, hypervisor)
         front = kernel.counters()["frontswap"]
         assert front["succ_stores"] > 100
         assert front["loads"] > 50

@@ -102,6 +102,18 @@ class LocalHypervisor:
         """Pages that the guest has here."""
         return sum(m.pool.pages for m in self.machine.clients["guest"].members.values())
 
+    def persistent_slots(self) -> set[int]:
+        """The indexes of all pages that the guest has in persistent pools."""
+        return {
+            number << 6 | place
+            for member in self.machine.clients["guest"].members.values()
+            if member.pool.persistent
+            for found in member.pool.objects.values()
+            for number, leaf in found.leaves()
+            for place in range(len(leaf))
+            if leaf[place] >= 0
+        }
+
     def hints(self) -> dict[tuple[bytes, int], int]:
         """(object id, index) of every raw page that the guest has here -> the hints of its put."""
         store = self.machine.store
@@ -203,8 +215,11 @@ def check_pages(pages: PageCache) -> None:
     assert dirty == pages.dirty_pages
 
 
-def check_programs(kernel: Kernel) -> None:
-    """The invariants of anonymous memory, and that every frame and every slot has one owner."""
+def check_programs(kernel: Kernel, hypervisor: LocalHypervisor | None = None) -> None:
+    """The invariants of anonymous memory, and that every frame and every slot has one owner.
+
+    With the hypervisor: it has what frontswap says that it has.
+    """
     userland = kernel.userland
     anonymous, swap = userland.anonymous, userland.swap
     named: dict[int, list[tuple[PageTable, int]]] = {}
@@ -246,6 +261,10 @@ def check_programs(kernel: Kernel) -> None:
         assert all(swap.disk.is_used(slot) for slot in front._stored)
         assert front._stored.keys().isdisjoint(front._to_flush)
         assert front._stored.keys().isdisjoint(front._gone)
+        if hypervisor is not None and front.attached:
+            there = hypervisor.persistent_slots()
+            assert front._stored.keys() <= there
+            assert there <= front._stored.keys() | front._to_flush.keys()
 
 
 def write_file(kernel: Kernel, path: str, data: bytes) -> None:
