@@ -4,4 +4,5 @@ pytest_plugins = [
     "tests.support.leaks",
     "tests.support.logs",
     "tests.support.skips",
+    "tests.support.together",
 ]

@@ -68,7 +68,8 @@ FAULTS_FOR_EVER: Final = 1 << 40
 AUDIT: Final = "audit.log"
 
 _WITNESS_PAGES: Final = 12
-_ROUND_SECONDS: Final = 0.002
+_ROUND_SECONDS: Final = 0.02
+"""Between two rounds of the witness, unless it is being asked."""
 _PATIENCE_SECONDS: Final = 60.0
 
 
@@ -483,7 +484,8 @@ def _bear_witness(directory: Path, tokens: list[bytes], *, ring: bool) -> None:
             witness.round()
         except Disconnected:
             witness.come_back()
-        ready, _, _ = select.select([sys.stdin], [], [], _ROUND_SECONDS)
+        pause = _ROUND_SECONDS if asked_at < 0 else 0
+        ready, _, _ = select.select([sys.stdin], [], [], pause)
         if ready and asked_at < 0:
             if not sys.stdin.readline():
                 return

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import together
+
 pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -336,6 +338,17 @@ def test_{name}(expect_warning):
     wrong = [f"test_{name}" for name, (_, _, passes) in LOGGING.items() if not passes]
     result.assert_outcomes(passed=len(LOGGING), errors=len(wrong))
     assert re.findall(r"ERROR at teardown of (\w+)", str(result.stdout)) == wrong
+
+
+def test_modules_that_share_something_stay_together() -> None:
+    """They exist, and their tests are one unit for pytest-xdist; others go out one by one."""
+    for module in together.MODULES:
+        assert 'scope="module"' in (ROOT / module).read_text()
+        assert {together.unit_of(f"{module}::{name}") for name in ("test_a", "test_b[x]")} == {
+            module
+        }
+    alone = "tests/t0_ipc/test_codec.py::test_a"
+    assert together.unit_of(alone) == alone
 
 
 SKIPPING = {
