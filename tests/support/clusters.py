@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from ipc.names import Registry
 
@@ -120,14 +121,19 @@ def tmem_here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The same in this process: for commands that only ask or refuse, of which tests have many."""
     from tools.cli import main
 
-    output, errors = io.StringIO(), io.StringIO()
+    output, errors = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
     with (
         contextlib.chdir(cwd),
+        patch.dict(os.environ, environment(), clear=True),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(errors),
     ):
         code = main(list(arguments))
-    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
+    texts = []
+    for stream in (output, errors):
+        stream.seek(0)
+        texts.append(stream.read())
+    return subprocess.CompletedProcess(arguments, code, *texts)
 
 
 def command(*arguments: str) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import re
@@ -17,9 +16,8 @@ import pytest
 
 from ipc import attach
 from ipc.abi import Op, Reason, Status, pool_flag_word
-from tests.support.clusters import tmem, wait_until
+from tests.support.clusters import tmem, tmem_here, wait_until
 from tests.support.hypervisors import RawGuest
-from tools.cli import main
 
 pytestmark = pytest.mark.cluster
 
@@ -41,17 +39,33 @@ readers = ["blue"]
 """
 
 
+@pytest.fixture(scope="module")
+def standing(module_folder: Path, module_cluster_file: Path) -> Iterator[Path]:
+    """The folder of a cluster in which red has settings of its own, for all tests that leave
+    settings, grants and names as they were."""
+    with _up(module_folder, module_cluster_file):
+        yield module_folder
+
+
 @pytest.fixture
 def up(folder: Path, cluster_file: Path) -> Iterator[Path]:
-    """The folder of a cluster in which red has settings of its own; taken down at the end."""
+    """The same for one test alone."""
+    with _up(folder, cluster_file):
+        yield folder
+
+
+@contextlib.contextmanager
+def _up(folder: Path, cluster_file: Path) -> Iterator[None]:
     text = cluster_file.read_text()
     text = text.replace('name = "red"\n', f'name = "red"\n{SETTINGS}')
     text = text.replace("[hypervisor]\n", '[hypervisor]\nscheduling = "static"\n')
     cluster_file.write_text(text + POOLS)
     done = tmem("up", "-d", "-f", str(cluster_file), cwd=folder)
     assert done.returncode == 0, done.stderr
-    yield folder
-    tmem("down", cwd=folder)
+    try:
+        yield
+    finally:
+        tmem("down", cwd=folder)
 
 
 def ask(folder: Path, *words: str) -> Any:
@@ -60,11 +74,10 @@ def ask(folder: Path, *words: str) -> Any:
 
 
 def say(folder: Path, *words: str) -> str:
-    """The text that a command prints, run in this process because there are many of them."""
-    output = io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(output):
-        assert main(list(words)) == 0
-    return output.getvalue()
+    """The text that a command prints."""
+    done = tmem_here(*words, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def settings(folder: Path, name: str) -> dict[str, Any]:
@@ -87,16 +100,16 @@ def read_tree(folder: Path, guest: str) -> None:
     """Read every file in a guest, so that pages go to tmem and come back, and are right."""
     sources = [path for path in sorted((folder / "tree").rglob("*")) if path.is_file()]
     names = [f"/{path.relative_to(folder / 'tree')}" for path in sources]
-    done = tmem("exec", guest, "--", "sha256sum", *names, cwd=folder)
+    done = tmem_here("exec", guest, "--", "sha256sum", *names, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
         hashlib.sha256(path.read_bytes()).hexdigest() for path in sources
     ]
 
 
-def test_what_the_file_says_holds_from_the_start(up: Path) -> None:
+def test_what_the_file_says_holds_from_the_start(standing: Path) -> None:
     """Settings of a guest, grants and the scheduling; others have the defaults."""
-    assert settings(up, "red") == {
+    assert settings(standing, "red") == {
         "frozen": False,
         "weight": 300,
         "cap_bytes": 1 << 20,
@@ -106,13 +119,13 @@ def test_what_the_file_says_holds_from_the_start(up: Path) -> None:
         "sharing": "group",
         "group": "colours",
     }
-    assert settings(up, "blue")["weight"] != 300
+    assert settings(standing, "blue")["weight"] != 300
     digits = UUID.replace("-", "")
-    assert ask(up, "auth", "list")["grants"] == [
+    assert ask(standing, "auth", "list")["grants"] == [
         {"uuid": digits, "guest": "blue", "role": "reader"},
         {"uuid": digits, "guest": "red", "role": "writer"},
     ]
-    assert say(up, "schedule") == "static\n"
+    assert say(standing, "schedule") == "static\n"
 
 
 def test_settings_outlive_a_killed_hypervisor(up: Path) -> None:
@@ -121,7 +134,9 @@ def test_settings_outlive_a_killed_hypervisor(up: Path) -> None:
     say(up, "freeze", "blue")
     say(up, "auth", "deny", "blue", UUID)
     say(up, "schedule", "greedy")
-    before = settings(up, "red"), settings(up, "blue"), say(up, "auth", "list")
+    say(up, "balloon", "red", "4M")
+    looked_at = ("auth", "list"), ("balloon",)
+    before = settings(up, "red"), settings(up, "blue"), [say(up, *words) for words in looked_at]
     (pid,) = (row["pid"] for row in ask(up, "ps") if row["name"] == "hypervisor")
 
     os.kill(pid, signal.SIGKILL)
@@ -132,8 +147,10 @@ def test_settings_outlive_a_killed_hypervisor(up: Path) -> None:
 
     wait_until(is_back, "the hypervisor is started again")
     wait_until(lambda: set(ask(up, "list")["guests"]) == {"red", "blue"}, "the guests come back")
-    assert (settings(up, "red"), settings(up, "blue"), say(up, "auth", "list")) == before
+    after = settings(up, "red"), settings(up, "blue"), [say(up, *words) for words in looked_at]
+    assert after == before
     assert before[1]["frozen"]
+    assert before[2][1] == "NAME   TARGET\nblue        -\nred   4.0 MiB\n"
     assert say(up, "schedule") == "greedy\n"
 
     assert len(list(up.glob("runs/*/on/settings"))) == 1
@@ -141,51 +158,52 @@ def test_settings_outlive_a_killed_hypervisor(up: Path) -> None:
     assert list(up.glob("runs/*/on/settings*")) == [], "the next cluster here begins anew"
 
 
-def test_a_frozen_guest_puts_nothing_new_until_it_is_thawed(up: Path) -> None:
+def test_a_frozen_guest_puts_nothing_new_until_it_is_thawed(standing: Path) -> None:
     """And reads nothing wrong; freezing is what one does before memory is wanted elsewhere."""
-    assert say(up, "freeze", "blue") == "frozen: blue\n"
-    read_tree(up, "blue")
-    read_tree(up, "blue")
+    assert tmem_here("flush", "blue", "1G", cwd=standing).returncode == 0
+    assert say(standing, "freeze", "blue") == "frozen: blue\n"
+    read_tree(standing, "blue")
+    read_tree(standing, "blue")
 
-    blue = ask(up, "list", "blue")["guests"]["blue"]
+    blue = ask(standing, "list", "blue")["guests"]["blue"]
     assert blue["ephemeral_pages"] == 0
     puts = [blue["operations"].get(name) for name in ("put_page", "put_batch")]
     assert sum(put["refused"].get("frozen", 0) for put in puts if put) > 0
-    assert "frozen" in say(up, "list", "blue")
+    assert "frozen" in say(standing, "list", "blue")
 
-    assert say(up, "tmem-thaw", "-a") == ""
-    read_tree(up, "blue")
-    read_tree(up, "blue")
-    assert ask(up, "list", "blue")["guests"]["blue"]["ephemeral_pages"] > 0
+    assert say(standing, "tmem-thaw", "-a") == ""
+    read_tree(standing, "blue")
+    read_tree(standing, "blue")
+    assert ask(standing, "list", "blue")["guests"]["blue"]["ephemeral_pages"] > 0
 
 
-def test_flush_and_destroy_lose_no_byte(up: Path) -> None:
+def test_flush_and_destroy_lose_no_byte(standing: Path) -> None:
     """Ephemeral pages go, freeable memory becomes free, files are read right afterwards."""
     for guest in ("red", "blue"):
-        read_tree(up, guest)
-    before = ask(up, "freeable")
+        read_tree(standing, guest)
+    before = ask(standing, "freeable")
     assert before["ephemeral_bytes"] > 256 << 10
 
-    done = ask(up, "flush", "blue", "64K")
+    done = ask(standing, "flush", "blue", "64K")
     assert done["flushed_pages"] > 0
     assert done["freed_bytes"] >= 64 << 10
-    rest = tmem("flush", "all", "1G", cwd=up)
+    rest = tmem_here("flush", "all", "1G", cwd=standing)
     assert rest.returncode == 0
     assert "all that is left is persistent or reserved" in rest.stderr
-    guests = ask(up, "list")["guests"]
+    guests = ask(standing, "list")["guests"]
     assert guests["blue"]["ephemeral_pages"] == 0
     # What red has reserved can be taken by its name only.
     assert 0 < guests["red"]["cost_bytes"] <= 512 << 10
-    assert tmem("flush", "red", "1G", cwd=up).returncode == 0
-    after = ask(up, "freeable")
+    assert tmem_here("flush", "red", "1G", cwd=standing).returncode == 0
+    after = ask(standing, "freeable")
     assert after["ephemeral_bytes"] == 0
     assert after["free_bytes"] > before["free_bytes"]
-    assert int(say(up, "tmem-freeable")) == after["freeable_bytes"] >> 20
-    read_tree(up, "red")
+    assert int(say(standing, "tmem-freeable")) == after["freeable_bytes"] >> 20
+    read_tree(standing, "red")
 
-    assert re.match(r"destroyed \d+ pools of red\n", say(up, "destroy", "red", "--yes"))
-    assert ask(up, "list", "red")["guests"]["red"]["ephemeral_pages"] == 0
-    read_tree(up, "red")
+    assert re.match(r"destroyed \d+ pools of red\n", say(standing, "destroy", "red", "--yes"))
+    assert ask(standing, "list", "red")["guests"]["red"]["ephemeral_pages"] == 0
+    read_tree(standing, "red")
 
 
 def test_a_program_may_join_what_it_was_allowed(up: Path) -> None:
@@ -217,17 +235,17 @@ def test_a_program_may_join_what_it_was_allowed(up: Path) -> None:
     program.detach()
 
 
-def test_tables_and_records_agree_with_json(up: Path) -> None:
+def test_tables_and_records_agree_with_json(standing: Path) -> None:
     """Three ways to say one thing, of a cluster that is at rest."""
-    read_tree(up, "blue")
-    guests = ask(up, "list")["guests"]
+    read_tree(standing, "blue")
+    guests = ask(standing, "list")["guests"]
 
-    rows = say(up, "list").splitlines()[1:]
+    rows = say(standing, "list").splitlines()[1:]
     assert [row.split()[0] for row in rows[:2]] == list(guests)
-    pools = say(up, "pools").splitlines()
+    pools = say(standing, "pools").splitlines()
     assert len(pools) == 2 + sum(len(guest["pools"]) for guest in guests.values())
 
-    records = say(up, "tmem-list", "-a", "-l").splitlines()
+    records = say(standing, "tmem-list", "-a", "-l").splitlines()
     fields = [
         (letter, dict(field.split(":") for field in rest.split(",")))
         for letter, _, rest in (record.partition("=") for record in records)
@@ -240,9 +258,9 @@ def test_tables_and_records_agree_with_json(up: Path) -> None:
     )
 
 
-def test_a_no_is_one_line(up: Path) -> None:
+def test_a_no_is_one_line(standing: Path) -> None:
     """What the hypervisor refuses comes with exit code 64 and changes nothing."""
-    before = settings(up, "blue")
+    before = settings(standing, "blue")
 
     for words, says in (
         (["set", "blue", "--reserve", "1G"], "reserve"),
@@ -251,9 +269,9 @@ def test_a_no_is_one_line(up: Path) -> None:
         (["destroy", "blue", "--pool", "63", "--yes"], "63"),
         (["auth", "deny", "red", UUID.replace("a", "b")], "no grant"),
     ):
-        done = tmem(*words, cwd=up)
+        done = tmem_here(*words, cwd=standing)
         (line,) = done.stderr.splitlines()
         assert says in line
         assert done.returncode == 64
 
-    assert settings(up, "blue") == before
+    assert settings(standing, "blue") == before

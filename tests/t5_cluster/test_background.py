@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.support.clusters import left_behind, tmem, tmem_process, wait_until
+from tests.support.clusters import left_behind, tmem, tmem_here, tmem_process
 
 pytestmark = pytest.mark.cluster
 
@@ -17,11 +18,26 @@ pytestmark = pytest.mark.cluster
 @pytest.fixture
 def up(folder: Path, cluster_file: Path) -> Iterator[Path]:
     """The folder of a cluster that is up; taken down at the end if the test did not."""
+    with _up(folder, cluster_file):
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def standing(module_folder: Path, module_cluster_file: Path) -> Iterator[Path]:
+    """The same for all tests that leave it as it is."""
+    with _up(module_folder, module_cluster_file):
+        yield module_folder
+
+
+@contextmanager
+def _up(folder: Path, cluster_file: Path) -> Iterator[None]:
     done = tmem("up", "-d", "-f", str(cluster_file), cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "red, blue" in done.stdout
-    yield folder
-    tmem("down", cwd=folder)
+    try:
+        yield
+    finally:
+        tmem("down", cwd=folder)
 
 
 def test_commands_see_a_cluster_in_the_background(up: Path, cluster_name: str) -> None:
@@ -59,9 +75,9 @@ def test_commands_see_a_cluster_in_the_background(up: Path, cluster_name: str) -
     assert "event=stop" in tmem("logs", "hypervisor", cwd=up).stdout
 
 
-def test_guest_process_has_nothing_of_the_rooms_above(up: Path) -> None:
+def test_guest_process_has_nothing_of_the_rooms_above(standing: Path) -> None:
     """The fork server imports neither our command line nor the hypervisor into a guest."""
-    modules = tmem("exec", "red", "--", "modules", cwd=up).stdout.split()
+    modules = tmem_here("exec", "red", "--", "modules", cwd=standing).stdout.split()
 
     rooms = {name.partition(".")[0] for name in modules}
     assert {"guests", "fs", "ipc"} <= rooms
@@ -78,10 +94,10 @@ def test_followed_logs_end_with_the_cluster(up: Path) -> None:
     assert errors == ""
 
 
-def test_unknown_guest_is_refused_by_name(up: Path) -> None:
+def test_unknown_guest_is_refused_by_name(standing: Path) -> None:
     """Both commands name what there is; nothing happens to the cluster."""
     for words in (["exec", "green", "--", "ls"], ["logs", "green"]):
-        done = tmem(*words, cwd=up)
+        done = tmem_here(*words, cwd=standing)
 
         assert done.returncode == 64
         assert "'green'" in done.stderr
@@ -90,35 +106,39 @@ def test_unknown_guest_is_refused_by_name(up: Path) -> None:
 
 
 def test_image_of_a_running_guest_is_refused_to_another_cluster(
-    up: Path, cluster_name: str
+    standing: Path, cluster_name: str
 ) -> None:
     """Two kernels on one disk would destroy it; the second cluster does not start."""
-    (image,) = up.glob("runs/*/on/images/red.img")
-    (up / "second.toml").write_text(
+    (image,) = standing.glob("runs/*/on/images/red.img")
+    (standing / "second.toml").write_text(
         f'name = "{cluster_name}"\n[hypervisor]\narena = "2M"\n'
         f'[[guest]]\nname = "thief"\nimage = "{image}"\n'
     )
 
-    done = tmem("up", "-d", "-f", "second.toml", "--run", "second", cwd=up)
+    done = tmem_here("up", "-d", "-f", "second.toml", "--run", "second", cwd=standing)
 
     assert done.returncode == 66
     (line,) = done.stderr.splitlines()
     assert line.startswith("tmem: thief: ")
     assert "in use" in line
-    assert not list((up / "second").rglob("registry/*"))
+    assert not list((standing / "second").rglob("registry/*"))
 
 
-def test_run_directory_of_a_live_cluster_is_refused(up: Path, cluster_file: Path) -> None:
+def test_run_directory_of_a_live_cluster_is_refused(
+    standing: Path, module_cluster_file: Path
+) -> None:
     """A second cluster does not move in with the first, which goes on."""
-    (run,) = (path for path in (up / "runs").iterdir() if path.name[0].isdigit())
+    (run,) = (path for path in (standing / "runs").iterdir() if path.name[0].isdigit())
 
     for words in (["-d"], []):
-        done = tmem("up", *words, "-f", str(cluster_file), "--run", str(run), cwd=up)
+        done = tmem_here(
+            "up", *words, "-f", str(module_cluster_file), "--run", str(run), cwd=standing
+        )
 
         assert done.returncode == 65
         assert "is running in" in done.stderr
         assert len(done.stderr.splitlines()) == 1
-    wait_until(lambda: tmem("exec", "red", "ls", cwd=up).returncode == 0, "the first cluster")
+    assert tmem_here("exec", "red", "ls", cwd=standing).returncode == 0
 
 
 def test_folder_with_a_long_path_is_no_obstacle(folder: Path, cluster_file: Path) -> None:

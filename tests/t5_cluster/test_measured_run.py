@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +28,19 @@ HYPERVISOR_KEYS = {"cpu_seconds", "hypercalls", "pages_put", "pages_got", "evict
 CLEANCACHE_KEYS = {"succ_gets", "failed_gets", "puts", "invalidates"}
 
 
-@pytest.fixture
-def results(folder: Path, cluster_file: Path) -> dict[str, Any]:
-    """A measured run of two small guests, disks kept."""
-    done = tmem("up", "-f", str(cluster_file), "--keep-images", cwd=folder)
+@pytest.fixture(scope="module")
+def results(module_folder: Path, module_cluster_file: Path) -> dict[str, Any]:
+    """A measured run of two small guests, disks kept; its folder is `module_folder`."""
+    done = tmem("up", "-f", str(module_cluster_file), "--keep-images", cwd=module_folder)
     assert done.returncode == 0, done.stderr
-    return read_results(folder)
+    return read_results(module_folder)
 
 
 def test_measured_run_documents_its_figures(
-    results: dict[str, Any], folder: Path, cluster_name: str
+    results: dict[str, Any], module_folder: Path, module_cluster_file: Path
 ) -> None:
     """Every documented key is there, work was done and verified, saved reads are real."""
-    tree_bytes = sum(path.stat().st_size for path in (folder / "tree").rglob("*.*"))
+    tree_bytes = sum(path.stat().st_size for path in (module_folder / "tree").rglob("*.*"))
 
     assert results["seed"] == 7
     assert results["off"]["total_memory_bytes"] == results["on"]["total_memory_bytes"]
@@ -56,7 +58,8 @@ def test_measured_run_documents_its_figures(
     for name in ("red", "blue"):
         reads = [results[mode]["guests"][name]["disk_reads_pages"] for mode in ("off", "on")]
         assert reads[0] > reads[1]
-    assert left_behind(folder, cluster_name) == []
+    name = tomllib.loads(module_cluster_file.read_text())["name"]
+    assert left_behind(module_folder, name) == []
 
 
 def test_guests_and_hypervisor_count_the_same_pages(results: dict[str, Any]) -> None:
@@ -80,11 +83,11 @@ def test_guests_and_hypervisor_count_the_same_pages(results: dict[str, Any]) -> 
     assert results["off"]["hypervisor"]["hypercalls"] == 0
 
 
-def test_disks_are_clean_after_the_run(results: dict[str, Any], folder: Path) -> None:
+def test_disks_are_clean_after_the_run(results: dict[str, Any], module_folder: Path) -> None:
     """A checker that is not ours finds nothing to repair on any guest's disk."""
     e2fsck = need_tool("e2fsck")
 
-    images = sorted((folder / "runs/latest").glob("o*/images/*.img"))
+    images = sorted((module_folder / "runs/latest").glob("o*/images/*.img"))
 
     assert len(images) == 4
     for image in images:
@@ -92,16 +95,18 @@ def test_disks_are_clean_after_the_run(results: dict[str, Any], folder: Path) ->
         assert done.returncode == 0, done.stdout
 
 
-def test_file_that_differs_from_its_source_fails_the_run(folder: Path, cluster_file: Path) -> None:
+def test_file_that_differs_from_its_source_fails_the_run(
+    results: dict[str, Any], module_folder: Path, module_cluster_file: Path, folder: Path
+) -> None:
     """A wrong byte on a disk is found by name in both runs, and the command exits with 1."""
-    assert tmem("up", "-f", str(cluster_file), cwd=folder).returncode == 0
+    shutil.copytree(module_folder / "runs/cache", folder / "runs/cache")
     (manifest_path,) = (folder / "runs/cache").glob("*.json")
     manifest = json.loads(manifest_path.read_text())
     wrong = min(manifest)
     manifest[wrong] = "0" * 64
     manifest_path.write_text(json.dumps(manifest))
 
-    done = tmem("up", "-f", str(cluster_file), cwd=folder)
+    done = tmem("up", "-f", str(module_cluster_file), cwd=folder)
 
     assert done.returncode == 1
     assert f"off: red read 3 wrong files: /{wrong}" in done.stderr
@@ -109,15 +114,22 @@ def test_file_that_differs_from_its_source_fails_the_run(folder: Path, cluster_f
     assert read_results(folder)["on"]["guests"]["red"]["mismatches"] == 3
 
 
-def test_same_seed_gives_the_same_work(folder: Path, cluster_file: Path) -> None:
+def test_same_seed_gives_the_same_work(
+    results: dict[str, Any], module_folder: Path, module_cluster_file: Path, folder: Path
+) -> None:
     """Without tmem nothing depends on time: the disk reads of two runs are the same."""
-    seen = []
-    for seed in ("5", "5", "6"):
-        done = tmem("up", "-f", str(cluster_file), "--seed", seed, "--json", "-q", cwd=folder)
+    shutil.copytree(module_folder / "runs/cache", folder / "runs/cache")
+    records = [results]
+    for seed in (results["seed"], 6):
+        words = ["--seed", str(seed), "--json", "-q"]
+        done = tmem("up", "-f", str(module_cluster_file), *words, cwd=folder)
         assert done.returncode == 0, done.stderr
-        record = json.loads(done.stdout)
-        assert record["seed"] == int(seed)
-        seen.append([guest["disk_reads_pages"] for guest in record["off"]["guests"].values()])
+        records.append(json.loads(done.stdout))
+        assert records[-1]["seed"] == seed
+    seen = [
+        [guest["disk_reads_pages"] for guest in record["off"]["guests"].values()]
+        for record in records
+    ]
 
     assert seen[0] == seen[1]
     assert seen[0] != seen[2]
