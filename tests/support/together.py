@@ -19,7 +19,6 @@ MODULES = frozenset(
         "t2_machine/test_hostile_floods",
         "t2_machine/test_hostile_latent",
         "t2_machine/test_hostile_window",
-        "t2_machine/test_hostile_work",
         "t2_machine/test_hostile_xsa15",
         "t5_cluster/test_administration",
         "t5_cluster/test_background",
