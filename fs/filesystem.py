@@ -129,7 +129,7 @@ class FileSystem(Protocol):
         ...
 
     def create(self, directory: Inode, name: bytes, mode: int) -> Inode:
-        """A new empty regular file (`mode`: permission bits); EEXIST."""
+        """A new empty regular file (`mode`: permission bits), as if `opened`; EEXIST."""
         ...
 
     def mkdir(self, directory: Inode, name: bytes, mode: int) -> Inode:

@@ -111,7 +111,7 @@ class Vfs:
         _check_openable(handle, path)
         if not created and (handle.writable or flags & os.O_TRUNC) and self.fs.read_only:
             raise error(errno.EROFS, repr(path))
-        if inode not in self._opens:
+        if inode not in self._opens and not created:
             try:
                 self.fs.opened(inode)
             except FileNotFoundError as reason:

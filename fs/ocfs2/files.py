@@ -172,6 +172,11 @@ class Files:
             raise error(errno.ENOENT, f"inode {file.ino} is removed")
         self._open.add(file.ino)
 
+    def hold_open(self, file: Ocfs2Inode) -> None:
+        """The same for a file that was just made, and can't be gone."""
+        self._volume.locks.locks.acquire(lock_name(OPEN, file.ino), Mode.PR)
+        self._open.add(file.ino)
+
     def closed(self, inode: Inode) -> None:
         """The last handle at this node is closed."""
         self._open.discard(own(inode).ino)

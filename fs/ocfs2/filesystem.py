@@ -87,9 +87,9 @@ class Ocfs2:
             if self._volume.read_only:
                 self._look_through_journals(device, locks, buffer_blocks)
             self.device = self._volume.device
-            self._names = Names(self._volume)
-            self._renames = Renames(self._volume, self._names)
             self._files = Files(self._volume)
+            self._names = Names(self._volume, self._files.hold_open)
+            self._renames = Renames(self._volume, self._names)
             self.root = self._root()
             if not self._volume.read_only:
                 self._claim_slot(live_nodes)
@@ -313,7 +313,7 @@ class Ocfs2:
         return self._names.readdir(directory)
 
     def create(self, directory: Inode, name: bytes, mode: int) -> Ocfs2Inode:
-        """A new empty regular file."""
+        """A new empty regular file, open (`closed` ends that)."""
         return self._keep(self._names.create(directory, name, mode))
 
     def mkdir(self, directory: Inode, name: bytes, mode: int) -> Ocfs2Inode:

@@ -107,8 +107,8 @@ class InodeLocks:
         self._counter = now_ns() // 1000
         self._live: WeakValueDictionary[int, Ocfs2Inode] = WeakValueDictionary()
         self._departed: list[int] = []
-        self._made: list[Ocfs2Inode] = []
-        """By the running operation."""
+        self._made: list[tuple[Ocfs2Inode, Callable[[], None]]] = []
+        """By the running operation, and what is to be done then."""
         self.distrust: Callable[[Ocfs2Inode], None] = lambda _inode: None
         """Told of a file of which a shared pool may hold old pages: a node that had it in EX could
         not flush what it changed, or died."""
@@ -211,9 +211,10 @@ class InodeLocks:
                 self.changed(inode.ino)
         state.fresh = True
 
-    def made(self, inode: Ocfs2Inode) -> None:
-        """The running operation makes this inode, whose lock nobody needs so far."""
-        self._made.append(inode)
+    def made(self, inode: Ocfs2Inode, then: Callable[[], None]) -> None:
+        """The running operation makes this inode, whose lock nobody needs so far. After it `then`
+        is called, before another node can find the inode."""
+        self._made.append((inode, then))
 
     def _publish(self, inode: Ocfs2Inode) -> None:
         """Before its directory is given up. Who has its lock in use now looks for an inode that is
@@ -307,8 +308,9 @@ class InodeLocks:
                 result = body()
             for owner in self._transactions.modified_owners:
                 self.changed(owner)
-            for inode in self._made:
+            for inode, then in self._made:
                 self._publish(inode)
+                then()
             return result
         finally:
             for inode in reversed(taken):

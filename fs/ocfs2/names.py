@@ -36,8 +36,10 @@ class Changed(Exception):
 class Names:
     """The entries of directories, as `FileSystem` has them."""
 
-    def __init__(self, volume: Volume) -> None:
+    def __init__(self, volume: Volume, hold_open: Callable[[Ocfs2Inode], None]) -> None:
+        """`hold_open`: what makes a new file an open one."""
         self._volume = volume
+        self._hold_open = hold_open
 
     # Looking up
 
@@ -115,8 +117,10 @@ class Names:
     # Giving names
 
     def create(self, directory: Inode, name: bytes, mode: int) -> Ocfs2Inode:
-        """A new empty regular file."""
-        return self._make(directory, name, stat.S_IFREG | mode & 0o7777, lambda *_: None)
+        """A new empty regular file, open: another node may remove it at once, but not free it."""
+        return self._make(
+            directory, name, stat.S_IFREG | mode & 0o7777, lambda *_: None, then=self._hold_open
+        )
 
     def mkdir(self, directory: Inode, name: bytes, mode: int) -> Ocfs2Inode:
         """A new empty directory."""
@@ -160,6 +164,7 @@ class Names:
         fill: Callable[[Ocfs2Inode, Ocfs2Inode], None],
         *,
         extents: bool = True,
+        then: Callable[[Ocfs2Inode], None] = lambda _inode: None,
     ) -> Ocfs2Inode:
         parent = self.directory(directory)
         volume = self._volume
@@ -175,7 +180,7 @@ class Names:
             fill(parent, inode)
             volume.dinodes.store(inode)
             self._add(parent, name, inode)
-            volume.locks.made(inode)
+            volume.locks.made(inode, lambda: then(inode))
             return inode
 
         wants = [_wants(parent), volume.space.wants_inode]

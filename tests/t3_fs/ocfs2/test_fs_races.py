@@ -97,6 +97,30 @@ def test_file_is_freed_whose_last_name_goes_while_it_is_opened_or_closed(
     cluster.leave(two)
 
 
+def test_file_that_is_removed_as_soon_as_it_is_there_is_made_once(
+    volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is open at its maker from the beginning, and not made anew because it is gone."""
+    cluster, one, two = pair(volume)
+    free = two.vfs.statfs().blocks_free
+    plain = one.fs.create
+
+    def create(directory: Inode, name: bytes, mode: int) -> Inode:
+        inode = plain(directory, name, mode)
+        two.vfs.unlink("/f")
+        return inode
+
+    monkeypatch.setattr(one.fs, "create", create)
+    handle = one.vfs.open("/f", os.O_CREAT | os.O_EXCL | os.O_RDWR)
+    assert two.vfs.listdir("/") == ["lost+found"]
+    one.vfs.write(handle, b"x")
+    assert one.vfs.pread(handle, 2, 0) == b"x"
+    one.vfs.close(handle)
+    assert two.vfs.statfs().blocks_free == free
+    cluster.leave(one)
+    cluster.leave(two)
+
+
 def test_block_of_a_removed_directory_is_another_ones_later(volume: Volume) -> None:
     """What a node has cached of a block goes by the inode that it belonged to."""
     cluster, one, two = pair(volume)
