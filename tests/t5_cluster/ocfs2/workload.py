@@ -1,7 +1,8 @@
 """Workloads: what the nodes do, drawn from a seed, and the volume that they find.
 
-Most operations of a node are in a directory of its own, so that several journals are dirty at a
-time; the others are where all nodes work, so that locks move and journals are written home.
+Phases take turns. In quiet ones each node changes what nobody else uses, and syncs, so that several
+journals hold what is not home yet. In the others nodes work where all do, or in what was another
+node's own, so that locks move and journals are written home.
 """
 
 from __future__ import annotations
@@ -11,14 +12,10 @@ import random
 from typing import Final
 
 from fs.block.memory import MemoryDevice
-from fs.directpages import DirectPages
-from fs.ocfs2.filesystem import Ocfs2
 from fs.ocfs2.mkfs import Parameters, blocks_needed, make_volume
-from fs.vfs import Vfs
-from tests.support.ocfs2 import Clock
 from tests.t5_cluster.ocfs2.model import Directory, Effect, File, Model, Thing
-from tests.t5_cluster.ocfs2.operations import Kind, Operation, perform
-from tests.t5_cluster.ocfs2.world import SLOTS
+from tests.t5_cluster.ocfs2.operations import Kind, Operation
+from tests.t5_cluster.ocfs2.world import SLOTS, World
 
 ROOM_BLOCKS: Final = 600
 PAGE: Final = 4096
@@ -36,15 +33,15 @@ def volume() -> tuple[MemoryDevice, Model]:
     parameters = Parameters(SLOTS, b"sixteen bytes id", 7, 1_735_689_600)
     device = MemoryDevice.empty(blocks_needed(parameters) + ROOM_BLOCKS)
     make_volume(device, parameters, fresh=True)
-    fs = Ocfs2(device, clock_ns=Clock())
-    vfs = Vfs(fs, DirectPages(fs))
+    operations = [*_all(Kind.JOIN), *_setup(), *_all(Kind.LEAVE)]
+    world = World(device, 0)
+    world.run(operations)
+    assert not any(world.outcomes)
     model = Model()
-    for number, operation in enumerate(_setup()):
-        assert perform(vfs, {}, operation) is None
+    for number, operation in enumerate(operations):
         # Numbers below zero: from before the workload.
         assert model.apply(-1 - number, operation).outcome is None
-    vfs.unmount()
-    return device, model
+    return world.disk, model
 
 
 def _setup() -> list[Operation]:
@@ -58,24 +55,28 @@ def _setup() -> list[Operation]:
     gaps = []
     for number in range(OLD_FILES):
         for folder in ("/all", *(f"/own{node}" for node in range(SLOTS))):
+            # Whose inodes come from whose allocator.
+            node = 0 if folder == "/all" else int(folder[-1])
             for path in (f"{folder}/old{number}", f"{folder}/gap{number}"):
                 data = rng.randbytes(rng.randrange(1, 3 * PAGE))
-                made += [Operation(0, Kind.CREATE, path), Operation(0, Kind.WRITE, path, data=data)]
-            gaps.append(Operation(0, Kind.UNLINK, path))
+                made.append(Operation(node, Kind.CREATE, path))
+                made.append(Operation(node, Kind.WRITE, path, data=data))
+            gaps.append(Operation(node, Kind.UNLINK, path))
             if folder != "/all":
-                made.append(Operation(0, Kind.MKDIR, f"{folder}/dir{number}"))
+                made.append(Operation(node, Kind.MKDIR, f"{folder}/dir{number}"))
     return made + gaps
 
 
 def workload(seed: int, length: int) -> list[Operation]:
     """All nodes come, do so many operations, and go."""
-    order = [*range(SLOTS)]
-    random.Random(seed).shuffle(order)
-    return [
-        *(Operation(node, Kind.JOIN) for node in order),
-        *_Draw(seed).operations(length),
-        *(Operation(node, Kind.LEAVE) for node in order),
-    ]
+    leaving = _all(Kind.LEAVE)
+    random.Random(seed).shuffle(leaving)
+    return [*_all(Kind.JOIN), *_Draw(seed).operations(length), *leaving]
+
+
+def _all(kind: Kind) -> list[Operation]:
+    # The first one gets slot 0, and so on.
+    return [Operation(node, kind) for node in range(SLOTS)]
 
 
 class _Draw:
@@ -89,18 +90,64 @@ class _Draw:
 
     def operations(self, length: int) -> list[Operation]:
         drawn: list[Operation] = []
+        quiet, phase_end = True, 0
         while len(drawn) < length:
-            if self._rng.random() < 0.4:
+            if len(drawn) >= phase_end:
+                quiet = not quiet
+                phase_end = len(drawn) + self._rng.randrange(6, 14)
+                if not quiet:
+                    self._do(drawn, self._visits())
+            if self._rng.random() < 0.5:
                 self._node = self._rng.randrange(SLOTS)
-            for operation in self._draw():
-                effect = self._model.apply(len(drawn) + 1, operation)
-                assert not isinstance(effect.outcome, int), str(operation)
-                drawn.append(operation)
+            self._do(drawn, self._draw_quiet() if quiet else self._draw())
         return drawn
+
+    def _do(self, drawn: list[Operation], operations: list[Operation]) -> None:
+        for operation in operations:
+            effect = self._model.apply(len(drawn) + 1, operation)
+            assert not isinstance(effect.outcome, int), str(operation)
+            drawn.append(operation)
+
+    def _visits(self) -> list[Operation]:
+        """Nodes look for what others have in their journals: first of all, when one has died."""
+        step = self._rng.randrange(1, SLOTS)
+        visits = []
+        for node in range(SLOTS):
+            place = f"/own{(node + step) % SLOTS}"
+            found = self._any_file(place)
+            if found is not None:
+                visits.append(Operation(node, Kind.READ, found[0]))
+            visits.append(Operation(node, Kind.CREATE, self._new_path(place)))
+        return visits
+
+    def _draw_quiet(self) -> list[Operation]:
+        """What needs no lock that other nodes want, so that it stays in the journal."""
+        rng, node = self._rng, self._node
+        place = f"/own{node}"
+        kind = rng.choice((*_QUIET, Kind.FSYNC, Kind.FSYNC, Kind.SYNC))
+        new = self._new_path(place)
+        found = self._any_file(place)
+        if kind == Kind.SYNC:
+            return [Operation(node, kind)]
+        if kind == Kind.CREATE or found is None:
+            return [Operation(node, Kind.CREATE, new)]
+        if kind == Kind.SYMLINK:
+            return [Operation(node, kind, new, "t" * 20)]
+        path, file = found
+        if kind == Kind.FSYNC:
+            return [Operation(node, kind, path)]
+        if kind == Kind.TRUNCATE:
+            # In the last page.
+            return [Operation(node, kind, path, size=file.size - file.size % PAGE // 2)]
+        if kind == Kind.WRITE:
+            offset = rng.randrange(file.size + 1)
+            data = rng.randbytes(rng.randrange(file.size - offset + 1))
+            return [Operation(node, kind, path, offset=offset, data=data)]
+        return [Operation(node, kind, path, new)]
 
     def _draw(self) -> list[Operation]:
         rng, node = self._rng, self._node
-        place = rng.choice(SHARED) if rng.random() < 0.35 else f"/own{node}"
+        place = self._place()
         kind = rng.choices([*_WEIGHTS], weights=[*_WEIGHTS.values()])[0]
         new = self._new_path(place)
         found = self._any_file(place)
@@ -143,6 +190,13 @@ class _Draw:
                 return [Operation(node, kind, path, self._new_path(rng.choice((*SHARED, place))))]
             case _:
                 return [Operation(node, kind, path)]
+
+    def _place(self) -> str:
+        chance = self._rng.random()
+        if chance < 0.25:
+            return self._rng.choice(SHARED)
+        # What a node has to itself is in its journal only: others must find it after its death.
+        return f"/own{self._node if chance < 0.75 else self._rng.randrange(SLOTS)}"
 
     def _mkdir(self, place: str, new: str) -> list[Operation]:
         empty = self._empty_directories(place)
@@ -223,6 +277,15 @@ def _is_file(thing: Thing) -> bool:
     return isinstance(thing, File)
 
 
+_QUIET: Final = (
+    Kind.CREATE,
+    Kind.WRITE,
+    Kind.WRITE,
+    Kind.RENAME,
+    Kind.LINK,
+    Kind.SYMLINK,
+    Kind.TRUNCATE,
+)
 _WEIGHTS: Final = {
     Kind.CREATE: 16,
     Kind.WRITE: 12,
