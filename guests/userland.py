@@ -181,7 +181,8 @@ class Userland:
         swap = self.swap
         if swap is None:
             names = ("in", "out", "written_back", "lost_writes", "retired", "total", "free")
-            return dict.fromkeys((*(f"{name}_pages" for name in names), "cached_pages"), 0)
+            calls = ("cached_pages", "read_calls", "write_calls")
+            return dict.fromkeys((*(f"{name}_pages" for name in names), *calls), 0)
         return {
             "in_pages": swap.counters.pages_in,
             "out_pages": swap.counters.pages_out,
@@ -191,6 +192,8 @@ class Userland:
             "total_pages": swap.total_pages,
             "free_pages": swap.free_pages,
             "cached_pages": self.anonymous.cached_pages,
+            "read_calls": swap.disk.counters.reads,
+            "write_calls": swap.disk.counters.writes,
         }
 
     def _frontswap(self) -> dict[str, Any]:

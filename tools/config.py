@@ -226,7 +226,7 @@ class WorkConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    workload: Literal["read_all", "search", "compile", "log", "mixed", "histories"]
+    workload: Literal["read_all", "search", "compile", "log", "make", "mixed", "histories"]
 
     def parameters(self) -> dict[str, Any]:
         """The workload's own parameters."""

@@ -10,7 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from guests.workloads import compile as compile_workload
-from guests.workloads import counters, histories, log, mixed, programs, races, read_all, search
+from guests.workloads import (
+    counters,
+    histories,
+    log,
+    make,
+    mixed,
+    programs,
+    races,
+    read_all,
+    search,
+)
 from guests.workloads.job import Job
 
 Workload = Callable[[Job], Iterator[None]]
@@ -20,6 +30,7 @@ WORKLOADS: dict[str, Workload] = {
     "search": search.run,
     "compile": compile_workload.run,
     "log": log.run,
+    "make": make.run,
     "mixed": mixed.run,
     "counters": counters.run,
     "histories": histories.run,

@@ -31,6 +31,8 @@ class Findings:
         self.compiled_files = 0
         self.uncompilable_files = 0
         self.log_lines = 0
+        self.killed_programs = 0
+        """For memory, before their work was done."""
 
     def mismatch(self, path: str) -> None:
         """A file does not hold what it should."""
