@@ -70,6 +70,12 @@ class Attachment:
         self._users.append(user)
         self._unserved.append(user)
 
+    def look(self) -> None:
+        """Notice that the hypervisor is gone without a call, and try to be served again."""
+        if self.calls is not None and self.calls.channel.hypervisor_is_gone():
+            self.lose(self.calls)
+        self.attach()
+
     def attach(self, *, refusal_is_fatal: bool = False) -> None:
         """Serve whoever is not served, unless that was tried a moment ago.
 

@@ -104,6 +104,11 @@ class Frontswap:
         """Whether the page of this slot was in tmem, and is nowhere now."""
         return slot in self._gone
 
+    def postpone(self, slots: Sequence[int]) -> None:
+        """These can't be brought to the disk: as if they had come last."""
+        for slot in slots:
+            self._stored.move_to_end(slot)
+
     def oldest(self, count: int) -> list[int]:
         """Up to so many slots whose pages are there, the longest there first."""
         return [slot for slot, _ in zip(self._stored, range(count), strict=False)]

@@ -250,7 +250,7 @@ class Kernel:
         self._pump()
         self.userland.idle()
         if self.attachment is not None:
-            self.attachment.attach()
+            self.attachment.look()
 
     def _pump(self) -> None:
         if self.node is not None:

@@ -192,6 +192,8 @@ class Swap:
             done += moved
             if failed:
                 # Their slots are bad, and their pages are well where they are.
+                front.postpone(sorted(failed))
+                self.counters.lost_writes += len(failed)
                 break
         return done
 

@@ -32,6 +32,11 @@ class Channel(Protocol):
         """Send one request and wait for its reply; raises Disconnected."""
         ...
 
+    def hypervisor_is_gone(self) -> bool:
+        """Whether it is known that the next call will end in Disconnected; who makes no calls may
+        ask now and then."""
+        ...
+
     def close(self) -> None: ...
 
 

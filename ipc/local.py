@@ -74,6 +74,10 @@ class LocalChannel:
             self._wait()
         return reply
 
+    def hypervisor_is_gone(self) -> bool:
+        """Only after a call that told so: a fault is drawn when a call is made."""
+        return self._closed
+
     def _wait(self) -> None:
         self._meanwhile()
         if self._closed:

@@ -172,7 +172,7 @@ class QueueChannel:
                     sent = True
                 reply: bytes = self._receive(PATIENCE_SECONDS)[0]
             except posix_ipc.BusyError:
-                if self._hypervisor_is_gone():
+                if self.hypervisor_is_gone():
                     raise Disconnected("the hypervisor is gone") from None
             except posix_ipc.SignalError:
                 continue
@@ -181,7 +181,8 @@ class QueueChannel:
                 if reply[:4] == request[:4]:
                     return reply
 
-    def _hypervisor_is_gone(self) -> bool:
+    def hypervisor_is_gone(self) -> bool:
+        """Whether the attach connection has ended."""
         return any(event & _GONE for _, event in self._door_poll.poll(0))
 
     def close(self) -> None:

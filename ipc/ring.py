@@ -262,7 +262,7 @@ class RingChannel(QueueChannel):
                 try:
                     self._receive(PATIENCE_SECONDS)
                 except posix_ipc.BusyError:
-                    if self._hypervisor_is_gone():
+                    if self.hypervisor_is_gone():
                         raise Disconnected("the hypervisor is gone") from None
                 except posix_ipc.SignalError:
                     continue
