@@ -53,8 +53,9 @@ class GuestSpec:
     of it, None for the default.  With `attach` it uses the hypervisor of `run_directory`, where it
     was enrolled under `name` with `token` (32 bytes).  It ends with the process `supervisor_pid`,
     if one is named.  With a `node` the image is shared with the other guests of its cluster.
-    `swap` is its swap area, `swap_uuid` which one it must be; with `frontswap` and a hypervisor
-    pages go to tmem first.
+    `swap` is its swap area, `swap_uuid` which one it must be.  With a hypervisor clean pages go to
+    tmem if it has a `cleancache`, swapped ones go there first if it has `frontswap`, and without
+    both it is only told what size to have.
     """
 
     name: str
@@ -68,6 +69,7 @@ class GuestSpec:
     node: NodeSpec | None = None
     swap: Path | None = None
     swap_uuid: bytes | None = None
+    cleancache: bool = True
     frontswap: bool = True
 
 
@@ -108,14 +110,16 @@ class Kernel:
             try:
                 if connect is not None:
                     self.attachment = Attachment(connect, now_seconds, detach)
-                    self.cleancache = self._make_cleancache(self.attachment)
+                    if spec.cleancache:
+                        self.cleancache = self._make_cleancache(self.attachment)
                 self.userland = Userland(
                     self.memory,
                     now_seconds=now_seconds,
                     wait=self._wait,
                     swap_path=spec.swap,
                     swap_uuid=spec.swap_uuid,
-                    attachment=self.attachment if spec.frontswap else None,
+                    attachment=self.attachment,
+                    frontswap=spec.frontswap,
                     stack=swap_stack,
                 )
                 if self.attachment is not None:

@@ -19,6 +19,7 @@ from guests.anonymous import AnonymousMemory
 from guests.attachment import Attachment
 from guests.balloon import Balloon
 from guests.frontswap import Frontswap
+from guests.hypercall import Hypercalls
 from guests.memory import Memory
 from guests.pressure import Pressure
 from guests.process import Processes
@@ -28,6 +29,21 @@ from guests.swap import Swap
 from guests.swapdisk import open_swap
 
 KILLS_SHOWN: Final = 10
+
+
+class _Listener:
+    """A user of the attachment that puts nothing there: the hypervisor's wishes come with it."""
+
+    def __init__(self) -> None:
+        self.calls: Hypercalls | None = None
+
+    def serve(self, calls: Hypercalls) -> bool:
+        self.calls = calls
+        return True
+
+    def lost(self) -> None:
+        """What was wished last is still wished."""
+        self.calls = None
 
 
 class Userland:
@@ -42,21 +58,25 @@ class Userland:
         swap_path: Path | None = None,
         swap_uuid: bytes | None = None,
         attachment: Attachment | None = None,
+        frontswap: bool = True,
         stack: Callable[[BlockDevice], BlockDevice] = lambda device: device,
     ) -> None:
         """`wait` lets time pass while a page is waited for; without an attachment there is no
-        frontswap; `stack` puts devices on the swap area."""
+        `frontswap`; `stack` puts devices on the swap area."""
         self.swap: Swap | None = None
         self.frontswap: Frontswap | None = None
         self._memory = memory
         self._attachment = attachment
+        self._listener = _Listener()
+        if attachment is not None:
+            attachment.join(self._listener)
         self._seen = (0, 0)
         """Attachment and notification that were heeded last."""
         self._to_write_back = 0
         self._wished_pages = self._own_target_pages = memory.budget.total
         if swap_path is not None:
             disk = open_swap(swap_path, uuid=swap_uuid, stack=stack)
-            if attachment is not None:
+            if attachment is not None and frontswap:
                 self.frontswap = Frontswap(attachment, now_seconds, wait)
             self.swap = Swap(disk, self.frontswap)
         self.pressure = Pressure(lambda: int(now_seconds() * 1e9), lambda: len(self.processes) > 1)
@@ -117,10 +137,10 @@ class Userland:
     def _heed_hypervisor(self) -> None:
         """The size that it wishes; and take pages back out of tmem when it asks for that, a batch
         at a time."""
-        attachment = self._attachment
-        if attachment is None or attachment.calls is None:
+        attachment, calls = self._attachment, self._listener.calls
+        if attachment is None or calls is None:
             return
-        info = attachment.calls.channel.window.info()
+        info = calls.channel.window.info()
         if self._seen != (attachment.attaches, info.notifications):
             self._seen = attachment.attaches, info.notifications
             self._to_write_back = info.writeback_pages

@@ -61,7 +61,7 @@ _STEADY_SECONDS: Final = 30.0
 @dataclass(frozen=True)
 class GuestPlan:
     """A guest to start: its RAM, the image that is its disk, its place among the nodes that mount
-    the same one, and its swap file with the uuid that it must have."""
+    the same one, its swap file with the uuid that it must have, and what it uses tmem for."""
 
     name: str
     memory_bytes: int
@@ -69,6 +69,8 @@ class GuestPlan:
     node: NodeSpec | None = None
     swap: Path | None = None
     swap_uuid: bytes | None = None
+    cleancache: bool = True
+    frontswap: bool = True
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,8 @@ class Cluster:
             node=guest.node,
             swap=guest.swap,
             swap_uuid=guest.swap_uuid,
+            cleancache=guest.cleancache,
+            frontswap=guest.frontswap,
         )
         process = self._factory.spawn(run_guest, spec, guest.name)
         self._guests[guest.name] = process

@@ -75,9 +75,14 @@ def test_a_balloon_kills_nobody(image: Path) -> None:
         assert not userland.processes.kills
 
 
-def test_the_hypervisor_wishes_a_size(image: Path, hypervisor: LocalHypervisor) -> None:
+@pytest.mark.parametrize("uses_tmem", [True, False])
+def test_the_hypervisor_wishes_a_size(
+    image: Path, hypervisor: LocalHypervisor, uses_tmem: bool
+) -> None:
     """Through the window's shared info page; no wish any more is the full size."""
-    with running_kernel(image, hypervisor, memory_bytes=2 * MIB) as kernel:
+    with running_kernel(
+        image, hypervisor, memory_bytes=2 * MIB, cleancache=uses_tmem, frontswap=uses_tmem
+    ) as kernel:
         assert kernel.attachment is not None
         assert kernel.attachment.calls is not None
         window = kernel.attachment.calls.channel.window
