@@ -19,10 +19,11 @@ from hypervisor.invariants import check
 from hypervisor.machine import Machine
 from hypervisor.pools import Client
 from hypervisor.pressure import WRITEBACK_PAGES_MAX
-from ipc.abi import PAGE_BYTES, Op, Status, oid_from_int, pool_flag_word
+from ipc.abi import PAGE_BYTES, Op, Reason, Status, oid_from_int, pool_flag_word
 from ipc.errors import InvariantError
 from ipc.ring import memory_order_suffices
 from ipc.window import BALLOON_PAGES_MAX, SHARED_INFO, SharedInfo
+from tests.support.clusters import wait_until
 from tests.support.hostile import Handshake, Siege
 from tests.support.hypervisors import ROOT, RunningHypervisor, running_hypervisor
 from tests.t2_machine.test_semantics import Guest
@@ -157,6 +158,14 @@ def test_whoever_holds_too_much_is_asked_by_anothers_refused_put(
     assert record["persistent_over_bytes"] > WRITEBACK_PAGES_MAX * PAGE_BYTES
     assert record["writeback_asked_pages"] >= WRITEBACK_PAGES_MAX
     assert record["writeback_done_pages"] == 0
+
+    # Alpha does nothing: it is asked again by a put after a second, and counts as asked twice.
+    wait_until(
+        lambda: bravo.say("fill") == "0" and alpha.window().notifications > asked.notifications,
+        "an idle guest is asked again",
+    )
+    asked = alpha.window()
+    assert guest(running, "alpha")["writeback_asked_pages"] >= 2 * WRITEBACK_PAGES_MAX
 
     # Bravo stores what alpha has made room for; the put behind it is refused, and asks again.
     taken_back = 0
@@ -303,6 +312,23 @@ def test_a_call_looks_once_for_whom_to_ask(
     assert alpha.get(0, 1, 0) == ["page 0"]
     alpha.call(Op.FLUSH_PAGE, 0, 1, 0, 64)
     assert looks == ["bravo"] * 2
+
+
+def test_nobody_is_asked_while_flushed_pages_wait(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a call that may reap no more: what room it lacks is on its way, and pages that wait are
+    charged as if they were there."""
+    alpha, bravo = full(machine)
+    alpha.call(Op.FLUSH_OBJECT, 0, 1)
+    monkeypatch.setattr("hypervisor.reclaim.SLICES_A_CALL", 0)
+
+    assert bravo.put(0, 1, 0, "x").reason == Reason.NO_MEMORY
+    assert alpha.client.over_bytes > 0
+    assert alpha.client.wishes.notifications == 0
+
+    monkeypatch.undo()
+    assert bravo.put(0, 1, 0, "x").status == Status.DONE
 
 
 def test_what_a_guest_did_stays_counted_when_it_has_gone(machine: Machine) -> None:
