@@ -23,6 +23,7 @@ from fs.hooks import FileKey, NoHooks, PageHooks
 from fs.mount import mount_image
 from fs.ocfs2.filesystem import Ocfs2
 from fs.vfs import Vfs
+from guests import ksm
 from guests.attachment import Attachment
 from guests.cleancache import Cleancache
 from guests.memory import Memory, divide
@@ -71,6 +72,7 @@ class GuestSpec:
     swap_uuid: bytes | None = None
     cleancache: bool = True
     frontswap: bool = True
+    ksm: bool = False
 
 
 class Kernel:
@@ -104,7 +106,7 @@ class Kernel:
             if self.node is not None:
                 self.node.join()
             self._mount(spec, budget.buffers, clock_ns, stack)
-            self.memory = Memory(budget)
+            self.memory = Memory(budget, mergeable=spec.ksm)
             self.attachment: Attachment | None = None
             self.cleancache: Cleancache | None = None
             try:
@@ -326,6 +328,7 @@ class Kernel:
             "page_cache": self._page_cache(),
             **self.userland.counters(),
             "cleancache": cleancache.counters() if cleancache is not None else no_cleancache(),
+            "ksm": ksm.figures(),
             "memory": {
                 "budget_pages": self.memory.budget.total,
                 "frames": self.memory.budget.frames,

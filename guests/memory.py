@@ -26,6 +26,7 @@ from array import array
 from typing import Final, NamedTuple
 
 from fs.runs import runs
+from guests.ksm import make_mergeable
 from guests.reclaim import Reclaim
 from ipc.abi import PAGE_BYTES
 from ipc.errors import OperatorError
@@ -71,13 +72,15 @@ def divide(memory_bytes: int, *, attach: bool, buffer_blocks: int | None = None)
 class Memory:
     """The mapping and its free frames.  Frame n is `page(n)`."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, *, mergeable: bool = False) -> None:
+        """`mergeable`: the host may keep pages of equal content once (`guests.ksm`)."""
         self.budget = budget
         self._mapping = mmap.mmap(
             -1,
             (budget.frames + budget.transfer) * PAGE_BYTES,
             flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
         )
+        self.is_mergeable = mergeable and make_mergeable(self._mapping)
         self.pages = memoryview(self._mapping)
         """All frames, frame 0 first."""
         self.transfer = self.pages[budget.frames * PAGE_BYTES :]

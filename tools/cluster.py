@@ -71,6 +71,7 @@ class GuestPlan:
     swap_uuid: bytes | None = None
     cleancache: bool = True
     frontswap: bool = True
+    ksm: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ class Cluster:
             node=guest.node,
             swap=guest.swap,
             swap_uuid=guest.swap_uuid,
+            ksm=guest.ksm,
             cleancache=guest.cleancache,
             frontswap=guest.frontswap,
         )

@@ -21,6 +21,7 @@
     # manifest = "disk.json"     # of an image: {path: sha256}, what the files must hold
     swap = "64M"                 # a swap file of this size, made anew for each start
     # swap_image = "swap.img"    # or one that is there (`tmem mkswap`)
+    ksm = false                  # true: the host's kernel may merge equal pages of its RAM
     weight = 100                 # from here on: what `tmem set` changes later; without them the
     cap = "8M"                   # hypervisor's defaults
     reserve = "1M"
@@ -152,6 +153,7 @@ class GuestConfig(_Strict):
     manifest: str | None = None
     swap: PerhapsSwap = None
     swap_image: str | None = None
+    ksm: bool = False
     weight: int | None = Field(default=None, ge=1, le=65535)
     cap: PerhapsPages = None
     reserve: PerhapsPages = None

@@ -163,6 +163,7 @@ def plan_cluster(
                 nodes.get(name),
                 swap=None if swap is None else swap.path(directory.images),
                 swap_uuid=None if swap is None else swap.uuid,
+                ksm=guest.ksm,
             )
         )
     if mode == "off":

@@ -52,6 +52,8 @@ class Parameter(NamedTuple):
 PARAMETERS: Final = {
     "n": Parameter(int, "guests"),
     "memory": Parameter(parse_size, "RAM of each guest"),
+    "swap": Parameter(parse_size, "size of each guest's swap file"),
+    "ksm": Parameter(_switch, "on or off: the host's kernel may merge equal pages of RAM"),
     "arena": Parameter(parse_size, "size of the arena"),
     "tree": Parameter(parse_size, "size of the tree on each disk, at most"),
     "passes": Parameter(int, "how often a hot guest reads its tree in a phase"),
@@ -127,9 +129,9 @@ def _cluster(values: dict[str, Any]) -> dict[str, Any]:
     hypervisor = {
         key: values[key] for key in ("eviction", "scheduling", "transport") if key in values
     }
-    settings: dict[str, Any] = {}
-    if "compress" in values:
-        settings["compress"] = values["compress"]
+    settings: dict[str, Any] = {
+        key: values[key] for key in ("compress", "swap", "ksm") if key in values
+    }
     if "group" in values:
         settings |= {"sharing": "group", "group": values["group"]}
     return {
