@@ -117,6 +117,8 @@ class Node:
         """Their journals are not replayed yet, as far as is known here."""
         self._abandoned: set[int] = set()
         """Their journals are; somebody has to take their slots over and free their orphans."""
+        self._kept_open = False
+        """A dead node may have had files open that are orphans of this one."""
         self._recovering = False
         self._leaving = False
         self._clock_ns = clock_ns
@@ -363,18 +365,24 @@ class Node:
                     log.info("event=recovered node=%s slot=%d blocks=%d", name, slot, blocks)
             self.locks.manager.release_dead(node)
             self._dead.discard(node)
+            self._kept_open = True
         finally:
             self.locks.release(SUPER_LOCK, Mode.EX)
 
     def _take_slots(self) -> None:
-        """Take over dead nodes' slots and free their orphans, which takes all kinds of locks."""
+        """Take over dead nodes' slots and free their orphans, and those of others that they had
+        open, which takes all kinds of locks."""
         fs = self.fs
-        if fs is None or self._dead or not self._abandoned or not self.locks.manager.ready:
+        if fs is None or self._dead or not self.locks.manager.ready:
             return
-        node = self._abandoned.pop()
-        for slot, owner in enumerate(fs.slot_nodes()):
-            if owner == node:
-                fs.recover_slot(slot, partial(self._is_abandoned, fs, slot, node))
+        if self._abandoned:
+            node = self._abandoned.pop()
+            for slot, owner in enumerate(fs.slot_nodes()):
+                if owner == node:
+                    fs.recover_slot(slot, partial(self._is_abandoned, fs, slot, node))
+        elif self._kept_open:
+            self._kept_open = False
+            fs.free_orphans()
 
     def _is_abandoned(self, fs: Ocfs2, slot: int, node: int) -> bool:
         return node not in self.members and fs.slot_nodes()[slot] == node

@@ -215,6 +215,12 @@ class Ocfs2:
         recovery.free_orphans(self._volume, self._files, self._names, slot)
         return replayed
 
+    def free_orphans(self) -> None:
+        """In this node's slot and in those that nobody has: a dead node had them open, perhaps."""
+        for slot, node in enumerate(self.slot_nodes()):
+            if node is None or slot == self.slot:
+                recovery.free_orphans(self._volume, self._files, self._names, slot)
+
     def journals_replayed(self) -> None:
         """Some other way than by `recover_slot`: cached blocks may be older than the disk."""
         self._volume.locks.doubt_all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -170,15 +171,7 @@ def test_node_that_keeps_what_it_gave_up_is_found_out(
     world: World, monkeypatch: pytest.MonkeyPatch, *, lies: bool
 ) -> None:
     """The histories of two kernels are coherent; not if one forgets nothing with its locks."""
-    monkeypatch.setattr(
-        "guests.kernel.Node",
-        lambda spec, _image, _folder: SteppedNode(world, spec.number, spec.timing),
-    )
-    kernels = []
-    for number, name in enumerate(("red", "blue")):
-        node = NodeSpec("data", number, ("red", "blue"), bytes(32), Timing.fast())
-        spec = GuestSpec(name, world.image, 2**20, world.folder, attach=False, node=node)
-        kernels.append(Kernel(spec, clock_ns=time.time_ns, now_seconds=time.monotonic))
+    kernels = kernels_of(world, monkeypatch)
     red = kernels[0]
     records = [world.folder / f"{kernel.name}.jsonl" for kernel in kernels]
     try:
@@ -205,6 +198,43 @@ def test_node_that_keeps_what_it_gave_up_is_found_out(
     assert shared > 0
     verdict = coherence._verdict(violations, 0, [], [], shared)
     assert verdict == ("violated" if lies else "holds")
+
+
+def kernels_of(world: World, monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
+    """The guests red and blue, without a hypervisor."""
+    monkeypatch.setattr(
+        "guests.kernel.Node",
+        lambda spec, _image, _folder: SteppedNode(world, spec.number, spec.timing),
+    )
+    kernels = []
+    for number, name in enumerate(("red", "blue")):
+        node = NodeSpec("data", number, ("red", "blue"), bytes(32), Timing.fast())
+        spec = GuestSpec(name, world.image, 2**20, world.folder, attach=False, node=node)
+        kernels.append(Kernel(spec, clock_ns=time.time_ns, now_seconds=time.monotonic))
+    return kernels
+
+
+def test_orphan_that_a_dead_node_had_open_is_freed(
+    world: World, monkeypatch: pytest.MonkeyPatch, expect_warning: Callable[[str], None]
+) -> None:
+    """It is in the slot of a node that lives, which hears of no close."""
+    expect_warning("fenced|refused|silent|dead|lost")
+    red, blue = kernels_of(world, monkeypatch)
+    try:
+        handle = red.vfs.open("/f", os.O_CREAT | os.O_WRONLY)
+        red.vfs.write(handle, bytes(10 * BLOCK_BYTES))
+        red.vfs.close(handle)
+        blue.vfs.open("/f")
+        free = red.vfs.statfs().blocks_free
+        red.vfs.unlink("/f")
+        assert red.vfs.statfs().blocks_free == free
+        assert isinstance(blue.node, SteppedNode)
+        blue.node.asleep = True
+        world.run(lambda: red.vfs.statfs().blocks_free == free + 10, "the end of the orphan")
+    finally:
+        red.stop()
+        with contextlib.suppress(OSError):
+            blue.stop()
 
 
 def _start(kernel: Kernel, seed: int, record: Path, **parameters: int) -> None:
