@@ -16,7 +16,7 @@ T ?= tests
 WORKERS ?= auto --maxprocesses=4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench fuzz sim model crash-restart coherence campaigns crash-cluster vm-check lock clean
+.PHONY: help setup demo test lint format bench fuzz sim model crash-restart coherence races campaigns crash-cluster vm-check lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -66,6 +66,11 @@ coherence: setup  ## Run the coherence test with every nemesis over SEEDS=20 see
 	    $(BIN)/tmem up --topo shared,n=3,tree=2M --test coherence --nemesis all --seconds 20 \
 	        --seed $$seed -q || exit; \
 	done
+
+races: SEEDS = 20
+races: setup  ## Let real nodes race for names, files, inodes and locks over SEEDS=20 seeds (SEED=first)
+	TMEM_RACES=$(SEEDS) TMEM_RACES_FIRST=$(or $(SEED),1) $(BIN)/python -m pytest -q -n $(WORKERS) \
+	    tests/t5_cluster/test_shared_races.py tests/t5_cluster/test_shared_values.py
 
 campaigns: setup  ## Long campaigns of journal, lock manager and membership: SEEDS=1000, STATES=1000000
 	$(BIN)/python -m tests.t3_fs.jbd2.campaign --seeds $(SEEDS)
