@@ -15,6 +15,9 @@ T ?= tests
 # Each worker may hold a cluster's worth of the kernel's 256 message queues, so their number is bounded.
 WORKERS ?= auto --maxprocesses=4
 
+# The tests start well over a thousand Pythons; none needs to compile the modules again, whatever the caller's are told.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format bench fuzz sim model crash-restart coherence races campaigns crash-cluster vm-check lock clean
 
@@ -56,8 +59,10 @@ model: setup  ## Run random histories against the oracle for STEPS=1000000 steps
 sim: setup  ## Simulate SEEDS=1000 clusters with faults, each in one process (SEED=first)
 	@$(BIN)/tmem sim $(or $(SEED),1) --seeds $(SEEDS)
 
-crash-restart: setup  ## Kill and restart the hypervisor under load N=500 times
-	$(BIN)/python -m tools.crash_restart --restarts $(N)
+crash-restart: setup  ## Kill and restart the hypervisor under load N=500 times, with each of two evictions
+	@for eviction in clock fifo; do \
+	    $(BIN)/python -m tools.crash_restart --restarts $(N) --eviction $$eviction || exit; \
+	done
 
 coherence: SEEDS = 20
 coherence: setup  ## Run the coherence test with every nemesis over SEEDS=20 seeds (SEED=first)
