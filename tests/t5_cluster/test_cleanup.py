@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ipc.names import process_start
-from tests.support.clusters import left_behind, tmem, tmem_process, wait_until
+from tests.support.clusters import left_behind, tmem, tmem_here, tmem_process, wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -54,7 +54,7 @@ def test_killed_supervisor_leaves_nothing_after_clean(
         process.kill()
         process.communicate(timeout=40)
         registered = _registered_processes(folder)
-        done = tmem("clean", cwd=folder)
+        done = tmem_here("clean", cwd=folder)
 
     assert done.returncode == 0, f"after {seconds} s: {done.stderr}"
     assert left_behind(folder, cluster_name) == [], f"after {seconds} s"
@@ -78,7 +78,7 @@ def test_children_end_by_themselves_when_the_supervisor_is_killed(
     assert len(registered) >= 5
     for pid, start in registered:
         wait_until(partial(_has_ended, pid, start), f"the end of {pid}")
-    assert tmem("clean", cwd=folder).returncode == 0
+    assert tmem_here("clean", cwd=folder).returncode == 0
 
 
 def test_stale_run_directory_is_refused_then_cleaned(folder: Path, cluster_file: Path) -> None:
@@ -89,8 +89,8 @@ def test_stale_run_directory_is_refused_then_cleaned(folder: Path, cluster_file:
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: process_start(pid) is None, "the end of the supervisor")
 
-    refused = tmem(*up, cwd=folder)
-    looked = tmem("ps", "--run", "here", cwd=folder)
+    refused = tmem_here(*up, cwd=folder)
+    looked = tmem_here("ps", "--run", "here", cwd=folder)
     cleaned = tmem("clean", "--run", "here", cwd=folder)
     again = tmem(*up, cwd=folder)
 

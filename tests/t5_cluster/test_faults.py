@@ -16,6 +16,7 @@ from tests.support.clusters import (
     left_behind,
     read_results,
     tmem,
+    tmem_here,
     tmem_process,
     wait_until,
 )
@@ -104,9 +105,9 @@ def test_pools_of_a_killed_guest_are_freed(
     control = next(folder.glob("runs/*/on/control.sock"))
     for name in ("red", "blue"):
         # Larger than the guest's memory, so some of it is evicted to tmem.
-        done = tmem("exec", name, "find", "/", cwd=folder)
+        done = tmem_here("exec", name, "find", "/", cwd=folder)
         files = [line for line in done.stdout.splitlines() if line.endswith((".py", ".bin"))]
-        assert tmem("exec", name, "sha256sum", *files, cwd=folder).returncode == 0
+        assert tmem_here("exec", name, "sha256sum", *files, cwd=folder).returncode == 0
     before = ask(control, {"verb": "stats"})
     assert before["guests"]["red"]["ephemeral_pages"] > 0
     assert before["guests"]["blue"]["ephemeral_pages"] > 0
@@ -117,7 +118,8 @@ def test_pools_of_a_killed_guest_are_freed(
     after = ask(control, {"verb": "stats"})
     assert after["guests"]["blue"]["ephemeral_pages"] == after["arena"]["ephemeral_pages"] > 0
     states = {
-        row["name"]: row["state"] for row in json.loads(tmem("ps", "--json", cwd=folder).stdout)
+        row["name"]: row["state"]
+        for row in json.loads(tmem_here("ps", "--json", cwd=folder).stdout)
     }
     assert states == {
         "supervisor": "running",
@@ -125,5 +127,5 @@ def test_pools_of_a_killed_guest_are_freed(
         "red": "gone",
         "blue": "idle",
     }
-    assert tmem("exec", "blue", "ls", "/", cwd=folder).returncode == 0
+    assert tmem_here("exec", "blue", "ls", "/", cwd=folder).returncode == 0
     assert tmem("down", cwd=folder).returncode == 0

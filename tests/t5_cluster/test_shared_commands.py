@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.clusters import left_behind, tmem, volume_toml, write_tree
+from tests.support.clusters import left_behind, tmem, tmem_here, volume_toml, write_tree
 
 pytestmark = pytest.mark.cluster
 
@@ -86,7 +86,7 @@ def test_tests_of_shared_disks_need_one(folder: Path, cluster_name: str) -> None
         (["--test", "coherence", "--nemesis", "hail"], "there is no nemesis 'hail'"),
         (["--test", "coherence", "-d"], "leave out -d"),
     ):
-        done = tmem("up", *words, cwd=folder)
+        done = tmem_here("up", *words, cwd=folder)
 
         (line,) = done.stderr.splitlines()
         assert says in line

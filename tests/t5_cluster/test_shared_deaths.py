@@ -28,7 +28,14 @@ from fs.ocfs2.fsck.checker import check as check_volume
 from guests.node import read_layout
 from ipc.codec import Record
 from ipc.errors import Disconnected
-from tests.support.clusters import left_behind, tmem, volume_toml, wait_until, write_tree
+from tests.support.clusters import (
+    left_behind,
+    tmem,
+    tmem_here,
+    volume_toml,
+    wait_until,
+    write_tree,
+)
 from tools.control import ask
 from tools.histories import Call, check, read_history
 from tools.rundir import ClusterDirectory
@@ -49,7 +56,7 @@ class SharedCluster:
 
     def pid(self, name: str) -> int:
         """The process of a guest, or of the hypervisor."""
-        rows = json.loads(tmem("ps", "--json", cwd=self.folder).stdout)
+        rows = json.loads(tmem_here("ps", "--json", cwd=self.folder).stdout)
         return next(int(row["pid"]) for row in rows if row["name"] == name)
 
     def ask(self, name: str, question: Record) -> Record:
@@ -134,7 +141,7 @@ def cluster(folder: Path, cluster_name: str) -> Iterator[SharedCluster]:
         cluster.finish("red")
         yield cluster
     finally:
-        tmem("down", cwd=folder)
+        tmem_here("down", cwd=folder)  # most tests have done it
     assert left_behind(folder, cluster_name) == []
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from guests.nodeview import split_lock_name
-from tests.support.clusters import left_behind, tmem, volume_toml, write_tree
+from tests.support.clusters import left_behind, tmem, tmem_here, volume_toml, write_tree
 
 pytestmark = pytest.mark.cluster
 
@@ -20,11 +20,13 @@ def test_people_see_nodes_locks_and_slots_by_name(folder: Path, cluster_name: st
     done = tmem("up", "-d", "-f", "cluster.toml", cwd=folder)
     assert done.returncode == 0, done.stderr
     try:
-        assert tmem("exec", "red", "--", "mkdir", "/made", cwd=folder).returncode == 0
-        listed = tmem("exec", "blue", "--", "stat", "/made", cwd=folder)
+        assert tmem_here("exec", "red", "--", "mkdir", "/made", cwd=folder).returncode == 0
+        listed = tmem_here("exec", "blue", "--", "stat", "/made", cwd=folder)
         assert listed.returncode == 0
 
-        rows = {row["name"]: row for row in json.loads(tmem("ps", "--json", cwd=folder).stdout)}
+        rows = {
+            row["name"]: row for row in json.loads(tmem_here("ps", "--json", cwd=folder).stdout)
+        }
         nodes = [rows[name]["node"] for name in ("red", "blue")]
         assert [node["number"] for node in nodes] == [0, 1]
         assert sorted(node["slot"] for node in nodes) == [0, 1]
@@ -32,19 +34,19 @@ def test_people_see_nodes_locks_and_slots_by_name(folder: Path, cluster_name: st
         assert len({node["epoch"] for node in nodes}) == 1
         assert all(node["heartbeat_age_seconds"] < 3 for node in nodes)
         assert all(node["fenced"] is None for node in nodes)
-        assert {"NODE", "SLOT", "MASTERS"} <= set(tmem("ps", cwd=folder).stdout.split())
+        assert {"NODE", "SLOT", "MASTERS"} <= set(tmem_here("ps", cwd=folder).stdout.split())
 
-        locks = json.loads(tmem("locks", "--json", cwd=folder).stdout)
+        locks = json.loads(tmem_here("locks", "--json", cwd=folder).stdout)
         mastered = [sum(lock["master"] == name for lock in locks) for name in ("red", "blue")]
         assert all(mastered)
         assert {"meta", "super"} <= {lock["kind"] for lock in locks}
         root = [lock for lock in locks if lock["kind"] == "meta" and lock["inode"] == 5]
         assert set(root[0]["holders"]) <= {"red", "blue"}
         assert root[0]["token"] > 0
-        table = tmem("locks", "--inode", "5", cwd=folder).stdout.splitlines()
+        table = tmem_here("locks", "--inode", "5", cwd=folder).stdout.splitlines()
         assert len(table) == 1 + sum(lock["inode"] == 5 for lock in locks)
 
-        volumes = json.loads(tmem("fs", "stat", "--json", cwd=folder).stdout)
+        volumes = json.loads(tmem_here("fs", "stat", "--json", cwd=folder).stdout)
         assert {volume["type"] for volume in volumes.values()} == {"ocfs2"}
         slots = volumes["red"]["slots"]
         assert sorted(slot["node"] for slot in slots) == ["blue", "red"]
@@ -52,14 +54,14 @@ def test_people_see_nodes_locks_and_slots_by_name(folder: Path, cluster_name: st
         assert all(slot["sequence"] > 0 for slot in slots)
         assert volumes["red"]["features"] == ["strict-journal-super", "extended-slotmap"]
         assert volumes["red"]["uuid"] == volumes["blue"]["uuid"]
-        one = tmem("fs", "stat", "--guest", "red", cwd=folder).stdout
+        one = tmem_here("fs", "stat", "--guest", "red", cwd=folder).stdout
         assert "strict-journal-super,extended-slotmap" in one
         uuid = volumes["red"]["uuid"]
         lines = [line.split() for line in one.splitlines() if line.startswith(uuid)]
         assert [line[:4] for line in lines] == [
             [uuid, str(slot["slot"]), slot["node"], "dirty"] for slot in slots
         ]
-        wrong = tmem("fs", "stat", "--guest", "nobody", cwd=folder)
+        wrong = tmem_here("fs", "stat", "--guest", "nobody", cwd=folder)
         assert wrong.returncode == 64
         assert "there are red, blue" in wrong.stderr
     finally:

@@ -7,7 +7,7 @@ import os
 from tests.t3_fs.cluster.world import MS, Guest, World
 
 RUNS = int(os.environ.get("TMEM_CLUSTER_RUNS", "12"))
-"""How many seeds a campaign takes; `make crash-cluster` gives more."""
+"""How many seeds a campaign takes; `make campaigns` gives more."""
 
 
 def torment(world: World, nodes: int, rounds: int) -> None:
