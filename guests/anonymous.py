@@ -31,7 +31,7 @@ from typing import Final
 from fs.errors import error
 from guests.memory import TRANSFER_PAGES, Memory
 from guests.reclaim import PageLists
-from guests.swap import Swap
+from guests.swap import READAHEAD_PAGES_MAX, Swap
 from ipc.abi import PAGE_BYTES
 
 LEAF_PAGES: Final = 512
@@ -343,14 +343,15 @@ class AnonymousMemory:
     def swap_back(self, slots: set[int], tables: list[PageTable]) -> int:
         """Bring the pages of some slots back into frames (a part of swapoff); how many.
 
-        Stops when no frame is free any more.
+        Stops when frames get few: nothing is evicted for it.
         """
         assert self.swap is not None
+        least = self._memory.reclaim.low_pages + READAHEAD_PAGES_MAX
         done = 0
         for table in tables:
             for page, entry in list(table.used()):
                 if -entry in slots:
-                    if self._memory.free_pages <= self._memory.reclaim.low_pages:
+                    if self._memory.free_pages < least:
                         return done
                     self._swap_in(table, page)
                     frame = self._cached.get(-entry)

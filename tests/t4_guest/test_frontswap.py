@@ -1,0 +1,277 @@
+"""frontswap's modes, who is killed for memory, and pressure: one by one, by hand."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from guests.attachment import RETRY_SECONDS
+from guests.kernel import Kernel
+from guests.pressure import PERIOD_NS, Pressure
+from guests.proc import virtual_file
+from guests.process import OOM_SCORE_ADJ_MIN, Process, ProcessKilled
+from guests.swap import READAHEAD_PAGES_MAX
+from ipc.local import Fault
+from tests.t4_guest.test_processes import swap_file
+from tests.t4_guest.worlds import (
+    PAGE,
+    LocalHypervisor,
+    Time,
+    check_programs,
+    running_kernel,
+)
+
+PAGES = 150
+
+
+@pytest.fixture
+def time() -> Time:
+    """A clock that the test moves."""
+    return Time()
+
+
+@pytest.fixture
+def kernel(
+    image: Path, tmp_path: Path, hypervisor: LocalHypervisor, time: Time
+) -> Iterator[Kernel]:
+    """A guest with a swap disk and a hypervisor."""
+    with running_kernel(image, hypervisor, time=time, swap=swap_file(tmp_path)) as running:
+        yield running
+
+
+def content(page: int) -> bytes:
+    """What page n of a program holds."""
+    return page.to_bytes(4, "little") * (PAGE // 4)
+
+
+def fill(kernel: Kernel, pages: int = PAGES, name: str = "program") -> tuple[Process, int]:
+    """A program that has written so many pages."""
+    process = kernel.userland.processes.spawn(name)
+    address = process.map(pages * PAGE)
+    for page in range(pages):
+        process.write(address + page * PAGE, content(page))
+    return process, address
+
+
+def read_all(process: Process, address: int, pages: int = PAGES) -> None:
+    """All of it is right."""
+    for page in range(pages):
+        assert process.read(address + page * PAGE, PAGE) == content(page)
+
+
+def test_a_page_that_comes_back_leaves_tmem(kernel: Kernel, hypervisor: LocalHypervisor) -> None:
+    """And the disk has not seen it."""
+    process, address = fill(kernel)
+    stored = kernel.counters()["frontswap"]["curr_pages"]
+    assert stored > PAGES // 2
+    read_all(process, address)
+    counters = kernel.counters()
+    assert counters["frontswap"]["loads"] >= stored
+    assert counters["swap"]["in_pages"] == counters["swap"]["out_pages"] == 0
+    process.exit()
+    kernel.idle()
+    assert not hypervisor.persistent_slots()
+    check_programs(kernel, hypervisor)
+
+
+def test_pages_may_stay_in_tmem(kernel: Kernel, hypervisor: LocalHypervisor) -> None:
+    """Without exclusive loads a page that was only read goes again without a store."""
+    assert kernel.userland.swap is not None
+    kernel.userland.swap.exclusive = False
+    process, address = fill(kernel)
+    read_all(process, address)
+    stores = kernel.counters()["frontswap"]["succ_stores"]
+    read_all(process, address)
+    read_all(process, address)
+    assert kernel.counters()["frontswap"]["succ_stores"] <= stores + PAGES // 4
+    check_programs(kernel, hypervisor)
+
+
+def test_write_through(
+    kernel: Kernel, hypervisor: LocalHypervisor, expect_warning: Callable[[str], None], time: Time
+) -> None:
+    """The disk has all pages, tmem saves the reads, and nobody minds when it loses them."""
+    expect_warning("event=disconnected")
+    assert kernel.userland.frontswap is not None
+    kernel.userland.frontswap.writethrough = True
+    process, address = fill(kernel)
+    counters = kernel.counters()
+    assert counters["swap"]["out_pages"] > PAGES // 2
+    assert counters["frontswap"]["curr_pages"] == counters["swap"]["out_pages"]
+    assert counters["frontswap"]["succ_stores"] == 0
+    check_programs(kernel, hypervisor)
+    for page in range(20):
+        assert process.read(address + page * PAGE, PAGE) == content(page)
+    assert kernel.counters()["swap"]["in_pages"] == 0
+    hypervisor.kill(arena_lost=True)
+    hypervisor.start()
+    time.seconds += RETRY_SECONDS
+    read_all(process, address)
+    assert kernel.counters()["swap"]["in_pages"] > 0
+    assert not kernel.userland.processes.kills
+
+
+def test_shrinking_brings_pages_back_into_ram(kernel: Kernel, hypervisor: LocalHypervisor) -> None:
+    """As far as frames are free; self-shrinking asks for it."""
+    process, address = fill(kernel)
+    other, _ = fill(kernel, 40, "other")
+    other.exit()
+    userland = kernel.userland
+    free = kernel.memory.free_pages
+    before = kernel.counters()["frontswap"]["curr_pages"]
+    assert free > 20
+    userland.switch_selfballooning("frontswap_selfshrinking", 1)
+    userland._shrink_frontswap(before - 10)
+    userland.idle()
+    assert kernel.counters()["frontswap"]["curr_pages"] == before - 10
+    evicted = kernel.counters()["anonymous"]["evictions"]
+    userland._shrink_frontswap(0)
+    assert kernel.memory.free_pages < READAHEAD_PAGES_MAX
+    assert kernel.counters()["anonymous"]["evictions"] == evicted
+    check_programs(kernel, hypervisor)
+    read_all(process, address)
+
+
+@pytest.mark.parametrize("fault", [Fault.LOSE_REQUEST, Fault.LOSE_REPLY])
+def test_a_store_of_unknown_fate_is_on_the_disk(
+    kernel: Kernel,
+    hypervisor: LocalHypervisor,
+    time: Time,
+    fault: Fault,
+    expect_warning: Callable[[str], None],
+) -> None:
+    """What tmem may have of it is flushed when the hypervisor is back, and never asked for."""
+    expect_warning("event=disconnected")
+    process, address = fill(kernel, 60)
+    faults = iter([Fault.NONE, fault])
+    hypervisor.draw_fault = lambda: next(faults, Fault.NONE)
+    more = process.map(60 * PAGE)
+    process.write(more, b"m" * 60 * PAGE)
+    assert kernel.counters()["swap"]["out_pages"] > 0
+    time.seconds += RETRY_SECONDS
+    read_all(process, address, 60)
+    assert process.read(more, 60 * PAGE) == b"m" * 60 * PAGE
+    kernel.idle()
+    check_programs(kernel, hypervisor)
+
+
+def test_a_hypervisor_that_does_not_come_back(
+    kernel: Kernel, hypervisor: LocalHypervisor, expect_warning: Callable[[str], None]
+) -> None:
+    """Whoever needs a page of it is killed after a minute; whoever doesn't lives."""
+    expect_warning("event=(disconnected|not-attached|killed)")
+    process, address = fill(kernel)
+    assert process.table.swapped_pages > PAGES // 2
+    hypervisor.kill()
+    with pytest.raises(ProcessKilled, match="the hypervisor is away for 60 s"):
+        read_all(process, address)
+    survivor, own = fill(kernel, 100, "survivor")
+    read_all(survivor, own, 100)
+    assert kernel.counters()["swap"]["out_pages"] > 0
+    check_programs(kernel)
+
+
+def test_who_is_killed(image: Path, expect_warning: Callable[[str], None]) -> None:
+    """The one that has most, unless the scores say otherwise; one is never taken."""
+    expect_warning("event=killed why=Out of memory")
+    with running_kernel(image) as kernel:
+        processes = kernel.userland.processes
+        frames = kernel.memory.budget.frames
+        big, _ = fill(kernel, frames // 3, "big")
+        small, _ = fill(kernel, frames // 4, "small")
+        holy, _ = fill(kernel, frames // 3 - 8, "holy")
+        holy.oom_score_adj = OOM_SCORE_ADJ_MIN
+        small.oom_score_adj = 500
+        late, _ = fill(kernel, frames // 4, "late")
+        assert [kill.name for kill in processes.kills] == ["small"]
+        assert big.is_alive and holy.is_alive and late.is_alive
+        assert str(processes.kills[0]) == (
+            f"Out of memory: Killed process {small.pid} (small) "
+            f"anon-rss:{frames // 4 * 4}kB, swapped:0kB"
+        )
+        for process in (big, late):
+            process.oom_score_adj = OOM_SCORE_ADJ_MIN
+        last = processes.spawn("last")
+        last.oom_score_adj = OOM_SCORE_ADJ_MIN
+        with pytest.raises(OSError, match="nobody can be killed") as failed:
+            last.write(last.map(frames * PAGE), bytes(frames * PAGE))
+        assert failed.value.errno == errno.ENOMEM
+        assert last.is_alive
+
+
+def test_programs_end_where_their_memory_does(kernel: Kernel) -> None:
+    """EFAULT outside; what was unmapped is zeros when it is mapped again elsewhere."""
+    process, address = fill(kernel, 10)
+    for start, size in (
+        (address - 1, 1),
+        (address, 10 * PAGE + 1),
+        (address + 10 * PAGE, 1),
+        (0, 1),
+    ):
+        with pytest.raises(OSError, match="not mapped") as failed:
+            process.read(start, size)
+        assert failed.value.errno == errno.EFAULT
+    process.unmap(address + 2 * PAGE, 3 * PAGE)
+    with pytest.raises(OSError, match="not mapped"):
+        process.write(address, b"x" * 3 * PAGE)
+    assert process.read(address + PAGE, PAGE) == content(1)
+    assert process.read(address + 5 * PAGE, PAGE) == content(5)
+    assert process.maps.pages == 7 == kernel.userland.processes.committed_pages
+    with pytest.raises(OSError, match="bytes") as failed:
+        process.map(0)
+    assert failed.value.errno == errno.EINVAL
+    process.exit()
+    with pytest.raises(ProcessKilled, match="has ended"):
+        process.map(PAGE)
+
+
+def test_pressure_is_averaged_as_linux_does() -> None:
+    """Half of each period waited for: the averages go to one half, the shortest first."""
+    now, alone = [0], [True]
+    pressure = Pressure(lambda: now[0], lambda: not alone[0])
+    for number in range(30):
+        alone[0] = number % 2 == 0
+        with pressure.stalled(), pressure.stalled():
+            now[0] += PERIOD_NS // 2
+        now[0] += PERIOD_NS // 2
+        pressure.update()
+    some, full = pressure.some, pressure.full
+    assert some.total_ns == 30 * PERIOD_NS // 2
+    assert full.total_ns == 15 * PERIOD_NS // 2
+    # 1 - exp(-60 s / n), of one half.
+    assert [round(one, 4) for one in some.averages] == [0.4988, 0.3161, 0.0906]
+    assert full.averages[0] < some.averages[0]
+    now[0] += 5 * PERIOD_NS
+    pressure.update()
+    assert round(some.averages[0], 4) == round(0.4988 * 0.3679, 4)
+    assert pressure.text().splitlines()[0] == (
+        f"some avg10={100 * some.averages[0]:.2f} avg60={100 * some.averages[1]:.2f} "
+        f"avg300={100 * some.averages[2]:.2f} total=30000000"
+    )
+
+
+def test_linuxs_files(kernel: Kernel) -> None:
+    """Sums that must agree, whoever counts them."""
+    process, _ = fill(kernel)
+    rows = {
+        line.split(":")[0]: int(line.split()[1])
+        for line in (virtual_file(kernel, "/proc/meminfo") or b"").decode().splitlines()
+    }
+    assert rows["Active"] == rows["Active(anon)"] + rows["Active(file)"]
+    assert rows["AnonPages"] == rows["Active(anon)"] + rows["Inactive(anon)"]
+    assert rows["Committed_AS"] == PAGES * 4
+    used = process.table.swapped_pages
+    assert rows["SwapTotal"] - rows["SwapFree"] == used * 4 + rows["SwapCached"]
+    parts = ("MemFree", "Cached", "AnonPages", "Buffers", "Transfer", "TmemWindow")
+    assert sum(rows[name] for name in parts) == rows["MemTotal"]
+    swaps = (virtual_file(kernel, "/proc/swaps") or b"").decode().splitlines()[1].split()
+    assert int(swaps[3]) == rows["SwapTotal"] - rows["SwapFree"]
+    vmstat = dict(
+        line.split() for line in (virtual_file(kernel, "/proc/vmstat") or b"").decode().splitlines()
+    )
+    assert int(vmstat["frontswap_stores"]) == kernel.counters()["frontswap"]["succ_stores"]
+    assert virtual_file(kernel, "/sys/kernel/debug/frontswap/loads") == b"0\n"
+    assert (virtual_file(kernel, "/proc/pressure/memory") or b"").startswith(b"some avg10=")
