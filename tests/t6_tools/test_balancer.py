@@ -27,14 +27,14 @@ def test_memory_goes_from_the_idle_to_the_busy() -> None:
     sizes = fair_sizes({"idle": IDLE, "busy": BUSY}, 2000)
 
     assert sum(sizes.values()) <= 2000
-    assert IDLE.needed <= sizes["idle"] < 300
+    assert IDLE.needed <= sizes["idle"] < 400
     assert sizes["busy"] > 1600
 
 
 def test_nobody_grows_by_what_another_still_has() -> None:
     """First the one shrinks, in a later round the other grows."""
     first = targets({"idle": IDLE, "busy": BUSY}, 2000)
-    assert first["idle"] < 300
+    assert first["idle"] < 400
     assert first["busy"] == 1000
 
     shrunk = replace(IDLE, size=first["idle"], told=first["idle"], free=0)
