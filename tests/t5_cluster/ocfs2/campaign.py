@@ -46,25 +46,21 @@ class Result(NamedTuple):
 
 
 PARTS = 4
-POWER, DEATH = "power", "death"
+POWER, DEATH, BOTH = KINDS = "power", "death", "both"
 
 
 def tasks(seeds: range, length: int, every: int, only: str | None) -> Iterator[Task]:
     """All of a campaign. Each seed has one of the nodes as the victim."""
     for seed in seeds:
-        for what in (POWER, DEATH):
+        for what in KINDS:
             if only in (None, what):
                 yield from (Task(what, seed, length, part, every) for part in range(PARTS))
 
 
 def do(task: Task) -> Result:
     """One part of a run."""
-    run: PowerCutRun | DeathRun
     try:
-        if task.what == POWER:
-            run = PowerCutRun(task.seed, task.length)
-        else:
-            run = DeathRun(task.seed, task.length, task.seed % SLOTS)
+        run = _run(task.what, task.seed, task.length, task.seed % SLOTS, None)
     except AssertionError as failure:
         return Result(task, Counter(), str(failure))
     try:
@@ -74,13 +70,19 @@ def do(task: Task) -> Result:
     return Result(task, run.counts, None)
 
 
+def _run(
+    what: str, seed: int, length: int, victim: int, step: int | None
+) -> PowerCutRun | DeathRun:
+    if what == DEATH:
+        return DeathRun(seed, length, victim)
+    return PowerCutRun(seed, length, (victim, step) if what == BOTH else None)
+
+
 def replay(name: str) -> None:
     """One state."""
     what, seed, length, *rest = name.split("/")
-    if what == POWER:
-        PowerCutRun(int(seed), int(length)).replay(name)
-    else:
-        DeathRun(int(seed), int(length), int(rest[0])).replay(name)
+    victim, step = (int(word) for word in rest[:2]) if what != POWER else (0, 0)
+    _run(what, int(seed), int(length), victim, step).replay(name)
 
 
 def main() -> int:
@@ -90,7 +92,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=4, help="how many workloads")
     parser.add_argument("--length", type=int, default=40, help="operations of a workload")
     parser.add_argument("--every", type=int, default=1, help="of so many states one")
-    parser.add_argument("--only", choices=(POWER, DEATH))
+    parser.add_argument("--only", choices=KINDS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--replay", metavar="ID", help="judge one state again")
     arguments = parser.parse_args()

@@ -11,11 +11,12 @@ the survivors gave, and the volume at the end. What was promised is among them.
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections import Counter
 
 from tests.t5_cluster.ocfs2.judgement import Seen, Width, fsck_agrees, is_whole, recovered, works
-from tests.t5_cluster.ocfs2.model import Model
+from tests.t5_cluster.ocfs2.model import Effect, Model
 from tests.t5_cluster.ocfs2.operations import Kind
 from tests.t5_cluster.ocfs2.oracle import Oracle, agree
 from tests.t5_cluster.ocfs2.workload import volume, workload
@@ -34,7 +35,8 @@ class DeathRun:
         self._operations = workload(seed, length)
         world = World(self._image, seed)
         world.run(self._operations)
-        self._oracle = Oracle(self._base, self._operations, world.outcomes)
+        self._oracle = Oracle(self._base, self._operations)
+        self._began_at = world.began_at
         own = [(one.kind, number) for number, one in enumerate(self._operations)
                if one.node == victim]  # fmt: skip
         life = dict(own)
@@ -52,17 +54,38 @@ class DeathRun:
         """Judge one death by its id."""
         self._judge(int(state.removeprefix(f"{self.name}/")), fsck=True)
 
+    def some_step(self) -> int:
+        """A step at which all nodes are there."""
+        kinds = [operation.kind for operation in self._operations]
+        begin, end = self._began_at[SLOTS], self._began_at[kinds.index(Kind.LEAVE)]
+        return random.Random(self._seed).randrange(begin + 1, end + 1)
+
+    def world(self, step: int) -> World:
+        """What happens when the victim dies there."""
+        world = World(self._image, self._seed, victim=self._victim, dies_at=step)
+        world.run(self._operations)
+        return world
+
+    def lost(self, world: World) -> dict[int, Effect]:
+        """The operations of the victim that are gone after its death, or never began."""
+        assert world.died_in is not None
+        count = self._explained(world, recovered(world.disk.copy(), 0)[1])
+        return {
+            number: self._oracle.effects[number] if number <= world.died_in else Effect()
+            for number, operation in enumerate(self._operations)
+            if operation.node == self._victim and self._counts(number) > count
+        }
+
     def _judge(self, step: int, *, fsck: bool) -> None:
         name = f"{self.name}/{step}"
         try:
-            world = World(self._image, self._seed, victim=self._victim, dies_at=step)
-            world.run(self._operations)
+            world = self.world(step)
             self.counts["deaths"] += 1
             if self._somebody_recovered(world):
                 is_whole(world.disk)
             device = world.disk.copy()
             vfs, seen = recovered(device, zlib.crc32(name.encode()) % (SLOTS + 1))
-            self._must_be_explained(world, seen)
+            self._explained(world, seen)
             works(vfs)
             is_whole(device)
             if fsck:
@@ -77,7 +100,8 @@ class DeathRun:
         later = self._operations[world.died_in + 1 :]
         return any(one.kind == Kind.LEAVE and one.node != self._victim for one in later)
 
-    def _must_be_explained(self, world: World, seen: Seen) -> None:
+    def _explained(self, world: World, seen: Seen) -> int:
+        """The number of the victim's operations that explains all that is seen; the highest."""
         assert world.died_in is not None
         victim = self._victim
         least = self._oracle.promised(range(world.died_in))[victim]
@@ -86,7 +110,7 @@ class DeathRun:
         for count in range(most, least - 1, -1):
             problem = self._explains(count, world, seen)
             if problem is None:
-                return
+                return count
             wrong.append(f"{count}: {problem}")
         raise AssertionError(f"no number of node {victim}'s operations fits; {'; '.join(wrong)}")
 

@@ -12,7 +12,8 @@ allowed when
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from tests.t5_cluster.ocfs2.model import Effect, File, Model
 from tests.t5_cluster.ocfs2.operations import PROMISES, Operation
@@ -25,16 +26,20 @@ VECTORS_MAX = 100_000
 
 
 class Oracle:
-    """Of one run of a workload: operations, and what came of them."""
+    """Of a workload. `lost` are operations of a node that died, which are gone but for what they
+    wrote in place, if they had begun."""
 
     def __init__(
-        self, base: Model, operations: Sequence[Operation], outcomes: Sequence[object]
+        self,
+        base: Model,
+        operations: Sequence[Operation],
+        lost: Mapping[int, Effect] = MappingProxyType({}),
     ) -> None:
         self._base = base
+        self._lost = lost
         self.operations = operations
-        self.outcomes = outcomes
         self.effects: list[Effect] = []
-        """As if all had been done."""
+        """As if all others had been done."""
         self.counts: list[Vector] = []
         """How many operations of each node there were, with this one."""
         self.needs: list[Vector] = []
@@ -49,6 +54,9 @@ class Oracle:
         changed: list[dict[int, int]] = [{} for _ in range(SLOTS)]
         """For each node and thing, the last operation that changed it."""
         for number, operation in enumerate(self.operations):
+            if number in self._lost:
+                self._leave_out(number, model)
+                continue
             node = operation.node
             effect = model.apply(number + 1, operation)
             self._of_node[node].append(number)
@@ -66,6 +74,13 @@ class Oracle:
             self.effects.append(effect)
             self.needs.append(need)
             self.promises.append(need if operation.kind in PROMISES else seen)
+
+    def _leave_out(self, number: int, model: Model) -> None:
+        model.maybe(self._lost[number])
+        self.effects.append(self._lost[number])
+        self.counts.append(self.counts[-1])
+        self.needs.append(NOTHING)
+        self.promises.append(NOTHING)
 
     def promised(self, done: Sequence[int]) -> Vector:
         """What is certain when these operations are done."""
@@ -103,10 +118,11 @@ class Oracle:
         if vector not in self._models:
             model = self._base.copy()
             for number, operation in enumerate(self.operations):
-                if self.counts[number][operation.node] <= vector[operation.node]:
-                    model.apply(number + 1, operation)
-                else:
+                lost = number in self._lost
+                if lost or self.counts[number][operation.node] > vector[operation.node]:
                     model.maybe(self.effects[number])
+                else:
+                    model.apply(number + 1, operation)
             self._models[vector] = model
         return self._models[vector]
 

@@ -2,6 +2,9 @@
 
 All nodes' writes are in one log, in order of time, and a flush of any node ends an epoch. A state
 is named `power/SEED/LENGTH/CUT[/CUT]`: the second cut is one of the recovery after the first.
+
+With a death before it, `both/SEED/LENGTH/VICTIM/STEP/CUT[/CUT]`, a node dies at a step, and the log
+goes on with the recovery by the others, whose journals are dirty as well.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Iterator
 
 from fs.block.memory import MemoryDevice
 from fs.block.writelog import LoggingDevice, PowerCut, PowerCuts, power_cuts
+from tests.t5_cluster.ocfs2.deaths import DeathRun
 from tests.t5_cluster.ocfs2.judgement import (
     Seen,
     Width,
@@ -23,6 +27,7 @@ from tests.t5_cluster.ocfs2.judgement import (
     recovered,
     works,
 )
+from tests.t5_cluster.ocfs2.model import Effect
 from tests.t5_cluster.ocfs2.oracle import Oracle, Vector, agree
 from tests.t5_cluster.ocfs2.workload import volume, workload
 from tests.t5_cluster.ocfs2.world import SLOTS, World
@@ -31,15 +36,24 @@ from tests.t5_cluster.ocfs2.world import SLOTS, World
 class PowerCutRun:
     """One workload, and all its power cuts."""
 
-    def __init__(self, seed: int, length: int) -> None:
-        self.name = f"power/{seed}/{length}"
+    def __init__(self, seed: int, length: int, death: tuple[int, int | None] | None = None) -> None:
+        """`death`: the victim, and the step at which it dies; None: one drawn from the seed."""
         self.counts: Counter[str] = Counter()
         self._seed = seed
         self._before, model = volume()
         operations = workload(seed, length)
-        self._world = World(self._before, seed)
-        self._world.run(operations)
-        self._oracle = Oracle(model, operations, self._world.outcomes)
+        lost: dict[int, Effect] = {}
+        if death is None:
+            self.name = f"power/{seed}/{length}"
+            self._world = World(self._before, seed)
+            self._world.run(operations)
+        else:
+            deaths = DeathRun(seed, length, death[0])
+            step = death[1] or deaths.some_step()
+            self.name = f"both/{seed}/{length}/{death[0]}/{step}"
+            self._world = deaths.world(step)
+            lost = deaths.lost(self._world)
+        self._oracle = Oracle(model, operations, lost)
         for number, effect in enumerate(self._oracle.effects):
             outcome = self._world.outcomes[number]
             assert agree(effect.outcome, outcome), f"{self.name}: {operations[number]}: {outcome}"
@@ -55,10 +69,10 @@ class PowerCutRun:
                 continue
             disk = states.state(cut)
             self.counts["power cuts"] += 1
-            looked_at = number // every
-            fsck = looked_at % width.fsck_every == 0
-            self._judge(cut, disk, f"{self.name}/{cut}", fsck=fsck)
-            if looked_at % width.again_every == 0:
+            name = f"{self.name}/{cut}"
+            fsck = number // every % width.fsck_every == 0
+            self._judge(cut, disk, name, fsck=fsck)
+            if zlib.crc32(name.encode()) % width.again_every == 0:
                 self._cut_again(cut, disk, width, fsck=fsck)
 
     def replay(self, state: str) -> None:

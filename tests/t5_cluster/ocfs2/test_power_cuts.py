@@ -7,7 +7,7 @@ import pytest
 from tests.t5_cluster.ocfs2.judgement import Width
 from tests.t5_cluster.ocfs2.powercuts import PowerCutRun
 
-SHORT = Width(subset_writes_max=3, samples=3, torn_each=1, every=11, again_every=40, fsck_every=40)
+SHORT = Width(subset_writes_max=3, samples=3, torn_each=1, every=11, again_every=20, fsck_every=40)
 LENGTH = 40
 
 

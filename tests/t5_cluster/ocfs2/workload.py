@@ -188,6 +188,14 @@ class _Draw:
                 return [Operation(node, kind, path, self._new_path(there))]
             case Kind.LINK:
                 return [Operation(node, kind, path, self._new_path(rng.choice((*SHARED, place))))]
+            case Kind.UNLINK:
+                # What is free now is wanted at once.
+                data = rng.randbytes(2 * PAGE)
+                return [
+                    Operation(node, kind, path),
+                    Operation(node, Kind.CREATE, new),
+                    Operation(node, Kind.WRITE, new, data=data),
+                ]
             case _:
                 return [Operation(node, kind, path)]
 
@@ -293,7 +301,7 @@ _WEIGHTS: Final = {
     Kind.TRUNCATE: 8,
     Kind.RENAME: 12,
     Kind.LINK: 3,
-    Kind.UNLINK: 10,
+    Kind.UNLINK: 12,
     Kind.MKDIR: 5,
     Kind.RMDIR: 4,
     Kind.SYMLINK: 3,
