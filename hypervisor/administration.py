@@ -145,11 +145,14 @@ class Administration:
         others = sum(
             one.reserve_bytes for other, one in self._machine.settings.items() if other != name
         )
-        arena_bytes = self._machine.store.arena.frames_count * PAGE_BYTES
-        if fresh.reserve_bytes + others > arena_bytes:
+        store = self._machine.store
+        arena_bytes = store.arena.frames_count * PAGE_BYTES
+        lent_bytes = store.loans.lent * PAGE_BYTES
+        if fresh.reserve_bytes > max(settings.reserve_bytes, arena_bytes - lent_bytes - others):
+            lent = f", and {lent_bytes} are lent as RAM" if lent_bytes else ""
             raise OperatorError(
                 f"{fresh.reserve_bytes} bytes can't be reserved: others reserve {others} of the "
-                f"arena's {arena_bytes}"
+                f"arena's {arena_bytes}{lent}"
             )
         # In place: clients hold this very record.
         for key, value in vars(fresh).items():

@@ -6,8 +6,9 @@
                                           index  u32
 
 A *frame* of 4 KiB holds one raw page, or serves pages that need less than a frame: then it is a
-table of 128 *entries*, part of a slab, or content that entries refer to.  A raw page and an entry
-are described alike: object number, page index, and a state word that is 0 if there is no page.  An
+table of 128 *entries*, part of a slab, or content that entries refer to; or it is lent to a guest
+as RAM, holds nothing, and its index is the guest's number (`lending`).  A raw page and an entry are
+described alike: object number, page index, and a state word that is 0 if there is no page.  An
 *object number* stands for (pool record, object id), so that a page costs 16 bytes and not 40.
 
   state     sequence of the put << 16 | slot of the member that put it << 8 | its hints
@@ -65,11 +66,12 @@ HINTS_MASK: Final = 0xFF
 ENTRY_TABLE: Final = 0xFFFFFFFF
 SLAB_PART: Final = 0xFFFFFFFE
 CONTENT_FRAME: Final = 0xFFFFFFFD
+LENT_FRAME: Final = 0xFFFFFFFC
 """In the object column: what a frame is that holds no raw page."""
 SPECIAL_OBJECTS: Final = 0xFFFFFF00
 """Object numbers from here on are such marks."""
 HELD: Final = 1
-"""State of a table or content frame."""
+"""State of a table, content or lent frame."""
 
 LIVE: Final = 1
 DEAD: Final = 1 << 31

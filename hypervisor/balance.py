@@ -70,6 +70,7 @@ class Balance:
         self._store = store
         self._clients = clients
         self._evicted = 0
+        self._moved = 0
         self._period_pages = max(store.frames.count // _PERIODS_A_TURNOVER, _PERIOD_PAGES_LEAST)
         self._doublings = 0
         self._extents = min(
@@ -153,8 +154,22 @@ class Balance:
             self._evicted = 0
             self.periods += 1
             self.dividing = self._period()
-            while not self.in_pieces and self.dividing is not None:
-                self.divide()
+            self._divide_at_once()
+
+    def lent(self, frames: int) -> None:
+        """So many frames were lent, or came back: allotments change with what is left.  Targets
+        follow when it was a good many, or a guest that is lent the same frames over and over would
+        have them computed all the time."""
+        self.allot()
+        self._moved += frames
+        if self._moved >= self._period_pages and self.dividing is None:
+            self._moved = 0
+            self.dividing = self._division()
+            self._divide_at_once()
+
+    def _divide_at_once(self) -> None:
+        while not self.in_pieces and self.dividing is not None:
+            self.divide()
 
     def _period(self) -> Iterator[None]:
         """What there is to do at the end of one."""
@@ -172,8 +187,9 @@ class Balance:
 
     @property
     def _total_bytes(self) -> int:
-        """What can be charged: tables of entries are nobody's."""
-        return (self._store.frames.count - self._store.entries.tables) * PAGE_BYTES
+        """What can be charged: tables of entries are nobody's, and what is lent is RAM."""
+        store = self._store
+        return (store.frames.count - store.entries.tables - store.loans.lent) * PAGE_BYTES
 
     def allot(self) -> dict[str, Terms]:
         """Set every allotment, as it is to be when guests come and go; their terms."""

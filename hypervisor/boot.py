@@ -44,6 +44,8 @@ class HypervisorSpec:
     """`ring` for guests that ask for one, `mqueue` for everybody, `auto` as the machine allows."""
     scheduling: str = "scheduled"
     admission: bool = True
+    lend: bool = False
+    """The guests' RAM comes out of the arena, too."""
     faults_max: int = FAULTS_MAX
     """Broken rules after which a guest is detached."""
 
@@ -73,6 +75,7 @@ def _serve(spec: HypervisorSpec) -> None:
         policy=spec.eviction,
         scheduling=administered.scheduling or spec.scheduling,
         admission=spec.admission,
+        lends=spec.lend,
         settings=administered.settings,
         grants=administered.grants,
         secret=os.urandom(8),
@@ -82,7 +85,7 @@ def _serve(spec: HypervisorSpec) -> None:
     recovered = recover(machine)
     log.info(
         "event=start generation=%d frames=%d guests=%d pools=%d objects=%d persistent=%d "
-        "ephemeral=%d freed=%d",
+        "ephemeral=%d freed=%d lent=%d",
         machine.generation,
         arena.frames_count,
         *recovered,

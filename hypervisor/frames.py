@@ -6,6 +6,7 @@
     TABLE       a block of 128 entries (`entries`)
     SLAB        part of a span of compressed pages (`slab`)
     CONTENT     a whole page that entries refer to, maybe several (`sharing`)
+    LENT        nothing: a guest has its memory as RAM (`lending`)
 
 The bytes are all that allocation searches, with `bytearray.find` and `startswith`: both run at the
 speed of memchr, where a free list of Python objects would cost more memory than the page columns.
@@ -28,8 +29,9 @@ PERSISTENT: Final = 2
 TABLE: Final = 3
 SLAB: Final = 4
 CONTENT: Final = 5
+LENT: Final = 6
 
-KINDS: Final = ("free", "ephemeral", "persistent", "table", "slab", "content")
+KINDS: Final = ("free", "ephemeral", "persistent", "table", "slab", "content", "lent")
 """Names of the kinds, by their number."""
 
 RUN_MAX: Final = 64

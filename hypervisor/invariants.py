@@ -5,8 +5,9 @@ against objects, kinds of frames against what lies in them, charges against what
 of pools and members against their pages, policies against the pages of their member, references of
 shared content against the entries that name it, slab slots against the entries that own them, and
 pool, member and guest records against clients, fencing tokens against the segment, each guest's
-count of persistent pages against those that records in the segment give it, and what was asked of
-guests against what they did.  Tests call it after every step.
+count of persistent pages against those that records in the segment give it, what was asked of
+guests against what they did, and the frames that each is lent as RAM against those that the segment
+says are.  Tests call it after every step.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from hypervisor.arena import (
     ENTRY_TABLE,
     HELD,
     HINTS_MASK,
+    LENT_FRAME,
     NOBODY,
     SEQUENCE_SHIFT,
     SLAB_PART,
@@ -25,7 +27,7 @@ from hypervisor.arena import (
     MemberRecord,
     PoolRecord,
 )
-from hypervisor.frames import CONTENT, EPHEMERAL, FREE, KINDS, PERSISTENT, SLAB, TABLE
+from hypervisor.frames import CONTENT, EPHEMERAL, FREE, KINDS, LENT, PERSISTENT, SLAB, TABLE
 from hypervisor.machine import Machine
 from hypervisor.objects import NO_PAGES, TmemObject
 from hypervisor.pools import RAW_COST_BYTES, Member, Pool
@@ -52,6 +54,7 @@ def check(machine: Machine) -> None:
     _check_clients(machine)
     _check_persistent(machine, owned, pool_records, member_records)
     _check_wishes(machine)
+    _check_lent(machine)
     waiting = store.doomed_pools or store.doomed_objects
     if waiting and not store.doomed:
         _fail("doomed pages wait but nobody will reap them")
@@ -121,7 +124,7 @@ def _check_frames(store: Store, owned: Owned) -> None:
     if frames.free != frames.kinds.count(FREE):
         _fail(f"{frames.free} free frames are counted, {frames.kinds.count(FREE)} are marked")
     tables = set(store.entries.table_frames())
-    marks = {TABLE: ENTRY_TABLE, SLAB: SLAB_PART, CONTENT: CONTENT_FRAME}
+    marks = {TABLE: ENTRY_TABLE, SLAB: SLAB_PART, CONTENT: CONTENT_FRAME, LENT: LENT_FRAME}
     for frame in range(frames.count):
         state, kind, object_ = arena.state[frame], frames.kinds[frame], arena.object[frame]
         entry = owned.get(frame)
@@ -383,3 +386,35 @@ def _check_wishes(machine: Machine) -> None:
             _fail(f"guest {client.name} was asked for {asked} pages, did {done}, is to do {left}")
         if client.settings.balloon_bytes % PAGE_BYTES:
             _fail(f"guest {client.name} should have {client.settings.balloon_bytes} bytes")
+
+
+def _check_lent(machine: Machine) -> None:
+    """Frames that are lent, by the segment alone, and as guests, and those that have gone, are
+    counted to have them; L2 and L5 of `lending`."""
+    store = machine.store
+    arena = store.arena
+    found: Counter[int] = Counter(
+        arena.index[frame]
+        for frame in range(arena.frames_count)
+        if arena.state[frame] and arena.object[frame] == LENT_FRAME
+    )
+    counted = Counter(store.loans.returning)
+    if counted and not store.doomed:
+        _fail("frames that were lent to guests that have gone wait, and nobody will free them")
+    if counted.keys() & {
+        *machine.free_guest_numbers,
+        *(c.number for c in machine.clients.values()),
+    }:
+        _fail("a guest number is in use, or free, while frames are lent under it")
+    for client in machine.clients.values():
+        counted[client.number] += len(client.lent)
+        if any(arena.index[frame] != client.number for frame in client.lent):
+            _fail(f"guest {client.name} counts frames that others were lent")
+    if +counted != found:
+        _fail(f"guests, by number, are lent {dict(found)} frames, {dict(+counted)} counted")
+    if store.loans.lent != sum(len(client.lent) for client in machine.clients.values()):
+        _fail(f"{store.loans.lent} lent frames are counted")
+    reserved_bytes = sum(settings.reserve_bytes for settings in machine.settings.values())
+    total_bytes = arena.frames_count * PAGE_BYTES
+    if store.loans.lent and store.loans.lent * PAGE_BYTES + reserved_bytes > total_bytes:
+        _fail(f"{store.loans.lent} frames are lent, and {reserved_bytes} bytes reserved")

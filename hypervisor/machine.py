@@ -17,10 +17,9 @@ Kept from the original, and easily broken:
 
 Ours: a put into a shared ephemeral pool under an older fencing token than was seen for its object
 is refused and changes nothing (`tokens`); other pools don't look at it.  A guest that would hold
-more than it may is told OVER_ALLOTMENT; when there is no room though it may, another one that holds
-too much is asked for some (`pressure`).  Persistent pages count against its allotment, and all its
-pages against its cap, for which its own ephemeral pages make room first.  Near the limit a put goes
-page by page, so that replacing a page is never refused.
+more than it may is told OVER_ALLOTMENT (`limits`); when there is no room though it may, another one
+that holds too much is asked for some (`pressure`).  Near the limit a put goes page by page, so that
+replacing a page is never refused.  With `lends` the guests' RAM comes out of the same memory.
 """
 
 from __future__ import annotations
@@ -32,6 +31,8 @@ from hypervisor.accounting import Account, OpCount
 from hypervisor.arena import Arena, GuestRecord
 from hypervisor.auth import Grants
 from hypervisor.balance import Balance
+from hypervisor.lending import Lending
+from hypervisor.limits import may_hold, may_replace
 from hypervisor.membership import Memberships
 from hypervisor.objects import NO_PAGE
 from hypervisor.pages import LeafKey, StoreOptions, leaf_key
@@ -41,7 +42,6 @@ from hypervisor.reclaim import NoObjectNumber
 from hypervisor.store import Store
 from ipc.abi import (
     ABI_REVISION,
-    PAGE_BYTES,
     POOL_PAGE_SIZE_MASK,
     POOL_PAGE_SIZE_SHIFT,
     POOL_PRIORITY_MASK,
@@ -96,6 +96,7 @@ class Machine:
         policy: str = "clock",
         scheduling: str = "scheduled",
         admission: bool = True,
+        lends: bool = False,
         settings: dict[str, Settings] | None = None,
         grants: Grants | None = None,
         secret: bytes = b"",
@@ -111,6 +112,7 @@ class Machine:
         self.memberships = Memberships(self.store, Grants() if grants is None else grants)
         self.clients: dict[str, Client] = {}
         self.balance = Balance(self.store, self.clients)
+        self.lending = Lending(self.store, self.balance, self.settings, on=lends)
         self.pressure = Pressure(self.clients, clock_ns)
         self._found_no_room = False
         """The put that is being served, or some of it."""
@@ -130,6 +132,10 @@ class Machine:
         """
         client = self.clients.get(name)
         if client is None:
+            if not self.free_guest_numbers:
+                # Those of guests that have gone are free when what they were lent is.
+                self.store.begin_call()
+                self.store.reap_until(lambda: bool(self.free_guest_numbers))
             if not self.free_guest_numbers:
                 return None
             number = GuestId(self.free_guest_numbers.pop())
@@ -155,7 +161,8 @@ class Machine:
         self.memberships.part_with(client)
         self.store.contents.retire(client)
         self.store.arena.free_guest(client.number)
-        self.free_guest_numbers.append(client.number)
+        if self.store.loans.doom(client, self.free_guest_numbers.append):
+            self.store.doomed = True
         del self.clients[client.name]
         self.departed.add(client.account)
         self.balance.allot()
@@ -195,6 +202,8 @@ class Machine:
                         self._ask_for_room(client)
                 elif op == Op.FLUSH_PAGE:
                     answer = self._flush(client, account, pool_id, oid, index, count, token)
+                elif op == Op.LEND:
+                    answer = self._lend(client, account, index)
                 else:
                     answer = self._manage(client, account, op, pool_id, oid, token)
                 status, reason, bitmap, value, reply_flags = answer
@@ -275,8 +284,8 @@ class Machine:
                     self._deny(client, "put", Reason.NOT_WRITER, member)
                     return Status.EPERM, Reason.NOT_WRITER, 0, 0, 0
                 return self._put_some(member, account, oid, index, count, window, slot, flags)
-            if (member.policy is None or client.settings.cap_bytes) and not self._may_hold(
-                member, count
+            if (member.policy is None or client.settings.cap_bytes) and not may_hold(
+                self.store, member, count
             ):
                 return self._put_some(member, account, oid, index, count, window, slot, flags)
             if count == 1:
@@ -323,41 +332,6 @@ class Machine:
         self.witness(member.client, "stale", reason, what)
         return Status.ESTALE, Reason.STALE_TOKEN, 0, needed, 0
 
-    def _may_hold(self, member: Member, count: int) -> bool:
-        """Whether the member's guest may be charged for `count` more whole pages; its own
-        ephemeral and doomed pages make room for it."""
-        client = member.client
-        store = self.store
-        bytes_ = count * PAGE_BYTES
-        persistent = member.policy is None
-        cap_bytes = client.settings.cap_bytes
-        if store.doomed:
-            # Flushed pages are charged until they are reaped.
-            store.reap_until(
-                lambda: (
-                    not (cap_bytes and client.cost_bytes + bytes_ > cap_bytes)
-                    and not (persistent and _held_bytes(member) + bytes_ > client.allotment_bytes)
-                )
-            )
-        if persistent and _held_bytes(member) + bytes_ > client.allotment_bytes:
-            return False
-        if cap_bytes and client.cost_bytes + bytes_ > cap_bytes:
-            self._shrink(client, client.cost_bytes + bytes_ - cap_bytes)
-            return client.cost_bytes + bytes_ <= cap_bytes
-        return True
-
-    def _shrink(self, client: Client, over_bytes: int) -> None:
-        """Evict a guest's own pages until it costs so much less, or a call's worth has gone."""
-        until = client.cost_bytes - over_bytes
-        store = self.store
-        while client.cost_bytes > until and store.evictions_left > 0:
-            victim = store.victims.choose_of(client)
-            if victim is None:
-                return
-            pages = (client.cost_bytes - until) // PAGE_BYTES
-            if not store.evict(victim, max(1, min(pages, store.evictions_left))):
-                return
-
     def _put_some(
         self,
         member: Member,
@@ -384,7 +358,7 @@ class Machine:
                 reason = Reason.FROZEN
             elif number == NO_PAGE and full:
                 reason = Reason.NO_OBJECT_SLOT
-            elif not self._may_replace(member, number) and not self._may_hold(member, 1):
+            elif not may_replace(store, member, number) and not may_hold(store, member, 1):
                 reason = Reason.OVER_ALLOTMENT
             if not reason:
                 stored = dropped = 0
@@ -413,19 +387,6 @@ class Machine:
     def _find(self, member: Member, oid: bytes, index: int) -> int:
         found = member.pool.objects.get(oid)
         return NO_PAGE if found is None else found.find(index)
-
-    def _may_replace(self, member: Member, number: int) -> bool:
-        """Whether another page may take the place of this one though there is no room for one more:
-        it is the member's own and costs as much as any, or the guest is within its limits until
-        then.  Else it could fill the arena with pages that cost nothing and replace them."""
-        if number == NO_PAGE or self.store.member_of(member.pool, number) is not member:
-            return False
-        client = member.client
-        if number < self.store.entries.base:
-            return True
-        if member.policy is None and _held_bytes(member) > client.allotment_bytes:
-            return False
-        return not 0 < client.settings.cap_bytes < client.cost_bytes
 
     def _flush(
         self,
@@ -494,6 +455,18 @@ class Machine:
         if result is None:
             return _DONE, 0, bitmap, 0, 0
         return result[0], result[1], bitmap, result[3], 0
+
+    def _lend(self, client: Client, account: OpCount, wanted: int) -> Answer:
+        if not self.lending.on:
+            account.refuse(Reason.LENDING_OFF, 1)
+            return Status.ENOSYS, Reason.LENDING_OFF, 0, 0, 0
+        before = len(client.lent)
+        if not self.lending.resize(client, wanted):
+            self._found_no_room = True
+            self._ask_for_room(client)
+        account.done += 1
+        account.pages += abs(len(client.lent) - before)
+        return _DONE, 0, 0, len(client.lent), 0
 
     # --- operations on pools and objects
 
@@ -590,18 +563,6 @@ class Machine:
     def accounts(self) -> list[Account]:
         """Of all guests that are here, and of all that have left as one."""
         return [self.departed, *(client.account for client in self.clients.values())]
-
-
-def _held_bytes(member: Member) -> int:
-    """What counts against the allotment of a guest that puts into a persistent pool: its own pages,
-    and in a shared pool those of guests that have gone for good, whoever pays for them."""
-    client, pool = member.client, member.pool
-    held_bytes = member.purse.bytes
-    if client.inherited:
-        held_bytes -= client.foreign_bytes
-    if pool.shared:
-        held_bytes += sum(one.cost_bytes for one in pool.members.values() if one.foreign)
-    return held_bytes
 
 
 def _look_away(_client: Client, _event: str, _reason: str, _detail: str) -> None:

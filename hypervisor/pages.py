@@ -23,6 +23,7 @@ from hypervisor.eviction import make_policy
 from hypervisor.eviction.links import Links
 from hypervisor.frames import Frames
 from hypervisor.inventory import Inventory
+from hypervisor.lending import Loans
 from hypervisor.objects import LEAF_PAGES, NO_PAGES, TmemObject
 from hypervisor.pools import RAW_COST_BYTES, Client, Member, Pool
 from hypervisor.room import Victims
@@ -72,6 +73,7 @@ class Pages:
         self._object_column = arena.object
         self._index_column = arena.index
         self.frames = Frames(arena.frames_count)
+        self.loans = Loans(arena, self.frames)
         self.links = Links(arena.frames_count)
         self.entries = Entries(arena, self.frames, self.links)
         self.contents = Inventory(arena, self.frames, self.entries, options.secret, options.now_ns)

@@ -15,6 +15,7 @@ charged for all of them, and a leaving sharer took the objects with it that it h
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -222,6 +223,7 @@ class Client:
         "domains",
         "encodes",
         "inherited",
+        "lent",
         "members",
         "name",
         "number",
@@ -256,6 +258,8 @@ class Client:
         """What its persistent pages may cost; `Entitlements` sets it."""
         self.account = Account()
         self.wishes = Wishes()
+        self.lent = array("I")
+        """Frames that it has as RAM (`lending`)."""
         self.compressor = Compressor()
         self.settings = settings
         self.domains: tuple[str | None, str | None] = (None, None)

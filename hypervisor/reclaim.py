@@ -85,8 +85,9 @@ class Reclaim(Pages):
 
     def reap(self, limit_pages: int = REAP_SLICE_PAGES) -> int:
         """Free up to about `limit_pages` doomed pages, as many as they are if they lie together and
-        fewer if each takes work of its own; how many."""
-        freed = work = 0
+        fewer if each takes work of its own; how many.  What was lent to guests that have gone is
+        freed first."""
+        freed = work = self.loans.reap(limit_pages)
         while work < limit_pages:
             found = self._next_doomed()
             if found is None:

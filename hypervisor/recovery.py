@@ -5,6 +5,7 @@ run again: it frees pages that nobody owns before it frees the object, pool and 
 would say so.
 
   guest records -> clients    pool and member records -> pools, members    object words -> objects
+  lent frames                 -> what guests have as RAM; of one that is gone they are free
   tables, slab frames         -> what entries may lie in and point to
   states of frames, entries   -> leaves; of two pages with one handle the younger one stays (A2)
   locations of live entries   -> slab occupancy, references; content that nothing names is free
@@ -20,6 +21,7 @@ from hypervisor.arena import (
     CONTENT_FRAME,
     ENTRY_TABLE,
     HINTS_MASK,
+    LENT_FRAME,
     SEQUENCE_SHIFT,
     SLAB_PART,
     SLOT_SHIFT,
@@ -30,7 +32,7 @@ from hypervisor.arena import (
 from hypervisor.frames import CONTENT, EPHEMERAL, PERSISTENT, TABLE
 from hypervisor.machine import Machine
 from hypervisor.objects import LEAF_PAGES, TmemObject
-from hypervisor.pools import RAW_COST_BYTES, Member, Pool
+from hypervisor.pools import RAW_COST_BYTES, Client, Member, Pool
 from hypervisor.store import Store
 from ipc.abi import GuestId, PoolFlag, PoolId
 from ipc.errors import InvariantError
@@ -46,6 +48,7 @@ class Recovered(NamedTuple):
     ephemeral_pages: int
     pages_freed: int
     """Live pages that nobody owned: of doomed pools and objects, or the older of two."""
+    lent_frames: int
 
 
 def recover(machine: Machine) -> Recovered:
@@ -63,7 +66,8 @@ def recover(machine: Machine) -> Recovered:
     stray_members = _recover_members(machine, pools, member_records)
     _drop_deserted(machine, pools)
     orphans = _recover_objects(store, pools)
-    freed = _Pages(store).recover()
+    borrowers: dict[int, Client] = {client.number: client for client in machine.clients.values()}
+    freed = _Pages(store, borrowers if machine.lending.on else {}).recover()
     for number in orphans:
         arena.free_object(number)
     for number in stray_members:
@@ -82,6 +86,7 @@ def recover(machine: Machine) -> Recovered:
         persistent_pages=sum(one.pages for one in members if one.pool.persistent),
         ephemeral_pages=sum(one.pages for one in members if not one.pool.persistent),
         pages_freed=freed,
+        lent_frames=store.loans.lent,
     )
 
 
@@ -184,8 +189,10 @@ def _recover_objects(store: Store, pools: dict[int, Pool]) -> list[int]:
 class _Pages:
     """The pages of an arena: which live, and what they are charged to."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, borrowers: dict[int, Client]) -> None:
+        """`borrowers` are guests, by number, that may have frames as RAM."""
         self._store = store
+        self._borrowers = borrowers
         self._arena = store.arena
         self._freed = 0
         self._states: dict[int, int] = {}
@@ -206,6 +213,8 @@ class _Pages:
                 store.entries.adopt(frame, persistent=bool(indexes[frame]))
             elif owners[frame] == CONTENT_FRAME:
                 contents.append(frame)
+            elif owners[frame] == LENT_FRAME:
+                self._adopt_lent(frame, indexes[frame])
             elif owners[frame] >= SPECIAL_OBJECTS:
                 arena.state[frame] = 0
                 self._freed += 1
@@ -227,6 +236,13 @@ class _Pages:
         store.sequence = youngest >> SEQUENCE_SHIFT
         self._order_by_age()
         return self._freed
+
+    def _adopt_lent(self, frame: int, guest: int) -> None:
+        borrower = self._borrowers.get(guest)
+        if borrower is None:
+            self._arena.state[frame] = 0
+        else:
+            self._store.loans.adopt(borrower, frame)
 
     def _claim(self, number: int, state: int, object_number: int, index: int) -> None:
         """This page says that it is that handle's."""

@@ -39,6 +39,8 @@ Differences from Xen's `public/tmem.h`, and why:
   guests have among themselves.  A put under an older one than was seen for its object is refused:
   who lost a lock without knowing it can't put an old page back.  Xen trusted all sharers to be on
   time.
+* LEND moves memory between a guest's RAM and tmem.  Xen's balloon did that through the page tables
+  of the guest, with a call of another subsystem; a process has no such tables.
 * A flush that succeeds answers DONE while frozen; Xen did the work and answered -EFROZEN.
 
 Operation numbers, pool flag bits and status values that Xen had keep their meaning.
@@ -180,6 +182,20 @@ class Op(IntEnum):
     uses: count
     map: the entries that were there.
     """
+    LEND = 36
+    """Have `index` pages of the host's memory as RAM, in all.
+
+    For guests whose RAM and tmem are to come out of one memory.  The number is absolute, so a call
+    whose fate is unknown is repeated as it is.  To have more, a guest asks and then uses what it is
+    lent; to have less, it gives pages back to the host and then says so.  One call moves at most
+    1024 pages, and fewer when there is no room: ephemeral pages make room as for a persistent put.
+    The guest asks again as long as the answer changes.  What is lent counts against no cap and no
+    allotment.  It comes back when the guest detaches or ends.
+
+    uses: index
+    DONE: `value` is the number of pages that it has now; fewer than it wants is no failure.
+    ENOSYS: LENDING_OFF
+    """
 
 
 class Status(IntEnum):
@@ -192,7 +208,7 @@ class Status(IntEnum):
     ENODEV = -19  # no such pool
     EINVAL = -22  # fault: a rule of this document was broken
     ENOSPC = -28  # no room for the new page, so the old one was dropped
-    ENOSYS = -38  # fault: no such operation
+    ENOSYS = -38  # fault: no such operation; or it is switched off
     ESTALE = -116  # the lock under which the page is put is not the newest
     EFROZEN = -1000  # Xen's: the guest is frozen, so no new page is taken
     EEMPTY = -1001  # Xen's: the pool holds no page at all
@@ -217,6 +233,7 @@ class Reason(IntEnum):
     SHARED_NEEDS_UUID = 12  # a shared pool can't have the uuid "none"
     KIND_DIFFERS = 13  # of an ephemeral and a persistent pool with one uuid the second one asked
     STALE_TOKEN = 14  # the object was put or flushed under a newer fencing token
+    LENDING_OFF = 15  # guests of this hypervisor have their RAM for themselves
     # The guest broke a rule: these come with ReplyFlag.FAULT.
     BAD_LENGTH = 64  # a request has 64 bytes
     UNKNOWN_OP = 65  # no such operation

@@ -133,6 +133,8 @@ def _check(request: RequestTuple) -> None:
             raise GuestFault(Reason.INVALID_OID)
     elif op == Op.DESTROY_POOL:
         _check_unused(request, "count index oid slot token")
+    elif op == Op.LEND:
+        _check_unused(request, "count pool oid slot token")
     else:
         _check_unused(request, "count pool index oid slot token")
 

@@ -22,7 +22,7 @@ from ipc.errors import ExitCode, OperatorError
 from tools.config import ClusterConfig
 from tools.control import ask
 from tools.rundir import ClusterDirectory, ClusterRecord
-from tools.units import format_size
+from tools.units import PAGE_BYTES, format_size
 from tools.uuids import format_uuid
 
 _FRUITLESS_SLICES_MAX: Final = 100
@@ -135,6 +135,7 @@ GUESTS_HEADER: Final = (
     "COMPR",
     "PRIORITY",
     "SHARING",
+    "RAM",
     "EPH",
     "PERS",
     "COST",
@@ -155,7 +156,8 @@ POOLS_HEADER: Final = (
 BALLOON_HEADER: Final = ("NAME", "TARGET")
 GRANTS_HEADER: Final = ("UUID", "GUEST", "ROLE")
 LEGEND: Final = (
-    "EPH, PERS: pages; COST: bytes of the arena that it pays for; TARGET: what it should have"
+    "RAM: lent out of the arena; EPH, PERS: pages; COST: bytes of the arena that it pays for; "
+    "TARGET: what it should have"
 )
 TYPES: Final = "EP, PP: ephemeral and persistent, private; ES, PS: shared; COST: bytes of the arena"
 
@@ -173,6 +175,7 @@ def guests_table(answer: Record) -> list[tuple[str, ...]]:
             "on" if guest["compress"] else "off",
             guest["priority"],
             sharing(guest),
+            _bound(guest["lent_pages"] * PAGE_BYTES),
             f"{guest['ephemeral_pages']:,}",
             f"{guest['persistent_pages']:,}",
             format_size(guest["cost_bytes"]),
@@ -218,9 +221,10 @@ def grants_table(answer: Record) -> list[tuple[str, ...]]:
 def headlines(answer: Record) -> Iterator[str]:
     """The arena of a `list` answer and what was saved in it, a line each."""
     arena = answer["arena"]
+    lent = f"{arena['lent_frames']:,} lent as RAM, " if arena["lent_frames"] else ""
     yield (
         f"arena {format_size(arena['bytes'])}: {arena['free_frames']:,} of {arena['frames']:,} "
-        f"frames free, {arena['ephemeral_pages']:,} ephemeral pages, "
+        f"frames free, {lent}{arena['ephemeral_pages']:,} ephemeral pages, "
         f"{arena['persistent_pages']:,} persistent; scheduling {answer['scheduling']}, "
         f"eviction {answer['eviction']}"
     )

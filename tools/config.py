@@ -9,12 +9,13 @@
     scheduling = "scheduled"     # greedy | static | scheduled: how guests share the arena
     admission = true             # s3fifo, hinted: new pages wait in a queue of their own
     faults_max = 256             # broken calls after which a guest is thrown out
+    lend = true                  # guests' RAM comes out of the arena, too (default: false)
     transport = "auto"           # auto (the ring on x86-64) | ring | mqueue: how calls travel
 
     [[guest]]
     name = "web"
     count = 2                    # web1 and web2; without it one guest of this name
-    memory = "4M"                # RAM beside the arena
+    memory = "4M"                # RAM beside the arena, or out of it (lend)
     tree = "stdlib"              # its disk: a copy of a folder; "stdlib" is the running Python's
     tree_limit = "13M"           # take files of the tree up to this size
     # image = "disk.img"         # or an ext2 image, used in place
@@ -126,6 +127,7 @@ class HypervisorConfig(_Strict):
     eviction: Literal["fifo", "clock", "s3fifo", "hinted"] | None = None
     scheduling: Literal["greedy", "static", "scheduled"] | None = None
     admission: bool | None = None
+    lend: bool | None = None
     faults_max: int | None = Field(default=None, ge=1)
     transport: Literal["auto", "ring", "mqueue"] | None = None
 
@@ -135,6 +137,7 @@ class HypervisorConfig(_Strict):
             "eviction": self.eviction,
             "scheduling": self.scheduling,
             "admission": self.admission,
+            "lend": self.lend,
             "faults_max": self.faults_max,
             "transport": self.transport,
         }
@@ -228,7 +231,9 @@ class WorkConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    workload: Literal["read_all", "search", "compile", "log", "make", "mixed", "histories"]
+    workload: Literal[
+        "read_all", "search", "compile", "log", "make", "mixed", "histories", "counters", "programs"
+    ]
 
     def parameters(self) -> dict[str, Any]:
         """The workload's own parameters."""
@@ -263,8 +268,13 @@ class ClusterConfig(_Strict):
 
     @property
     def total_memory_bytes(self) -> int:
-        """RAM of all guests and the arena."""
-        return self.hypervisor.arena + sum(guest.memory for _, guest in self.guests())
+        """RAM of all guests and the arena; the arena alone if it is their RAM, too."""
+        return self.hypervisor.arena + self.memory_beside_bytes
+
+    @property
+    def memory_beside_bytes(self) -> int:
+        """RAM of all guests, but for what comes out of the arena."""
+        return 0 if self.hypervisor.lend else sum(guest.memory for _, guest in self.guests())
 
 
 def read_config(path: Path) -> ClusterConfig:

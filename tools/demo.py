@@ -1,7 +1,8 @@
 """The measured run: the same work twice on the same total memory, without tmem and with it.
 
 * `off`: the arena's memory is divided among the guests as ordinary RAM; there is no hypervisor.
-* `on`: each guest has its own RAM, and one arena is shared by all.
+* `on`: each guest has its own RAM, and one arena is shared by all; with `lend` their RAM comes out
+  of the arena, and in `off` they have the arena and nothing else.
 
 Both start from fresh copies of the same images, run the same phases with the same seeds, and
 compare every file they read with the source tree's hash.  What is compared in the end is the disk
@@ -84,8 +85,7 @@ def check_cluster(config: ClusterConfig, directory: ClusterDirectory) -> None:
     """Raise OperatorError if this machine or this directory can't hold the cluster."""
     guests = config.guests()
     directory.check()
-    memory_bytes = sum(guest.memory for _, guest in guests)
-    check_limits(len(guests), memory_bytes, config.hypervisor.arena)
+    check_limits(len(guests), config.memory_beside_bytes, config.hypervisor.arena)
 
 
 def prepare_disks(config: ClusterConfig, cache: Path) -> dict[str, Disk]:
@@ -152,7 +152,9 @@ def plan_cluster(
     nodes = {node: spec for volume in config.volume for node, spec in _nodes(volume)}
     guests = []
     for number, (name, guest) in enumerate(config.guests()):
-        memory_bytes = guest.memory + (shares[number] if shares else 0)
+        memory_bytes = guest.memory
+        if shares is not None:
+            memory_bytes = shares[number] + (0 if config.hypervisor.lend else memory_bytes)
         image = disks[name].path(directory)
         swap = disks[name].swap
         guests.append(
@@ -358,6 +360,8 @@ class _Run:
 
     def _collect(self, mode: str) -> Record:
         memory = {guest.name: guest.memory_bytes for guest in self._cluster.plan.guests}
+        lent = mode == "on" and self._config.hypervisor.lend
+        beside_bytes = 0 if lent else sum(memory.values())
         hypervisor: Record = dict.fromkeys(
             ("cpu_seconds", "hypercalls", "pages_put", "pages_got", "evictions"), 0
         )
@@ -378,7 +382,7 @@ class _Run:
             if name in stats["guests"]:
                 guests[name]["hypervisor"] = stats["guests"][name]
         return {
-            "total_memory_bytes": sum(memory.values()) + (self._cluster.plan.arena_bytes or 0),
+            "total_memory_bytes": beside_bytes + (self._cluster.plan.arena_bytes or 0),
             "guests": guests,
             "hypervisor": hypervisor,
             "errors": self._errors,
@@ -410,7 +414,8 @@ def guest_result(counters: Record, memory_bytes: int, *, on: bool) -> Record:
     result: Record = {key: counters.get(key, 0) for key in keys}
     result["mismatch_paths"] = counters.get("mismatch_paths", [])
     result["memory_bytes"] = memory_bytes
-    result["page_cache"] = counters.get("page_cache", {})
+    for part in ("page_cache", "anonymous", "swap", "frontswap"):
+        result[part] = counters.get(part, {})
     if on:
         result["cleancache"] = counters.get("cleancache", {})
     return result

@@ -119,6 +119,7 @@ class Player:
             policy=self.options.get("policy", "clock"),
             scheduling=self.options.get("scheduling", "static"),
             admission=self.options.get("admission", "on") == "on",
+            lends=self.options.get("lend") == "on",
             settings=self.settings,
             grants=self.grants,
             secret=b"a script",
@@ -439,6 +440,15 @@ class Player:
             if value
         )
         return f"{fault}{self._why(reply)}{more}"
+
+    def do_lend(self, words: list[str]) -> Iterator[str]:
+        """A guest wants so many pages as RAM."""
+        guest, pages = words
+        reply = self._call(guest, Op.LEND, index=int(pages))
+        if reply.status == Status.DONE:
+            yield f"{guest} has {reply.value} pages as RAM"
+        else:
+            yield f"{guest} {self._why(reply)}"
 
     def do_version(self, words: list[str]) -> Iterator[str]:
         reply = self._call(words[0], Op.VERSION)

@@ -23,13 +23,14 @@ for several pages is numbered: `put a/e 7:0+3 x` puts x0, x1 and x2.  Words name
 (shrinks more, the harder one tries), and any other is a text.  What was evicted by a command
 follows it, indented.
 
-    machine frames=N policy=P scheduling=S admission=off   first, if at all
+    machine frames=N policy=P scheduling=S admission=off lend=on   first, if at all
     guest G / depart G
     pool G/P ephemeral|persistent [shared=UUID] [priority=low|high]
     put G/P H W... [hints=low,active] [token=T] / get G/P H [keep]
     flush G/P H [token=T] / flush G/P OBJECT [token=T]
     destroy G/P
     batch G put|get|flush P H W [token=T]; P H W; ...
+    lend G PAGES
     call G OP field=value... / message G BYTES / version G
     set G|G/P key=value... / freeze [G] / thaw [G] / schedule S
     allow G UUID [reader] / deny G UUID / grants

@@ -45,6 +45,7 @@ def _guest(number: int, **fields: Any) -> Record:
         "group": "",
         "ephemeral_pages": 0,
         "persistent_pages": 0,
+        "lent_pages": 0,
         "cost_bytes": 0,
         "target_bytes": 0,
         "pools": [],
@@ -64,6 +65,7 @@ GUESTS: Record = {
         group="web",
         ephemeral_pages=1234,
         persistent_pages=5,
+        lent_pages=512,
         cost_bytes=3 << 20,
         target_bytes=4 << 20,
         pools=[_pool(0, "EP", 1200, 7), _pool(1, "PP", 5, 1), _pool(2, "ES", 34, 2, DIGITS)],
@@ -75,6 +77,7 @@ ARENA: Record = {
     "bytes": 16 << 20,
     "frames": 4000,
     "free_frames": 2000,
+    "lent_frames": 512,
     "ephemeral_pages": 1234,
     "persistent_pages": 5,
 }

@@ -54,6 +54,7 @@ class Rig:
         self.machine = Machine(
             arena,
             scheduling="static",
+            lends=True,
             settings={"a": Settings(**group), "b": Settings(**group), "c": Settings()},  # type: ignore[arg-type]
             grants=grants,
             secret=b"seed",

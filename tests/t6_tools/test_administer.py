@@ -69,10 +69,10 @@ def test_list_is_a_table_and_the_arena(
     assert header.split()[:4] == ["NAME", "ID", "STATE", "WEIGHT"]
     assert (
         " ".join(alpha.split())
-        == "alpha 1 frozen 300 8.0 MiB - on normal group:web 1,234 5 3.0 MiB 4.0 MiB"
+        == "alpha 1 frozen 300 8.0 MiB - on normal group:web 2.0 MiB 1,234 5 3.0 MiB 4.0 MiB"
     )
     assert bravo.split()[:7] == ["bravo", "2", "detached", "100", "-", "1.0", "MiB"]
-    assert arena.startswith("arena 16.0 MiB: 2,000 of 4,000 frames free")
+    assert arena.startswith("arena 16.0 MiB: 2,000 of 4,000 frames free, 512 lent as RAM, 1,234 ")
     assert arena.endswith("scheduling greedy, eviction clock")
     assert saved == "saved: filled 10 pages (40.0 KiB)"
 

@@ -60,6 +60,19 @@ def _plan(
     return [guest.memory_bytes for guest in plan_cluster(config, disks, directory, mode).guests]
 
 
+def test_lent_memory_is_counted_once(tmp_path: Path) -> None:
+    """The arena is all there is: with tmem RAM comes out of it, without it is divided."""
+    path = tmp_path / "c.toml"
+    path.write_text('[hypervisor]\narena = "6M"\nlend = true\n[[guest]]\nname = "web"\ncount = 2\n')
+    config = read_config(path)
+
+    assert config.total_memory_bytes == 6 * 2**20
+    assert config.memory_beside_bytes == 0
+    assert config.hypervisor.options() == {"lend": True}
+    plans = [_plan(config, ["web1", "web2"], ClusterDirectory(tmp_path), m) for m in ("on", "off")]
+    assert plans == [[4 * 2**20] * 2, [3 * 2**20] * 2]
+
+
 def test_division_loses_no_page() -> None:
     """The first parts take the odd pages."""
     assert divide_pages(10 * 4096, 3) == [4 * 4096, 3 * 4096, 3 * 4096]
