@@ -152,7 +152,7 @@ class Sample:
         with self.path.open("wb") as file:
             file.truncate(len(self.raw))
             for number in range(len(self.raw) // BLOCK_BYTES):
-                block = self.block(number)
+                block = bytes(self.block(number))  # a memoryview is compared item by item
                 if block != _ZEROS:
                     file.seek(number * BLOCK_BYTES)
                     file.write(block)
