@@ -20,6 +20,9 @@ The documented keys of results.json (others may come and go):
         pages_put, pages_got   pages accepted and given back
         evictions              pages dropped to make room
 
+    With swap there are for each guest also `swap` (in_pages, out_pages: moved from and to the swap
+    disk), `frontswap` (loads, succ_stores, ...) and `anonymous` (faults, oom_kills, ...).
+
 The figures of the table and their sources:
 
     saved        1 - disk reads on / disk reads off
@@ -129,10 +132,12 @@ def summary(results: Record) -> list[str]:
     size = sum(_sum(list(run["guests"].values()), "bytes_verified") for run in (off, on))
     wrong = sum(_sum(list(run["guests"].values()), "mismatches") for run in (off, on))
     hypervisor = on["hypervisor"]
+    swapping = _swapping(off, on)
     memory = " on, ".join(format_size(run["total_memory_bytes"]) for run in (on, off))
     return [
         f"total memory {memory} off",
         f"verified {files:,} files, {format_size(size)}; mismatches {wrong}",
+        *([swapping] if swapping else []),
         "hypervisor "
         + ", ".join(
             [
@@ -144,6 +149,23 @@ def summary(results: Record) -> list[str]:
             ]
         ),
     ]
+
+
+def _swapping(off: Record, on: Record) -> str:
+    """What the swap disks had to do, if they had anything to do."""
+    pages, killed = [], 0
+    for run in (off, on):
+        swaps = [guest.get("swap", {}) for guest in run["guests"].values()]
+        pages.append(_sum(swaps, "in_pages") + _sum(swaps, "out_pages"))
+        programs = [guest.get("anonymous", {}) for guest in run["guests"].values()]
+        killed += _sum(programs, "oom_kills")
+    if not any(pages) and not killed:
+        return ""
+    fewer = _percent(pages[0] - pages[1], pages[0])
+    return (
+        f"swap disks: {pages[0]:,} pages moved off, {pages[1]:,} on, {fewer} saved; "
+        f"{killed} programs killed for lack of memory"
+    )
 
 
 def _sum(records: list[Record], key: str) -> Any:

@@ -2,18 +2,20 @@
 
 Parameters: programs (4), pages (256: each program's memory), passes (3), locality (0.0: share of
 the accesses that go to the first tenth of the memory), writes (0.5: share of accesses that write),
-forks (0: how many of the programs begin as a child of the one before, with its pages).
+forks (0: how many of the programs begin as a child of the one before, with its pages), noise (0.5:
+share of each page that can't be compressed; Linux's swapped pages shrink to about a half).
 
 Every page that was written holds its program's number, its own, and how often it was written, all
-over; a page that was never written is zeros.  A child knows what its parent had written.  Programs
-take turns, an access each.  A program that is killed is counted and forgotten: that is no mismatch,
-to read anything else than what was written is.
+over, and noise made from these at its end; a page that was never written is zeros.  A child knows
+what its parent had written.  Programs take turns, an access each.  A program that is killed is
+counted and forgotten: that is no mismatch, to read anything else than what was written is.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from random import Random
 from typing import Final
 
 from guests.process import Process, ProcessKilled
@@ -29,8 +31,11 @@ _TURN: Final = 16
 class _Program:
     """A process and what its memory should hold."""
 
-    def __init__(self, process: Process, pages: int, parent: _Program | None) -> None:
+    def __init__(
+        self, process: Process, pages: int, noise_bytes: int, parent: _Program | None
+    ) -> None:
         self.process = process
+        self.noise_bytes = noise_bytes
         self.pages = pages
         self.address: int = (
             parent.address if parent is not None else process.map(pages * PAGE_BYTES)
@@ -39,12 +44,17 @@ class _Program:
 
     def write(self, page: int, count: int) -> None:
         stamp = _STAMP.pack(self.process.pid, page, count)
-        self.process.write(self.address + page * PAGE_BYTES, stamp * _COPIES)
+        self.process.write(self.address + page * PAGE_BYTES, self._content(stamp))
         self.stamps[page] = stamp
 
     def is_right(self, page: int) -> bool:
         content = self.process.read(self.address + page * PAGE_BYTES, PAGE_BYTES)
-        return content == self.stamps.get(page, bytes(_STAMP.size)) * _COPIES
+        stamp = self.stamps.get(page)
+        return content == (bytes(PAGE_BYTES) if stamp is None else self._content(stamp))
+
+    def _content(self, stamp: bytes) -> bytes:
+        plain = (stamp * _COPIES)[self.noise_bytes :]
+        return plain + Random(stamp).randbytes(self.noise_bytes)
 
 
 def run(job: Job) -> Iterator[None]:
@@ -55,13 +65,14 @@ def run(job: Job) -> Iterator[None]:
     locality = job.number("locality", 0.0, 0.0, 1.0)
     writes = job.number("writes", 0.5, 0.0, 1.0)
     forks = job.count("forks", 0, 0, 1000)
+    noise = int(job.number("noise", 0.5, 0.0, 1.0) * PAGE_BYTES)
     job.total = count * pages * (passes + 2)
     yield
     programs: list[_Program] = []
     try:
         for number in range(count):
             parent = programs[-1] if programs and number <= forks else None
-            programs.append(_start(job, number, pages, parent))
+            programs.append(_start(job, number, pages, noise, parent))
             yield from _each(job, programs[-1:], iter(range(pages)), fill=True)
         order = job.random
         everywhere = (
@@ -77,10 +88,12 @@ def run(job: Job) -> Iterator[None]:
             program.process.exit()
 
 
-def _start(job: Job, number: int, pages: int, parent: _Program | None) -> _Program:
+def _start(
+    job: Job, number: int, pages: int, noise_bytes: int, parent: _Program | None
+) -> _Program:
     if parent is not None and parent.process.is_alive:
-        return _Program(parent.process.fork(f"program{number}"), pages, parent)
-    return _Program(job.processes.spawn(f"program{number}"), pages, None)
+        return _Program(parent.process.fork(f"program{number}"), pages, noise_bytes, parent)
+    return _Program(job.processes.spawn(f"program{number}"), pages, noise_bytes, None)
 
 
 def _each(
