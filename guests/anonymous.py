@@ -276,12 +276,18 @@ class AnonymousMemory:
         window = [one for one in self.swap.window(slot) if one == slot or one not in self._cached]
         window = _run_around(window, slot)
         self._memory.reclaim.make_room(len(window))
-        # Whoever was killed for that, or what was evicted, may have changed all of it.
-        window = _run_around(
-            [one for one in window if self.swap.users(one) and one not in self._cached], slot
-        )
-        if slot not in window:
+        # Whoever was killed for that, or what was evicted, may have changed all of it; and to evict
+        # may have brought some of these pages from frontswap to the disk.
+        if not self.swap.users(slot) or slot in self._cached:
             return
+        window = _run_around(
+            [
+                one
+                for one in window
+                if one == slot or (self.swap.is_like(one, slot) and one not in self._cached)
+            ],
+            slot,
+        )
         transfer = self._memory.transfer
         try:
             self.swap.load(window, transfer)

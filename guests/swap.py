@@ -202,21 +202,21 @@ class Swap:
     def window(self, slot: int) -> list[int]:
         """The used slots to read together with `slot`, neighbours of it, all in one place."""
         pages = self._window_pages(slot)
-        here = self._place(slot)
         around = self.disk.window(slot, pages)
         first = last = slot
-        while first - 1 in around and self._is_like(first - 1, here):
+        while first - 1 in around and self.is_like(first - 1, slot):
             first -= 1
-        while last + 1 in around and self._is_like(last + 1, here):
+        while last + 1 in around and self.is_like(last + 1, slot):
             last += 1
         return list(range(first, last + 1))
 
     def _place(self, slot: int) -> bool:
         return self.frontswap is not None and self.frontswap.holds(slot)
 
-    def _is_like(self, slot: int, place: bool) -> bool:
+    def is_like(self, slot: int, other: int) -> bool:
+        """Whether a slot is in use and can be loaded together with another one."""
         lost = self.frontswap is not None and self.frontswap.is_lost(slot)
-        return self.users(slot) > 0 and self._place(slot) == place and not lost
+        return self.users(slot) > 0 and self._place(slot) == self._place(other) and not lost
 
     def _window_pages(self, slot: int) -> int:
         """As many as paid off last time (Linux's swapin_nr_pages)."""
@@ -237,6 +237,7 @@ class Swap:
 
     def load(self, slots: Sequence[int], into: memoryview) -> None:
         """Copy the pages of neighbouring slots, all in one place, into memory.  OSError."""
+        assert len({self._place(slot) for slot in slots}) == 1, "pages of two places"
         front = self.frontswap
         if front is not None:
             if front.is_lost(slots[0]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,31 @@ def test_a_page_that_comes_back_leaves_tmem(kernel: Kernel, hypervisor: LocalHyp
     process.exit()
     kernel.idle()
     assert not hypervisor.persistent_slots()
+    check_programs(kernel, hypervisor)
+
+
+def test_a_window_whose_pages_go_to_the_disk_while_it_is_fetched(
+    kernel: Kernel, hypervisor: LocalHypervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for pages that are read ahead may be made by writing back some of those very pages."""
+    swap, reclaim = kernel.userland.swap, kernel.memory.reclaim
+    assert swap is not None
+    process, address = fill(kernel)
+    make_room, calls = reclaim.make_room, count()
+
+    def make_room_and_write_back(pages: int) -> None:
+        make_room(pages)
+        # Not each time, or there would soon be nothing left to be written back.
+        if next(calls) % 3 == 0:
+            swap.write_back(1)
+
+    monkeypatch.setattr(reclaim, "make_room", make_room_and_write_back)
+    for _ in range(3):
+        read_all(process, address)
+    counters = kernel.counters()
+    assert counters["frontswap"]["loads"] > 0
+    assert counters["swap"]["in_pages"] > 0
+    assert counters["anonymous"]["readahead_hits"] > 0
     check_programs(kernel, hypervisor)
 
 
