@@ -17,6 +17,7 @@ from guests.workloads.job import Job
 
 RECORD_BYTES: Final = 96
 """Of a log: no divisor of a page, so that records lie across pages."""
+LOG_BYTES_MAX: Final = 2**24
 _HEAD: Final = struct.Struct("<16sQI")
 _FATAL: Final = (errno.EIO, errno.EROFS, errno.EUCLEAN, errno.ENOSPC)
 

@@ -208,6 +208,17 @@ def _judge_prefixes(
             yield f"{path}: of {who} there is {there} of {all_of}"
 
 
+def judge_own(outcome: Outcome, folder: str) -> Iterator[str]:
+    """What was synced is there, and whole."""
+    yield from judge_counts(outcome, ("create",), ("unlink",), f"{folder}/")
+    for call in outcome.named("write"):
+        seen = outcome.tree.get(call.path)
+        if seen is not None and call.path.startswith(f"{folder}/") and outcome.certain(call):
+            who, number = call.path.rpartition("/")[2].rsplit(".", 1)
+            if seen.value != [who, int(number)]:
+                yield f"{call.path}: holds {seen.value}"
+
+
 JUDGES: dict[str, Callable[[Outcome, str], Iterator[str]]] = {
     "cross": judge_cross,
     "inodes": judge_cross,
@@ -215,4 +226,5 @@ JUDGES: dict[str, Callable[[Outcome, str], Iterator[str]]] = {
     "directories": judge_directories,
     "files": judge_files,
     "append": judge_append,
+    "own": judge_own,
 }

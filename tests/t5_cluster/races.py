@@ -12,7 +12,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -199,7 +199,7 @@ class RacingGuests:
         self.finish(*GUESTS)
         return self.outcome(whose, folder)
 
-    def outcome(self, whose: list[str], folder: str, lost: tuple[str, ...] = ()) -> Outcome:
+    def outcome(self, whose: list[str], folder: str, lost: Sequence[str] = ()) -> Outcome:
         """What these racers did, and what is there now."""
         outcome = Outcome(lost=frozenset(lost))
         for who in whose:
@@ -210,6 +210,10 @@ class RacingGuests:
             who = self.alone(guest, "look", folder=folder)
             outcome.trees[guest] = read_record(who, self._records[who])[2]
         return outcome
+
+    def await_work(self, guest: str, done: int) -> None:
+        """Until it has done so many operations."""
+        wait_until(lambda: self.status(guest)["done"] > done, f"{done} operations of {guest}")
 
     def kill(self, guest: str) -> None:
         """SIGKILL, and its end is seen."""

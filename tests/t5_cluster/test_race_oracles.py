@@ -191,6 +191,21 @@ def test_record_after_the_last_cut_is_there(record: Record) -> None:
     assert "('red', 1) is lost" in "".join(record.judge("append"))
 
 
+def test_synced_file_that_is_gone_or_torn(record: Record) -> None:
+    """Of a dead node only what it synced is certain."""
+    record.call("red", "create", "red/red.0")
+    record.call("red", "write", "red/red.0")
+    assert record.judge("own", "red") == []
+    record.see("file", "red/red.0")
+    assert record.judge("own", "red") == []
+    record.call("red", "fsync", "red/red.0")
+    assert "holds None" in "".join(record.judge("own", "red"))
+    record.see("file", "red/red.0", ["red", 0])
+    assert record.judge("own", "red") == []
+    del record.tree[f"{FOLDER}/red/red.0"]
+    assert "there: False" in "".join(record.judge("own", "red"))
+
+
 def test_value_that_is_old_doubled_or_lost_for_nothing() -> None:
     """Uses of a lock in EX follow each other, and each sees what the one before wrote."""
     first = Use("red", "EX", 0, 10, written=1, end_ns=20)

@@ -9,12 +9,12 @@ serves all races of a seed, in the order of this file.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from guests.workloads.races import RACES
-from tests.support.clusters import wait_until
 from tests.support.ocfs2 import faults, problems
 from tests.t5_cluster.race_oracles import judge
 from tests.t5_cluster.races import (
@@ -127,7 +127,7 @@ def test_node_is_killed_in_the_middle_of_all_races(
     seed: int, new_cluster_name: Callable[[], str], expect_warning: Callable[[str], None]
 ) -> None:
     """The others go on without an error, it comes back while they do, and what it synced is
-    there."""
+    there. Then it is killed once more, with changes in its journal that nobody else wanted."""
     expect_warning(r"event=guest-died guest=\w+ exit_code=-9")
     folder = "/killed"
     with racing_guests(new_cluster_name()) as guests:
@@ -135,21 +135,27 @@ def test_node_is_killed_in_the_middle_of_all_races(
         guests.alone("red", "all", folder=folder, prepare=1, operations=0)
         victim = GUESTS[seed % 3]
         racers = {
-            guest: guests.start(guest, "all", seed, operations=60, folder=folder)
+            guest: guests.start(guest, "all", seed, operations=50, folder=folder)
             for guest in GUESTS
         }
-        work = 20 + seed * 37 % 160
-        wait_until(lambda: guests.status(victim)["done"] > work, f"some work of {victim}")
+        lives = [racers.pop(victim)]
+        guests.await_work(victim, 20 + seed * 37 % 160)
         guests.kill(victim)
         guests.cluster.revive(victim)
-        again = guests.start(victim, "all", seed, operations=20, folder=folder)
+        lives.append(guests.start(victim, "own", seed, operations=100_000, folder=folder))
+        guests.finish(*racers)
+        guests.await_work(victim, guests.status(victim)["done"] + 20 + seed % 20)
+        guests.kill(victim)
+        guests.cluster.revive(victim)
+        lives.append(guests.start(victim, "all", seed, operations=10, folder=folder))
         guests.finish(*GUESTS)
-        outcome = guests.outcome([*racers.values(), again], folder, lost=(racers[victim],))
+        outcome = guests.outcome([*racers.values(), *lives], folder, lost=lives[:-1])
         for kind in RACES:
             assert judge(kind, outcome, f"{folder}/{kind}") == []
-        others = "".join(guests.log(guest) for guest in GUESTS if guest != victim)
-        number = GUESTS.index(victim)
-        assert others.count(f"event=recovered node=node {victim} ({number})") == 1
+        others = "".join(guests.log(guest) for guest in racers)
+        recovered = f"event=recovered node=node {victim} ({GUESTS.index(victim)})"
+        assert others.count(recovered) == 2
+        assert re.search(rf"{re.escape(recovered)} slot=\d blocks=[1-9]", others)
         guests.alone(victim, "remove", folder=folder)
         judge_disk(guests, empty)
 
