@@ -18,7 +18,7 @@ from tools.cli import main
 from tools.sim.run import guests_of, run_seed
 
 ROOT = Path(__file__).parents[2]
-SEEDS = 24
+SEEDS = 16
 EVENTS = 200
 GROUPS = 4
 KERNEL_SEED = next(seed for seed in range(100) if "kernel" in guests_of(seed))

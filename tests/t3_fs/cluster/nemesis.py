@@ -6,7 +6,7 @@ import os
 
 from tests.t3_fs.cluster.world import MS, Guest, World
 
-RUNS = int(os.environ.get("TMEM_CLUSTER_RUNS", "12"))
+RUNS = int(os.environ.get("TMEM_CLUSTER_RUNS", "8"))
 """How many seeds a campaign takes; `make campaigns` gives more."""
 
 
