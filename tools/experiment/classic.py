@@ -1,0 +1,259 @@
+"""The experiments that made tmem known, measured again: `tmem experiment classic`.
+
+N guests build a tree each with `make -jN` (`guests.workloads.make`), with more compilers at a time
+from level to level: from no pressure to far beyond memory.  Each level is run in every mode
+(`tools.experiment.modes`), on the same total memory, with the same trees and seeds, each time in a
+cluster of its own.  Modes take turns within a level, so that what else the machine does spreads
+over all of them.
+
+    pressure    what a guest needs (its tree, its compilers' memory, the kernel's part) over its
+                share M/N of the memory; 1 is none
+    seconds     of the slowest guest, measured
+    hdd, ssd    modelled: the same guest's measured seconds and its disk accesses, counted, times
+                8 ms and 100 us.  Measured time alone says little about disks, because the images
+                are files in the host's page cache
+
+All figures are counted from when the work begins to when the last guest is done.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+from ipc.codec import Record
+from ipc.errors import ExitCode, OperatorError
+from tools.cluster import check_limits
+from tools.experiment.modes import MODES, Disks, Host
+from tools.experiment.onerun import Work, run_once
+from tools.image import Image, build_image, copy_image
+from tools.interrupts import Interrupts
+from tools.rundir import ClusterDirectory
+from tools.swapfile import prepare_swap
+from tools.units import PAGE_BYTES
+
+ACCESS_SECONDS: Final = {"hdd": 0.008, "ssd": 0.0001}
+"""What the model adds for each access to a disk."""
+KERNEL_PAGES: Final = 80
+"""About what a guest uses for neither files nor programs."""
+HOST_RESERVE_SHARE: Final = 8
+"""The host keeps one byte in so many of what it gives to guests and arena."""
+MEASURES: Final = (
+    "seconds",
+    "disk_reads_pages",
+    "swap_in_pages",
+    "swap_out_pages",
+    "oom_kills",
+    "mismatches",
+    "hypervisor_cpu_seconds",
+    "guests_cpu_seconds",
+    "hdd_seconds",
+    "ssd_seconds",
+    "accesses",
+    "killed_programs",
+    "migration_bytes",
+    "sizes_most_bytes",
+    "verified_bytes",
+)
+"""Figures of a run; a point has the median of each over its runs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large and how long."""
+
+    guests: int = 8
+    share_bytes: int = 3 * 2**20
+    """Memory of a guest when all is divided evenly."""
+    tree_bytes: int = 2**20
+    memory_pages: int = 96
+    """Of an average compiler."""
+    jobs: tuple[int, ...] = (1, 4, 8, 12, 16, 24, 32)
+    """Compilers at a time, one level after the other."""
+    swap_bytes: int = 32 * 2**20
+    passes: int = 1
+    seed: int = 1
+    repeat: int = 3
+    modes: tuple[str, ...] = tuple(MODES)
+    name: str = "classic"
+
+    def pressure(self, jobs: int) -> float:
+        """Of a level."""
+        pages = self.tree_bytes // PAGE_BYTES + jobs * self.memory_pages + KERNEL_PAGES
+        return round(max(1.0, pages * PAGE_BYTES / self.share_bytes), 2)
+
+    @property
+    def host(self) -> Host:
+        """The guests and their memory."""
+        names = tuple(f"guest{number}" for number in range(1, self.guests + 1))
+        return Host(self.name, names, self.share_bytes)
+
+    def runs(self) -> Iterator[tuple[int, str, int]]:
+        """Level (jobs), mode and seed of every run, in the order in which they are made."""
+        for jobs in self.jobs:
+            for number in range(self.repeat):
+                for mode in self.modes:
+                    yield jobs, mode, self.seed + number
+
+
+QUICK: Final = Plan(tree_bytes=640 * 2**10, jobs=(1, 8, 16, 24), repeat=1)
+
+
+def chosen_modes(text: str) -> tuple[str, ...]:
+    """Modes from `a,b`; raises OperatorError for one that is none."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in MODES:
+            raise OperatorError(
+                f"there is no mode {name!r}; there are {', '.join(MODES)}", ExitCode.USAGE
+            )
+    return names
+
+
+Progress = Callable[[int, int, str], None]
+"""Told of runs done, runs in all, and what is done now."""
+
+
+def measure(
+    plan: Plan,
+    folder: Path,
+    cache: Path,
+    interrupts: Interrupts,
+    progress: Progress,
+    news: Callable[[str], None],
+) -> Record:
+    """All runs; the document of the experiment."""
+    host = plan.host
+    check_limits(plan.guests, 2 * host.total_bytes, host.total_bytes)
+    images = {
+        name: build_image("stdlib", plan.tree_bytes, name, cache.absolute()) for name in host.guests
+    }
+    runs = list(plan.runs())
+    found: list[Record] = []
+    for number, (jobs, mode, seed) in enumerate(runs):
+        progress(number, len(runs), f"{mode} at pressure {plan.pressure(jobs):g}")
+        found.append(_run(plan, jobs, mode, seed, folder, images, interrupts, news))
+    progress(len(runs), len(runs), "done")
+    points = [_point(plan, mode, jobs, found) for jobs in plan.jobs for mode in plan.modes]
+    return {
+        "points": points,
+        "runs": found,
+        "plan": _plan_record(plan),
+        "errors": [line for run in found for line in run["errors"]],
+    }
+
+
+def _plan_record(plan: Plan) -> Record:
+    return {
+        **vars(plan),
+        "jobs": list(plan.jobs),
+        "modes": list(plan.modes),
+        "total_bytes": plan.host.total_bytes,
+        "host_reserve_bytes": plan.host.total_bytes // HOST_RESERVE_SHARE,
+        "access_seconds": ACCESS_SECONDS,
+    }
+
+
+def _run(
+    plan: Plan,
+    jobs: int,
+    mode: str,
+    seed: int,
+    folder: Path,
+    images: dict[str, Image],
+    interrupts: Interrupts,
+    news: Callable[[str], None],
+) -> Record:
+    """One run, in a cluster of its own."""
+    directory = ClusterDirectory(folder / f"{mode}-{jobs}-{seed}")
+    directory.check()
+    work = {
+        name: Work(
+            seed * 1_000_003 + number,
+            {
+                "manifest": str(images[name].manifest),
+                "jobs": jobs,
+                "memory_pages": plan.memory_pages,
+                "passes": plan.passes,
+            },
+        )
+        for number, name in enumerate(plan.host.guests)
+    }
+    with _disks(plan, directory, images) as disks:
+        figures = run_once(
+            MODES[mode], plan.host, disks, work, directory, interrupts, ACCESS_SECONDS, news
+        )
+    shutil.rmtree(directory.path, ignore_errors=True)
+    return {"mode": mode, "jobs": jobs, "seed": seed, **figures}
+
+
+@contextmanager
+def _disks(
+    plan: Plan, directory: ClusterDirectory, images: dict[str, Image]
+) -> Iterator[dict[str, Disks]]:
+    """Fresh disks and swap files for all guests, gone afterwards."""
+    directory.images.mkdir(mode=0o700, parents=True, exist_ok=True)
+    disks = {}
+    try:
+        for name, image in images.items():
+            path = directory.images / f"{name}.img"
+            copy_image(image.path, path)
+            swap = prepare_swap(name, plan.swap_bytes, None)
+            assert swap is not None
+            swap.make(directory.images)
+            disks[name] = Disks(path, swap.path(directory.images), swap.uuid)
+        yield disks
+    finally:
+        shutil.rmtree(directory.images, ignore_errors=True)
+
+
+def _point(plan: Plan, mode: str, jobs: int, found: list[Record]) -> Record:
+    """What the runs of one mode and level say together."""
+    runs = [run for run in found if (run["mode"], run["jobs"]) == (mode, jobs)]
+    spread = {
+        measure: [min(run[measure] for run in runs), max(run[measure] for run in runs)]
+        for measure in MEASURES
+    }
+    point = {measure: median(run[measure] for run in runs) for measure in MEASURES}
+    # None of these may hide behind a median.
+    point |= {name: max(run[name] for run in runs) for name in ("mismatches", "oom_kills")}
+    return {
+        "mode": mode,
+        "pressure": plan.pressure(jobs),
+        "jobs": jobs,
+        **point,
+        "tmem": runs[0]["tmem"],
+        "spread": spread,
+    }
+
+
+def verdict(found: dict[str, Any]) -> tuple[ExitCode, list[str]]:
+    """The exit code, and a line for each thing that went wrong."""
+    lines = list(found["errors"])
+    lines += [
+        f"{run['mode']}, {run['jobs']} jobs: {run['mismatches']} wrong pages or files: "
+        f"{', '.join(run['mismatch_paths'])}"
+        for run in found["runs"]
+        if run["mismatches"]
+    ]
+    return (ExitCode.VIOLATED if lines else ExitCode.OK), lines
+
+
+def with_options(
+    plan: Plan,
+    *,
+    guests: int | None,
+    seed: int | None,
+    repeat: int | None,
+    modes: str | None,
+) -> Plan:
+    """The plan as the command line changes it."""
+    changes: dict[str, Any] = {"guests": guests, "seed": seed, "repeat": repeat}
+    if modes is not None:
+        changes["modes"] = chosen_modes(modes)
+    return replace(plan, **{key: value for key, value in changes.items() if value is not None})

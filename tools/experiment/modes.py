@@ -1,0 +1,132 @@
+"""The ways of dividing one host's memory that the experiments compare, each as a cluster to start.
+
+All have the same total memory M for N guests; the host's own reserve is beside it in every mode.
+
+    static       RAM of M/N each, and nothing else
+    balloon      a balancer moves RAM between the guests (`balancer`), up to twice M/N for one
+    tmem         RAM of half of M/N each; the other half of M is the arena, compressed
+    tmem-plain   the same without compression
+    self-balloon RAM of M/N each, given back when it is not needed (`guests.selfballoon`); what was
+                 given back is free, and no guest has anything of it
+
+Every guest has a swap disk, the same in all modes.
+
+In `balloon` there is a hypervisor too, because balloon targets come through its window; guests put
+nothing there.  A window and the least arena are not counted in that mode: a real balloon driver has
+one page for its target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from guests.memory import WINDOW_PAGES
+from hypervisor.arena import FRAMES_MIN, layout
+from ipc.codec import Record
+from tools.cluster import ClusterPlan, GuestPlan
+from tools.units import PAGE_BYTES
+
+SELF_BALLOON_MB: Final = 512
+"""What the RAM of a guest counts as in the formulas of self-ballooning."""
+SELF_BALLOON_SECONDS: Final = 1
+"""Linux's worker wakes up every 5 seconds, for builds that take minutes."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """What all modes have in common.  `share_bytes` is M/N."""
+
+    name: str
+    guests: tuple[str, ...]
+    share_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """M."""
+        return len(self.guests) * self.share_bytes
+
+
+@dataclass(frozen=True)
+class Disks:
+    """The image and the swap file of a guest."""
+
+    image: Path
+    swap: Path
+    swap_uuid: bytes
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way; `make` fills in what differs."""
+
+    memory_shares: float
+    """RAM of a guest, in parts of M/N."""
+    arena_shares: float | None = None
+    """The arena, in parts of M; 0 is the least that can be; None: there is no hypervisor."""
+    tmem: bool = False
+    compress: bool = False
+    balanced: bool = False
+    self_ballooning: bool = False
+
+    @property
+    def uncounted_bytes(self) -> int:
+        """Of the RAM of a guest: there only so that it can be told of its target."""
+        return WINDOW_PAGES * PAGE_BYTES if self.balanced else 0
+
+    def plan(self, host: Host, disks: Mapping[str, Disks]) -> ClusterPlan:
+        """The cluster of this mode."""
+        memory_bytes = _pages(self.memory_shares * host.share_bytes) + self.uncounted_bytes
+        guests = [
+            GuestPlan(
+                name,
+                memory_bytes,
+                disks[name].image,
+                swap=disks[name].swap,
+                swap_uuid=disks[name].swap_uuid,
+                cleancache=self.tmem,
+                frontswap=self.tmem,
+            )
+            for name in host.guests
+        ]
+        if self.arena_shares is None:
+            return ClusterPlan(host.name, guests, None)
+        arena_bytes = max(_pages(self.arena_shares * host.total_bytes), layout(FRAMES_MIN).end)
+        return ClusterPlan(host.name, guests, arena_bytes, questions=list(self._told(host)))
+
+    def _told(self, host: Host) -> Iterator[Record]:
+        """What the hypervisor is told before there are guests."""
+        for name in host.guests:
+            if self.compress:
+                yield {"verb": "set", "guest": name, "compress": True}
+            if self.balanced:
+                size_bytes = host.share_bytes + self.uncounted_bytes
+                yield {"verb": "balloon", "guest": name, "size_bytes": size_bytes}
+
+    def prepare(self, host: Host, execute: Callable[[str, list[str]], Any]) -> None:
+        """Switch services of the guests on; `execute` runs a command in one."""
+        if not self.self_ballooning:
+            return
+        knobs = {
+            "mb_bytes": host.share_bytes // SELF_BALLOON_MB,
+            "interval": SELF_BALLOON_SECONDS,
+            "selfballooning": 1,
+        }
+        for name in host.guests:
+            for knob, value in knobs.items():
+                execute(name, ["selfballoon", knob, str(value)])
+
+
+def _pages(size_bytes: float) -> int:
+    return int(size_bytes) // PAGE_BYTES * PAGE_BYTES
+
+
+MODES: Final = {
+    "static": Mode(1.0),
+    "balloon": Mode(2.0, 0.0, balanced=True),
+    "self-balloon": Mode(1.0, self_ballooning=True),
+    "tmem-plain": Mode(0.5, 0.5, tmem=True),
+    "tmem": Mode(0.5, 0.5, tmem=True, compress=True),
+}

@@ -1,0 +1,307 @@
+"""One run of an experiment: a cluster, the same kind of work in every guest, what was counted."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ipc.codec import Record
+from ipc.errors import Disconnected
+from tools.cluster import Cluster
+from tools.control import ask
+from tools.experiment.balancer import PERIOD_SECONDS, Figures, targets
+from tools.experiment.modes import Disks, Host, Mode
+from tools.interrupts import Interrupts
+from tools.rundir import ClusterDirectory
+from tools.units import PAGE_BYTES
+
+_POLL_SECONDS: Final = 0.1
+_SETTLE_SECONDS: Final = 20.0
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+_PATHS_MAX: Final = 5
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a guest is asked to do."""
+
+    seed: int
+    parameters: dict[str, Any]
+
+
+def run_once(
+    mode: Mode,
+    host: Host,
+    disks: Mapping[str, Disks],
+    work: Mapping[str, Work],
+    directory: ClusterDirectory,
+    interrupts: Interrupts,
+    access_seconds: Mapping[str, float],
+    news: Callable[[str], None],
+) -> Record:
+    """Start, work, count, stop."""
+    interrupts.check()
+    with Cluster(mode.plan(host, disks), directory, interrupts) as cluster:
+        run = _Run(mode, host, cluster, interrupts, news)
+        run.settle()
+        return run.result(work, access_seconds)
+
+
+class _Run:
+    """A cluster that is up."""
+
+    def __init__(
+        self,
+        mode: Mode,
+        host: Host,
+        cluster: Cluster,
+        interrupts: Interrupts,
+        news: Callable[[str], None],
+    ) -> None:
+        self._mode = mode
+        self._host = host
+        self._cluster = cluster
+        self._interrupts = interrupts
+        self._news = news
+        self._last: dict[str, Record] = {}
+        self._errors: list[str] = []
+        self._told: dict[str, int] = {}
+        self._stalled_seconds: dict[str, float] = {}
+        self._looked_at = time.monotonic()
+        self._migration_bytes: list[int] = []
+        self._sizes_most = 0
+
+    # --- before the work
+
+    def settle(self) -> None:
+        """Switch services on, and let the guests come to the sizes that they begin with."""
+        self._mode.prepare(self._host, self._execute)
+        self._poll_all()
+        if not self._mode.balanced:
+            return
+        uncounted = self._mode.uncounted_bytes
+        first = (self._host.share_bytes + uncounted) // PAGE_BYTES
+        self._told = dict.fromkeys(self._host.guests, first)
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while any(_size(self._counters(name)) > first for name in self._host.guests):
+            if time.monotonic() > deadline:
+                self._complain("guests do not come to the size that they are to begin with")
+                break
+            self._poll_all()
+
+    def _execute(self, name: str, argv: list[str]) -> None:
+        answer = self._cluster.ask_guest(name, {"verb": "exec", "argv": argv})
+        if answer.get("exit_code"):
+            self._complain(f"{name}: {' '.join(argv)}: {answer['stderr'].decode().strip()}")
+
+    # --- the work
+
+    def result(self, work: Mapping[str, Work], access_seconds: Mapping[str, float]) -> Record:
+        """Let all guests work until the last is done; what was counted meanwhile."""
+        before = {name: self._counters(name) for name in self._host.guests}
+        cpu_before = self._cpu_seconds()
+        stats_before = self._stats()
+        busy = [name for name, task in work.items() if self._start(name, task)]
+        next_look = time.monotonic() + PERIOD_SECONDS
+        while busy:
+            self._interrupts.sleep(_POLL_SECONDS)
+            for line in self._cluster.watch():
+                self._complain(line)
+            busy = [name for name in busy if name in self._cluster.alive and self._poll(name)]
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + PERIOD_SECONDS
+                self._look()
+        self._look()
+        cpu = {name: seconds - cpu_before[name] for name, seconds in self._cpu_seconds().items()}
+        stats = self._stats()
+        guests = {
+            name: _worked(before[name], self._counters(name), access_seconds)
+            for name in self._host.guests
+        }
+        return {
+            **_together(guests),
+            "hypervisor_cpu_seconds": stats["cpu_seconds"] - stats_before["cpu_seconds"],
+            "guests_cpu_seconds": sum(cpu.values()),
+            "migration_bytes": sum(self._migration_bytes) // max(1, len(self._migration_bytes)),
+            "sizes_most_bytes": self._sizes_most * PAGE_BYTES,
+            "tmem": {
+                key: stats[key] - stats_before[key]
+                for key in ("hypercalls", "pages_put", "pages_got", "evictions")
+            },
+            "errors": self._errors,
+        }
+
+    def _start(self, name: str, task: Work) -> bool:
+        question = {
+            "verb": "run",
+            "workload": "make",
+            "seed": task.seed,
+            "parameters": task.parameters,
+        }
+        try:
+            answer = self._cluster.ask_guest(name, question)
+        except Disconnected as error:
+            answer = {"error": str(error)}
+        if not answer.get("accepted"):
+            self._complain(f"{name}: {answer.get('error')}")
+        return bool(answer.get("accepted"))
+
+    def _poll_all(self) -> None:
+        for name in self._host.guests:
+            self._poll(name)
+
+    def _poll(self, name: str) -> bool:
+        """Whether the guest is still at work, as far as it answers."""
+        try:
+            status = self._cluster.ask_guest(name, {"verb": "status"})
+        except Disconnected:
+            # Busy beyond patience, or dying: the next `watch` knows.
+            return True
+        self._last[name] = status
+        if status["state"] == "failed":
+            self._complain(f"{name}: {status['workload']}: {status['error']}")
+        return bool(status["state"] == "running")
+
+    def _counters(self, name: str) -> Record:
+        counters: Record = self._last[name]["counters"]
+        return counters
+
+    def _complain(self, line: str) -> None:
+        if line not in self._errors:
+            self._errors.append(line)
+            self._news(line)
+
+    # --- the host's side, once a second
+
+    def _look(self) -> None:
+        """See what is free for somebody else, and balance if that is the mode."""
+        now = time.monotonic()
+        seconds, self._looked_at = now - self._looked_at, now
+        uncounted = self._mode.uncounted_bytes // PAGE_BYTES
+        sizes = {name: _size(self._counters(name)) - uncounted for name in self._host.guests}
+        self._sizes_most = max(self._sizes_most, sum(sizes.values()))
+        free_bytes = self._host.total_bytes - sum(sizes.values()) * PAGE_BYTES
+        if self._mode.tmem:
+            answer = ask(self._cluster.directory.hypervisor_socket, {"verb": "freeable"})
+            free_bytes = answer["free_bytes"] + answer["ephemeral_bytes"]
+        elif self._mode.balanced:
+            free_bytes += sum(_free(self._counters(name)) for name in sizes) * PAGE_BYTES
+        self._migration_bytes.append(free_bytes)
+        if self._mode.balanced:
+            self._balance(seconds)
+
+    def _balance(self, seconds: float) -> None:
+        uncounted = self._mode.uncounted_bytes // PAGE_BYTES
+        guests = {name: self._figures(name, seconds) for name in self._host.guests}
+        total = self._host.total_bytes // PAGE_BYTES + uncounted * len(guests)
+        for name, target in targets(guests, total).items():
+            if target != self._told[name]:
+                self._told[name] = target
+                question = {"verb": "balloon", "guest": name, "size_bytes": target * PAGE_BYTES}
+                ask(self._cluster.directory.hypervisor_socket, question)
+
+    def _figures(self, name: str, seconds: float) -> Figures:
+        counters = self._counters(name)
+        waited = counters["pressure"]["some"]["total_seconds"]
+        stalled = (waited - self._stalled_seconds.get(name, 0.0)) / max(seconds, 1e-3)
+        self._stalled_seconds[name] = waited
+        memory, balloon = counters["memory"], counters["balloon"]
+        return Figures(
+            size=balloon["size_pages"],
+            told=self._told[name],
+            floor=balloon["floor_pages"],
+            maximum=balloon["maximum_pages"],
+            committed=counters["anonymous"]["committed_pages"],
+            reserved=memory["budget_pages"] - memory["frames"],
+            free=_free(counters),
+            stalled=stalled,
+        )
+
+    # --- figures
+
+    def _stats(self) -> Record:
+        if self._cluster.plan.arena_bytes is None:
+            return dict.fromkeys(
+                ("cpu_seconds", "hypercalls", "pages_put", "pages_got", "evictions"), 0
+            )
+        return self._cluster.stats()
+
+    def _cpu_seconds(self) -> dict[str, float]:
+        """CPU time of each guest's process so far."""
+        record = self._cluster.directory.read()
+        assert record is not None
+        return {guest.name: _process_cpu_seconds(guest.pid) for guest in record.guests}
+
+
+def _process_cpu_seconds(pid: int | None) -> float:
+    """User and system time, 0 for a process that is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def _size(counters: Record) -> int:
+    size: int = counters["balloon"]["size_pages"]
+    return size
+
+
+def _free(counters: Record) -> int:
+    """Frames that a guest has and does not use."""
+    memory, balloon = counters["memory"], counters["balloon"]
+    given_back = balloon["maximum_pages"] - balloon["size_pages"]
+    free: int = memory["frames"] - memory["used_pages"] - given_back
+    return free
+
+
+def _worked(before: Record, after: Record, access_seconds: Mapping[str, float]) -> Record:
+    """What a guest did between two looks."""
+
+    def grown(*path: str) -> Any:
+        values = []
+        for counters in (before, after):
+            value: Any = counters
+            for key in path:
+                value = value[key]
+            values.append(value)
+        return values[1] - values[0]
+
+    accesses = (
+        grown("disk_read_calls")
+        + grown("disk_write_calls")
+        + grown("swap", "read_calls")
+        + grown("swap", "write_calls")
+    )
+    seconds = grown("seconds")
+    return {
+        "seconds": seconds,
+        "disk_reads_pages": grown("disk_reads_pages"),
+        "swap_in_pages": grown("swap", "in_pages"),
+        "swap_out_pages": grown("swap", "out_pages"),
+        "accesses": accesses,
+        "oom_kills": grown("anonymous", "oom_kills"),
+        "killed_programs": grown("killed_programs"),
+        "mismatches": grown("mismatches"),
+        "mismatch_paths": after["mismatch_paths"],
+        "verified_bytes": grown("bytes_verified"),
+        **{f"{disk}_seconds": seconds + accesses * each for disk, each in access_seconds.items()},
+    }
+
+
+def _together(guests: Mapping[str, Record]) -> Record:
+    """Times are those of the slowest guest, everything else is the sum."""
+    together: Record = {}
+    for key in next(iter(guests.values())):
+        values = [guest[key] for guest in guests.values()]
+        if key.endswith("seconds"):
+            together[key] = max(values)
+        elif key == "mismatch_paths":
+            together[key] = [path for paths in values for path in paths][:_PATHS_MAX]
+        else:
+            together[key] = sum(values)
+    return together
