@@ -77,11 +77,12 @@ races: setup  ## Let real nodes race for names, files, inodes and locks over SEE
 	TMEM_RACES=$(SEEDS) TMEM_RACES_FIRST=$(or $(SEED),1) $(BIN)/python -m pytest -q -n $(WORKERS) \
 	    tests/t5_cluster/test_shared_races.py tests/t5_cluster/test_shared_values.py
 
-campaigns: setup  ## Long campaigns of journal, lock manager and membership: SEEDS=1000, STATES=1000000
+campaigns: setup  ## Long campaigns of journal, lock manager, membership and swap: SEEDS=1000, STATES=1000000
 	$(BIN)/python -m tests.t3_fs.jbd2.campaign --seeds $(SEEDS)
 	$(BIN)/python -m tests.t3_fs.dlm.campaign --seeds $(SEEDS)
 	$(BIN)/python -m tests.t3_fs.dlm.explorations --states $(STATES)
 	TMEM_CLUSTER_RUNS=$(SEEDS) $(BIN)/python -m pytest -q --timeout=0 tests/t3_fs/cluster
+	TMEM_PROCESS_SEEDS=$(SEEDS) $(BIN)/python -m pytest -q --timeout=0 tests/t4_guest/test_processes.py
 
 crash-cluster: SEEDS = 4
 crash-cluster: setup  ## Cut the power at every disk write, kill nodes at every step (SEED=first, SEEDS=4)

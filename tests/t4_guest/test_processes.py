@@ -6,6 +6,7 @@ memory. A program reads what it wrote, or was killed and its record says why; ne
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from tests.t4_guest.worlds import (
 )
 
 STEPS = 1500
+SEEDS = range(int(os.environ.get("TMEM_PROCESS_SEEDS", "3")))
 SWAP_PAGES = 600
 
 
@@ -133,7 +135,7 @@ class World:
             self.bury(process)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_programs_without_a_hypervisor(
     image: Path, tmp_path: Path, seed: int, expect_warning: Callable[[str], None]
 ) -> None:
@@ -157,7 +159,7 @@ def test_programs_without_a_hypervisor(
         assert read_file(kernel, "/f") == random.Random(seed).randbytes(20 * PAGE)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_programs_over_a_hypervisor_that_dies(
     image: Path, tmp_path: Path, seed: int, expect_warning: Callable[[str], None]
 ) -> None:
