@@ -1,6 +1,6 @@
 """Power cuts and deaths of nodes, in full, for `make crash-cluster`.
 
-    python -m tests.t5_cluster.ocfs2.campaign [--seed first] [--seeds 4] [--length 40]
+    python -m tests.t5_cluster.ocfs2.campaign [--seed first] [--seeds 4] [--length 60]
     python -m tests.t5_cluster.ocfs2.campaign --replay ID
 
 A state that fails is printed with its id.
@@ -90,7 +90,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="the first one")
     parser.add_argument("--seeds", type=int, default=4, help="how many workloads")
-    parser.add_argument("--length", type=int, default=40, help="operations of a workload")
+    parser.add_argument("--length", type=int, default=60, help="operations of a workload")
     parser.add_argument("--every", type=int, default=1, help="of so many states one")
     parser.add_argument("--only", choices=KINDS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)

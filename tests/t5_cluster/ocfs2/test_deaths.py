@@ -7,8 +7,8 @@ import pytest
 from tests.t5_cluster.ocfs2.deaths import DeathRun
 from tests.t5_cluster.ocfs2.judgement import Width
 
-LENGTH = 40
-EVERY = 89
+LENGTH = 60
+EVERY = 149
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -94,7 +94,7 @@ class _Draw:
         while len(drawn) < length:
             if len(drawn) >= phase_end:
                 quiet = not quiet
-                phase_end = len(drawn) + self._rng.randrange(6, 14)
+                phase_end = len(drawn) + self._rng.randrange(*((4, 8) if quiet else (12, 24)))
                 if not quiet:
                     self._do(drawn, self._visits())
             if self._rng.random() < 0.5:
@@ -190,7 +190,7 @@ class _Draw:
                 return [Operation(node, kind, path, self._new_path(rng.choice((*SHARED, place))))]
             case Kind.UNLINK:
                 # What is free now is wanted at once.
-                data = rng.randbytes(2 * PAGE)
+                data = rng.randbytes(8 * PAGE)
                 return [
                     Operation(node, kind, path),
                     Operation(node, Kind.CREATE, new),
@@ -236,9 +236,7 @@ class _Draw:
         ]
         if rng.random() < 0.5:
             drawn.append(Operation(node, Kind.SYNC))
-        for _ in range(2):
-            data = rng.randbytes(self._length())
-            drawn.append(Operation(node, Kind.APPEND, new, data=data))
+        drawn.append(Operation(node, Kind.APPEND, new, data=rng.randbytes(12 * PAGE)))
         return [*drawn, Operation(node, Kind.FSYNC, new)]
 
     def _hold(self, found: tuple[str, File] | None) -> list[Operation]:
@@ -262,7 +260,7 @@ class _Draw:
 
     def _length(self) -> int:
         rng = self._rng
-        return rng.choice((rng.randrange(1, 600), rng.randrange(1, 3 * PAGE), PAGE, 12 * PAGE))
+        return rng.choice((rng.randrange(1, 600), rng.randrange(1, 2 * PAGE), PAGE))
 
     def _directory(self, path: str) -> Directory:
         return self._model._walk(path, Effect())
