@@ -167,9 +167,10 @@ class _Draw:
                 return self._hold(found)
             case Kind.RMDIR:
                 return self._demolish()
-        if found is None:
-            return []
-        path, file = found
+        return [] if found is None else self._draw_on_file(kind, place, *found)
+
+    def _draw_on_file(self, kind: Kind, place: str, path: str, file: File) -> list[Operation]:
+        rng, node = self._rng, self._node
         match kind:
             case Kind.WRITE:
                 offset = rng.randrange(file.size + 1 + rng.choice((0, 0, PAGE)))
@@ -190,7 +191,7 @@ class _Draw:
                 return [Operation(node, kind, path, self._new_path(rng.choice((*SHARED, place))))]
             case Kind.UNLINK:
                 # What is free now is wanted at once.
-                data = rng.randbytes(8 * PAGE)
+                data, new = rng.randbytes(8 * PAGE), self._new_path(place)
                 return [
                     Operation(node, kind, path),
                     Operation(node, Kind.CREATE, new),
