@@ -1,13 +1,21 @@
-"""How a measured run shows its progress: bars on a terminal, plain lines elsewhere."""
+"""How measured runs show their progress: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from ipc.codec import Record
 from tools.demo import Reporter
@@ -138,3 +146,60 @@ class BarReporter:
     def close(self) -> None:
         """Take the bars away."""
         self._progress.stop()
+
+
+class SweepReporter:
+    """Many runs one after the other: which is on, how many are done, and how long the rest takes.
+
+    The time left is that of an average run so far for each that is left.
+    """
+
+    def __init__(
+        self, stream: TextIO, *, quiet: bool, now_seconds: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stream = stream
+        self._quiet = quiet
+        self._now_seconds = now_seconds
+        self._began_at = now_seconds()
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if stream.isatty() and not quiet:
+            self._bar = Progress(
+                TextColumn("{task.description:<32}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[left]}"),
+                TimeElapsedColumn(),
+                console=Console(file=stream),
+                transient=True,
+            )
+            self._task = self._bar.add_task("", total=None, left="")
+            self._bar.start()
+
+    def step(self, done: int, total: int, what: str) -> None:
+        """So many runs are done, and `what` is next."""
+        left = self.left(done, total)
+        if self._bar is not None:
+            self._bar.update(self._task, description=what, completed=done, total=total, left=left)
+        elif not self._quiet and done < total:
+            line = f"{done + 1}/{total} {what}" + (f", {left}" if left else "")
+            print(line, file=self._stream, flush=True)
+
+    def left(self, done: int, total: int) -> str:
+        """The time left, once there is something to judge by."""
+        if not done or done >= total:
+            return ""
+        seconds = (self._now_seconds() - self._began_at) / done * (total - done)
+        return f"{seconds / 60:.0f} min left" if seconds >= 120 else f"{seconds:.0f} s left"
+
+    def news(self, line: str) -> None:
+        """A line that a person should see."""
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False)
+        else:
+            print(f"tmem: {line}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()

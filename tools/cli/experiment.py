@@ -1,8 +1,10 @@
-"""experiment: which policy reads least from disk."""
+"""experiment: questions about memory, answered by running the real parts."""
 
 from __future__ import annotations
 
+import datetime
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,16 +19,15 @@ QuickOption = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add these commands."""
-    experiments = typer.Typer(
-        help="Run an experiment over the real parts in one process.", no_args_is_help=True
-    )
+    experiments = typer.Typer(help="Run an experiment over the real parts.", no_args_is_help=True)
     experiments.command()(policy)
+    experiments.command()(classic)
     experiments.callback()(_group)
     app.add_typer(experiments, name="experiment")
 
 
 def _group() -> None:
-    """Run an experiment over the real parts in one process."""
+    """Run an experiment over the real parts."""
 
 
 def policy(json: JsonOption = False, quick: QuickOption = False) -> int:
@@ -43,6 +44,61 @@ def policy(json: JsonOption = False, quick: QuickOption = False) -> int:
     else:
         _print(found)
     return ExitCode.OK if found["holds"] and not found["mismatches"] else ExitCode.VIOLATED
+
+
+def classic(
+    guests: Annotated[int | None, typer.Option(help="How many guests [8].", min=1)] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Smaller, fewer levels, each run once: minutes.")
+    ] = False,
+    modes: Annotated[
+        str | None, typer.Option(help="Only these, with commas between them.", metavar="A,B")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first run.", min=0)] = None,
+    repeat: Annotated[int | None, typer.Option(help="Runs of each point.", min=1)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.html, report.md and results.json.")
+    ] = None,
+    json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+) -> int:
+    """The builds that made tmem known, measured again: disk reads, swap I/O and time from no
+    pressure to far beyond memory, in each way of dividing the same memory.
+
+    Exits with 1 if a page or file was wrong or a run failed.
+    """
+    from tools.experiment import classic as experiment
+    from tools.experiment import classic_report
+    from tools.interrupts import Interrupts
+    from tools.progress import SweepReporter
+    from tools.rundir import RUNS, new_run
+
+    plan = experiment.with_options(
+        experiment.QUICK if quick else experiment.Plan(),
+        guests=guests,
+        seed=seed,
+        repeat=repeat,
+        modes=modes,
+    )
+    run = new_run(RUNS, datetime.datetime.now(datetime.UTC).astimezone()).absolute()
+    reporter = SweepReporter(sys.stderr, quiet=quiet)
+    try:
+        with Interrupts() as interrupts:
+            found = experiment.measure(
+                plan, run, run.parent / "cache", interrupts, reporter.step, reporter.news
+            )
+    finally:
+        reporter.close()
+    written = classic_report.write(found, out if out is not None else run)
+    if json:
+        print_json(found)
+    else:
+        print(classic_report.markdown(found))
+        print(f"report in {written}")
+    code, lines = experiment.verdict(found)
+    for line in lines:
+        print(f"tmem: {line}", file=sys.stderr)
+    return code
 
 
 def _say(text: str) -> None:
