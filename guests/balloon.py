@@ -7,7 +7,9 @@ once, others are reclaimed first.  A balloon kills nobody: when nothing more can
 guest stays as large as it is, and goes on trying.
 
 Frames that were given back are the host's for real (the process's resident size falls), and zeros
-when they come back.  The parts of the budget that are no frames stay, and `FRAMES_MIN` frames.
+when they come back.  Where the hypervisor lends RAM (`guests.hostmemory`) it hears of both, tmem
+uses what was given back, and as much comes back as there is.  The parts of the budget that are no
+frames stay, and `FRAMES_MIN` frames.
 
 Differs from Xen's driver: no xenstore, no hot-plugged memory beyond the size at boot.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import logging
 from typing import Final
 
+from guests.hostmemory import HostMemory
 from guests.memory import FRAMES_MIN, Memory
 
 log = logging.getLogger(__name__)
@@ -27,8 +30,9 @@ BATCH_PAGES: Final = 64
 class Balloon:
     """One guest's."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, host: HostMemory) -> None:
         self._memory = memory
+        self._host = host
         self.maximum_pages = memory.budget.total
         self.floor_pages = memory.budget.total - memory.budget.frames + FRAMES_MIN
         self.target_pages = self.maximum_pages
@@ -40,7 +44,7 @@ class Balloon:
     @property
     def size_pages(self) -> int:
         """The guest as it is."""
-        return self.maximum_pages - self._memory.given_back_pages
+        return self._host.size_pages
 
     @property
     def is_there(self) -> bool:
@@ -64,12 +68,16 @@ class Balloon:
 
     def step(self, pages: int = BATCH_PAGES) -> int:
         """Come at most so many pages nearer to the target; how many it were."""
-        surplus = self.size_pages - self.target_pages
-        if surplus < 0:
-            taken = self._memory.take_back(min(pages, -surplus))
+        size = self.size_pages
+        goal = self.target_pages
+        if size > self._host.bound_pages:
+            goal = min(goal, max(self.floor_pages, self._host.bound_pages))
+        if size < goal:
+            granted = self._host.grow(min(size + pages, goal)) - size
+            taken = self._memory.take_back(granted) if granted > 0 else 0
             self.deflated_pages += taken
             return taken
-        wanted = min(pages, surplus)
+        wanted = min(pages, size - goal)
         if not wanted:
             return 0
         try:
@@ -78,4 +86,5 @@ class Balloon:
             log.debug("balloon event=stuck size=%d why=%s", self.size_pages, reason.strerror)
         given = self._memory.give_back(wanted)
         self.inflated_pages += given
+        self._host.shrink()
         return given

@@ -39,6 +39,7 @@ _VERSION: Final = int(Op.VERSION)
 _PUT_BATCH: Final = int(Op.PUT_BATCH)
 _GET_BATCH: Final = int(Op.GET_BATCH)
 _FLUSH_BATCH: Final = int(Op.FLUSH_BATCH)
+_LEND: Final = int(Op.LEND)
 _NO_OID: Final = bytes(OID_BYTES)
 _UUID_TAIL: Final = bytes(OID_BYTES - UUID_BYTES)
 _SEQUENCE_MASK: Final = 0xFFFFFFFF
@@ -134,6 +135,12 @@ class Hypercalls:
     def destroy_pool(self, pool: int) -> Reply:
         """Forget a pool and all its pages; MISS if there is no such pool."""
         return self._ask(_DESTROY_POOL, 0, pool, 0, _NO_OID)
+
+    # --- RAM
+
+    def lend(self, pages: int) -> Reply:
+        """Have so many pages as RAM in all, or as many as one call brings: `value`."""
+        return self._ask(_LEND, 0, 0, pages, _NO_OID)
 
     # --- helpers
 

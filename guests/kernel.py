@@ -126,7 +126,10 @@ class Kernel:
                 )
                 if self.attachment is not None:
                     self.attachment.attach(refusal_is_fatal=True)
+                self.userland.host.require(self.userland.balloon.floor_pages)
             except BaseException:
+                if self.attachment is not None:
+                    self.attachment.close()
                 self.fs.unmount()
                 raise
         except BaseException as reason:

@@ -19,6 +19,7 @@ from guests.anonymous import AnonymousMemory
 from guests.attachment import Attachment
 from guests.balloon import Balloon
 from guests.frontswap import Frontswap
+from guests.hostmemory import HostMemory
 from guests.hypercall import Hypercalls
 from guests.memory import Memory
 from guests.pressure import Pressure
@@ -86,7 +87,8 @@ class Userland:
         memory.reclaim.exhausted = self.processes.kill_for_memory
         if self.frontswap is not None:
             self.frontswap.on_lost = self.processes.note_lost
-        self.balloon = Balloon(memory)
+        self.host = HostMemory(memory, attachment, now_seconds)
+        self.balloon = Balloon(memory, self.host)
         self.selfballoon = SelfBalloon(
             now_seconds, self._needs, self._set_own_target, self._shrink_frontswap
         )
@@ -173,6 +175,7 @@ class Userland:
                 "maximum_pages": self.balloon.maximum_pages,
                 "inflated_pages": self.balloon.inflated_pages,
                 "deflated_pages": self.balloon.deflated_pages,
+                "lent_pages": self.host.lent_pages if self.host.lends else 0,
                 "selfballooning": bool(self.selfballoon.knobs.selfballooning),
             },
         }
