@@ -16,6 +16,7 @@ import select
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -28,6 +29,8 @@ from guests.node import Node, NodeSpec
 
 NAMES = ("red", "blue", "green")
 LOCK = lock_name(b"T", 0)
+DEAD_THRESHOLD = 20
+"""Four seconds, in which a busy machine gives it a turn. One that kills itself is seen at once."""
 _IDLE_SECONDS = 0.002
 
 
@@ -59,7 +62,8 @@ def main() -> None:
     """All rounds, then until standard input ends."""
     image, folder = Path(sys.argv[1]), Path(sys.argv[2])
     number, seed, rounds, dies_at, members = map(int, sys.argv[3:])
-    spec = NodeSpec("data", number, NAMES, bytes(32), Timing.fast())
+    timing = replace(Timing.fast(), dead_threshold=DEAD_THRESHOLD)
+    spec = NodeSpec("data", number, NAMES, bytes(32), timing)
     guest = GuestSpec(NAMES[number], image, 2**20, folder, attach=False, node=spec)
     kernel = Kernel(guest, clock_ns=time.time_ns, now_seconds=time.monotonic)
     node = kernel.node

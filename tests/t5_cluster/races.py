@@ -38,6 +38,9 @@ from tools.interrupts import Interrupts
 from tools.rundir import ClusterDirectory
 
 GUESTS = ("red", "blue", "green")
+DEAD_THRESHOLD = 40
+IDLE_SECONDS = 2.0
+"""On a busy machine a guest may get no turn for a second. One that is killed is seen at once."""
 FREE_BLOCKS = 600
 """Of a full volume: less than a group of inodes."""
 FREE_INODES = 200
@@ -252,7 +255,15 @@ def racing_guests(
         device.close()
         if full:
             _fill(image)
-        (folder / "cluster.toml").write_text(volume_toml(name, folder, image=image, guests=GUESTS))
+        text = volume_toml(
+            name,
+            folder,
+            image=image,
+            guests=GUESTS,
+            dead_threshold=DEAD_THRESHOLD,
+            idle_timeout=IDLE_SECONDS,
+        )
+        (folder / "cluster.toml").write_text(text)
         config = read_config(folder / "cluster.toml")
         directory = ClusterDirectory(folder / "on")
         check_cluster(config, directory)
