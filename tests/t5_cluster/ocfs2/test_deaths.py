@@ -8,13 +8,13 @@ from tests.t5_cluster.ocfs2.deaths import DeathRun
 from tests.t5_cluster.ocfs2.judgement import Width
 
 LENGTH = 60
-EVERY = 149
+EVERY = 193
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_node_dies_and_the_others_go_on(seed: int) -> None:
     """They recover it, finish their work, and the volume holds what they saw and it promised."""
     run = DeathRun(seed, LENGTH, seed % 3)
-    run.run(Width(every=EVERY, fsck_every=8))
-    assert run.counts["deaths"] > 15
+    run.run(Width(every=EVERY, fsck_every=6))
+    assert run.counts["deaths"] > 8
     assert run.counts["fsck runs"] > 1
