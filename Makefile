@@ -84,8 +84,8 @@ campaigns: setup  ## Long campaigns of journal, lock manager, membership and swa
 	TMEM_CLUSTER_RUNS=$(SEEDS) $(BIN)/python -m pytest -q --timeout=0 tests/t3_fs/cluster
 	TMEM_PROCESS_SEEDS=$(SEEDS) $(BIN)/python -m pytest -q --timeout=0 tests/t4_guest/test_processes.py
 
-crash-cluster: SEEDS = 4
-crash-cluster: setup  ## Cut the power at every disk write, kill nodes at every step (SEED=first, SEEDS=4)
+crash-cluster: SEEDS = 2
+crash-cluster: setup  ## Cut the power at every disk write, kill nodes at every step (SEED=first, SEEDS=2)
 	$(BIN)/python -m tests.t5_cluster.ocfs2.campaign --seed $(or $(SEED),1) --seeds $(SEEDS)
 	CRASH_CLUSTER=1 $(BIN)/python -m pytest -q -n $(WORKERS) --timeout=0 tests/t3_fs/ocfs2
 

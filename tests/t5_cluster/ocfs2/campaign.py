@@ -3,12 +3,13 @@
     python -m tests.t5_cluster.ocfs2.campaign [--seed first] [--seeds 4] [--length 60]
     python -m tests.t5_cluster.ocfs2.campaign --replay ID
 
-A state that fails is printed with its id.
+A state that fails is printed with its id. Ctrl-C ends it, and what was judged so far is counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -45,7 +46,7 @@ class Result(NamedTuple):
     failure: str | None
 
 
-PARTS = 4
+PARTS = 12
 POWER, DEATH, BOTH = KINDS = "power", "death", "both"
 
 
@@ -59,15 +60,17 @@ def tasks(seeds: range, length: int, every: int, only: str | None) -> Iterator[T
 
 def do(task: Task) -> Result:
     """One part of a run."""
+    counts: Counter[str] = Counter()
     try:
         run = _run(task.what, task.seed, task.length, task.seed % SLOTS, None)
-    except AssertionError as failure:
-        return Result(task, Counter(), str(failure))
-    try:
+        counts = run.counts
         run.run(Width(every=task.every), task.part, PARTS)
     except AssertionError as failure:
-        return Result(task, run.counts, str(failure))
-    return Result(task, run.counts, None)
+        return Result(task, counts, str(failure))
+    except Exception as failure:  # noqa: BLE001 - the workload itself did not go well
+        name = f"{task.what}/{task.seed}/{task.length}/{task.seed % SLOTS}"
+        return Result(task, counts, f"{name}: {failure!r}")
+    return Result(task, counts, None)
 
 
 def _run(
@@ -81,8 +84,11 @@ def _run(
 def replay(name: str) -> None:
     """One state."""
     what, seed, length, *rest = name.split("/")
-    victim, step = (int(word) for word in rest[:2]) if what != POWER else (0, 0)
-    _run(what, int(seed), int(length), victim, step).replay(name)
+    victim = int(rest[0]) if what != POWER else 0
+    step = int(rest[1]) if what == BOTH and len(rest) > 1 else None
+    run = _run(what, int(seed), int(length), victim, step)
+    if len(rest) > (what == DEATH) + 2 * (what == BOTH):
+        run.replay(name)
 
 
 def main() -> int:
@@ -110,7 +116,7 @@ def campaign(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     total: Counter[str] = Counter()
     failures: list[str] = []
-    with multiprocessing.Pool(arguments.jobs) as pool:
+    with contextlib.suppress(KeyboardInterrupt), multiprocessing.Pool(arguments.jobs) as pool:
         for task, counts, failure in pool.imap_unordered(do, work):
             total += counts
             print(f"{task}: {failure or _counted(counts)}", flush=True)
