@@ -15,8 +15,8 @@ numbers that a compiler written in C has there, so it is as compressible as such
 page begins with a stamp of whose it is, where, and how often it was written: no two are alike.
 The tree takes more or less memory than the process is given, and is cut or repeated to fit.
 
-Compilers take turns, a step each.  One that is killed for memory, or that gets none, is counted
-(`killed_programs`), and make goes on with the next file.
+Compilers take turns, a millisecond or so each.  One that is killed for memory, or that gets none,
+is counted (`killed_programs`), and make goes on with the next file.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ _STAMP: Final = struct.Struct("<IIQ")
 _NODE: Final = struct.Struct("<HHIIIIQQQQ")
 """kind, flags, line, column, last line, last column, then pointers: type, parent, child, next."""
 _TREE_BYTES: Final = PAGE_BYTES - _STAMP.size
-_TURN_PAGES: Final = 16
+_STEP_PAGES: Final = 16
+_TURN_STEPS: Final = 4
+"""Of a compiler, before another has its turn.  It lives for about ten turns."""
 _WRITTEN_SHARE: Final = 4
 """A walk writes to one page in so many."""
-_MEMORY_MOST: Final = 4
+_MEMORY_MOST: Final = 2
 """A compiler takes at most so many times the memory of an average one."""
 _HEAP_START: Final = 0x5555_5575_0000
 _TYPES_START: Final = 0x5555_5555_4000
@@ -153,7 +155,7 @@ class _Memory:
             if number in written:
                 self._writes[number] += 1
                 process.write(address, self._page(number))
-            if number % _TURN_PAGES == _TURN_PAGES - 1:
+            if number % _STEP_PAGES == _STEP_PAGES - 1:
                 yield
         yield
 
@@ -283,20 +285,22 @@ def run(job: Job) -> Iterator[None]:
 
 
 def _in_turn(build: _Build, waiting: deque[str], jobs: int) -> Iterator[None]:
-    """So many compilers at a time, a step each."""
+    """So many compilers at a time."""
     running: deque[Generator[None, None, None]] = deque()
     try:
         while waiting or running:
             if waiting and len(running) < jobs:
                 running.append(_compiler(build, waiting.popleft()))
-            try:
-                next(running[0])
-            except StopIteration:
-                running.popleft()
-                build.job.done += 1
+            for _ in range(_TURN_STEPS):
+                try:
+                    next(running[0])
+                except StopIteration:
+                    running.popleft()
+                    build.job.done += 1
+                    break
+                yield
             else:
                 running.rotate(-1)
-            yield
     finally:
         for compiler in running:
             compiler.close()

@@ -31,6 +31,7 @@ from ipc.errors import ExitCode, OperatorError
 from tools.cluster import check_limits
 from tools.experiment.modes import MODES, Disks, Host
 from tools.experiment.onerun import Work, run_once
+from tools.experiment.sources import source_tree
 from tools.image import Image, build_image, copy_image
 from tools.interrupts import Interrupts
 from tools.rundir import ClusterDirectory
@@ -84,7 +85,8 @@ class Plan:
 
     def pressure(self, jobs: int) -> float:
         """Of a level."""
-        pages = self.tree_bytes // PAGE_BYTES + jobs * self.memory_pages + KERNEL_PAGES
+        # Objects are about as large as sources.
+        pages = 2 * self.tree_bytes // PAGE_BYTES + jobs * self.memory_pages + KERNEL_PAGES
         return round(max(1.0, pages * PAGE_BYTES / self.share_bytes), 2)
 
     @property
@@ -130,8 +132,9 @@ def measure(
     """All runs; the document of the experiment."""
     host = plan.host
     check_limits(plan.guests, 2 * host.total_bytes, host.total_bytes)
+    tree = str(source_tree(cache.absolute()))
     images = {
-        name: build_image("stdlib", plan.tree_bytes, name, cache.absolute()) for name in host.guests
+        name: build_image(tree, plan.tree_bytes, name, cache.absolute()) for name in host.guests
     }
     runs = list(plan.runs())
     found: list[Record] = []

@@ -8,12 +8,17 @@ All have the same total memory M for N guests; the host's own reserve is beside 
     tmem-plain   the same without compression
     self-balloon RAM of M/N each, given back when it is not needed (`guests.selfballoon`); what was
                  given back is free, and no guest has anything of it
+    tmem+self-balloon
+                 RAM of M/N each out of an arena of M (`hypervisor.lending`), given back when it is
+                 not needed; what was given back is tmem's, compressed
 
 Every guest has a swap disk, the same in all modes.
 
 In `balloon` there is a hypervisor too, because balloon targets come through its window; guests put
 nothing there.  A window and the least arena are not counted in that mode: a real balloon driver has
 one page for its target.
+
+Not here: CMM2, where guests tell the host which pages it may drop.  No guest of ours does.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from guests.memory import WINDOW_PAGES
-from hypervisor.arena import FRAMES_MIN, layout
+from hypervisor.arena import FRAMES_MIN, frames_that_fit, layout
 from ipc.codec import Record
 from tools.cluster import ClusterPlan, GuestPlan
 from tools.units import PAGE_BYTES
@@ -70,6 +75,7 @@ class Mode:
     compress: bool = False
     balanced: bool = False
     self_ballooning: bool = False
+    lend: bool = False
 
     @property
     def uncounted_bytes(self) -> int:
@@ -78,7 +84,15 @@ class Mode:
 
     def plan(self, host: Host, disks: Mapping[str, Disks]) -> ClusterPlan:
         """The cluster of this mode."""
+        arena_bytes = None
         memory_bytes = _pages(self.memory_shares * host.share_bytes) + self.uncounted_bytes
+        if self.arena_shares is not None:
+            least = layout(FRAMES_MIN).end
+            arena_bytes = max(_pages(self.arena_shares * host.total_bytes), least)
+            if self.lend:
+                # What the arena needs for itself can't be lent, and it begins with a little for tmem.
+                frames = frames_that_fit(arena_bytes) - FRAMES_MIN
+                memory_bytes = frames // len(host.guests) * PAGE_BYTES
         guests = [
             GuestPlan(
                 name,
@@ -91,10 +105,8 @@ class Mode:
             )
             for name in host.guests
         ]
-        if self.arena_shares is None:
-            return ClusterPlan(host.name, guests, None)
-        arena_bytes = max(_pages(self.arena_shares * host.total_bytes), layout(FRAMES_MIN).end)
-        return ClusterPlan(host.name, guests, arena_bytes, questions=list(self._told(host)))
+        options = {"lend": True} if self.lend else {}
+        return ClusterPlan(host.name, guests, arena_bytes, options, list(self._told(host)))
 
     def _told(self, host: Host) -> Iterator[Record]:
         """What the hypervisor is told before there are guests."""
@@ -110,6 +122,7 @@ class Mode:
         if not self.self_ballooning:
             return
         knobs = {
+            "frontswap_selfshrinking": int(self.tmem),
             "mb_bytes": host.share_bytes // SELF_BALLOON_MB,
             "interval": SELF_BALLOON_SECONDS,
             "selfballooning": 1,
@@ -129,4 +142,5 @@ MODES: Final = {
     "self-balloon": Mode(1.0, self_ballooning=True),
     "tmem-plain": Mode(0.5, 0.5, tmem=True),
     "tmem": Mode(0.5, 0.5, tmem=True, compress=True),
+    "tmem+self-balloon": Mode(1.0, 1.0, tmem=True, compress=True, self_ballooning=True, lend=True),
 }
