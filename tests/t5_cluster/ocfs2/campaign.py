@@ -65,11 +65,13 @@ def do(task: Task) -> Result:
         run = _run(task.what, task.seed, task.length, task.seed % SLOTS, None)
         counts = run.counts
         run.run(Width(every=task.every), task.part, PARTS)
-    except AssertionError as failure:
-        return Result(task, counts, str(failure))
-    except Exception as failure:  # noqa: BLE001 - the workload itself did not go well
-        name = f"{task.what}/{task.seed}/{task.length}/{task.seed % SLOTS}"
-        return Result(task, counts, f"{name}: {failure!r}")
+    except Exception as failure:  # noqa: BLE001 - whatever it is, it has to be named
+        said = str(failure)
+        if not said.startswith(f"{task.what}/"):
+            # The workload itself did not go well.
+            victim = "" if task.what == POWER else f"/{task.seed % SLOTS}"
+            said = f"{task.what}/{task.seed}/{task.length}{victim}: {failure!r}"
+        return Result(task, counts, said)
     return Result(task, counts, None)
 
 

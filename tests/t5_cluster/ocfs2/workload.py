@@ -36,7 +36,7 @@ def volume() -> tuple[MemoryDevice, Model]:
     operations = [*_all(Kind.JOIN), *_setup(), *_all(Kind.LEAVE)]
     world = World(device, 0)
     world.run(operations)
-    assert not any(world.outcomes)
+    assert not any(world.outcomes), "the volume can't be prepared"
     model = Model()
     for number, operation in enumerate(operations):
         # Numbers below zero: from before the workload.
