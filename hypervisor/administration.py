@@ -4,7 +4,7 @@
     pools {guest?}                     pools, and who is in them
     freeze, thaw {guest?}              no new pages from a guest (from all); gets, flushes and
                                        duplicate puts go on
-    set {guest, pool?, ...}            weight, cap_bytes, reserve_bytes, priority, compress,
+    set {guest, pool?, ...}            weight, cap_bytes, reserve_bytes, priority, compress, borrow,
                                        sharing, group; of a pool: weight, priority
     balloon {guest?, size_bytes?}      how much RAM a guest should have, 0 for no wish; the answer
                                        has the targets of all
@@ -316,9 +316,9 @@ def _merge(settings: Settings, record: Record) -> Settings:
             fields[key] = _whole(record, key, 0, WEIGHT_MAX)
         elif key in ("cap_bytes", "reserve_bytes"):
             fields[key] = _whole(record, key, 0, 1 << 62)
-        elif key == "compress":
+        elif key in ("compress", "borrow"):
             if not isinstance(record[key], bool):
-                raise OperatorError("compress is true or false")
+                raise OperatorError(f"{key} is true or false")
             fields[key] = record[key]
         elif key == "priority":
             fields[key] = _priority(record)

@@ -194,6 +194,10 @@ class Balance:
     def allot(self) -> dict[str, Terms]:
         """Set every allotment, as it is to be when guests come and go; their terms."""
         terms = {name: _terms(client.settings) for name, client in self._clients.items()}
+        self._store.somebody_borrows = any(
+            client.settings.borrow for client in self._clients.values()
+        )
+        self._store.reserved_bytes = sum(one.reserve_bytes for one in terms.values())
         total_bytes = self._total_bytes
         found = allotments(terms.values(), terms.values(), total_bytes)
         for client, allotment_bytes in zip(self._clients.values(), found, strict=True):

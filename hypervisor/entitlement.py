@@ -7,8 +7,9 @@
 
 Persistent pages can't be evicted, so they are the first charge on a guest's own part: what is left
 of its part is for its ephemeral pages.  A persistent put that would take a guest over its
-*allotment* is refused; idle memory of others is lent for ephemeral pages only, since only those can
-be called back.
+*allotment* is refused, unless the administrator trusts the guest to take pages back when it is
+asked (`limits`, `pressure`).  Idle memory of others is lent freely for ephemeral pages only, since
+only those can be called back for certain.
 
 Differences from Xen.  Its quota test compared the wrong way round from 2009 on: it divided all
 pages by the client's own and all weight by the client's own, and took the larger for a surplus, so

@@ -2,14 +2,26 @@
 
 Persistent pages count against the allotment, all pages against the cap, for which the guest's own
 ephemeral pages make room first.  Near a limit replacing a page is never refused.
+
+*Borrowing.*  Beyond its allotment a guest may have persistent pages in memory that is idle, if the
+administrator trusts it to take them back when it is asked (`pressure`).  It gets free frames only,
+nobody's page goes for it; never those that reservations may need, nor the last sixteenth, in which
+others begin; and nothing more while it has not done what it was asked.  Without that trust it is
+refused: persistent pages can't be evicted, and who ignored the request would keep what others are
+entitled to.
 """
 
 from __future__ import annotations
+
+from typing import Final
 
 from hypervisor.objects import NO_PAGE
 from hypervisor.pools import Client, Member
 from hypervisor.store import Store
 from ipc.abi import PAGE_BYTES
+
+KEPT_FREE_SHARE: Final = 16
+"""One frame in so many is never lent for persistent pages."""
 
 
 def may_hold(store: Store, member: Member, count: int) -> bool:
@@ -27,12 +39,21 @@ def may_hold(store: Store, member: Member, count: int) -> bool:
                 and not (persistent and _held_bytes(member) + bytes_ > client.allotment_bytes)
             )
         )
-    if persistent and _held_bytes(member) + bytes_ > client.allotment_bytes:
+    over = persistent and _held_bytes(member) + bytes_ > client.allotment_bytes
+    if over and not _may_borrow(store, client, bytes_):
         return False
     if cap_bytes and client.cost_bytes + bytes_ > cap_bytes:
         _shrink(store, client, client.cost_bytes + bytes_ - cap_bytes)
         return client.cost_bytes + bytes_ <= cap_bytes
     return True
+
+
+def _may_borrow(store: Store, client: Client, bytes_: int) -> bool:
+    if not client.settings.borrow or client.wishes.writeback_pages:
+        return False
+    kept_frames = store.frames.count // KEPT_FREE_SHARE
+    left_bytes = (store.frames.free - kept_frames) * PAGE_BYTES - bytes_
+    return left_bytes >= store.reserved_bytes
 
 
 def may_replace(store: Store, member: Member, number: int) -> bool:

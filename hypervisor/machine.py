@@ -192,7 +192,7 @@ class Machine:
                     flags,
                     token,
                 )
-                if status < 0:
+                if status < 0 or self.store.squeezed:
                     self._ask_for_room(client)
             else:
                 account = client.account.operations[op]
@@ -312,12 +312,12 @@ class Machine:
         return Status.ENOMEM, Reason.NO_MEMORY, bitmap, 0, 0
 
     def _ask_for_room(self, client: Client) -> None:
-        """A put was not served whole.  If it was for want of room, and none is on its way, another
-        guest may have too much of it."""
-        if self._found_no_room:
-            self._found_no_room = False
-            if not self.store.doomed:
-                self.pressure.refused(client)
+        """A put was not served whole, or took pages of one who had not too many.  If it was for
+        want of room, and none is on its way, another guest may have too much."""
+        short = self._found_no_room or self.store.squeezed
+        self._found_no_room = self.store.squeezed = False
+        if short and not self.store.doomed:
+            self.pressure.refused(client)
 
     def _stale(
         self, member: Member, account: OpCount, oid: bytes, count: int, token: int, needed: int

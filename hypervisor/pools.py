@@ -207,6 +207,9 @@ class Settings:
     group: str = ""
     """Its trust group; without a name it trusts nobody, and shares with nobody under GROUP."""
     frozen: bool = False
+    borrow: bool = False
+    """It may hold persistent pages beyond its allotment, in memory that nobody else uses: it is
+    trusted to take them back when it is asked."""
     balloon_bytes: int = 0
     """How much RAM it should have, in whole pages; 0 for no wish."""
     pool_weights: dict[str, int] = field(default_factory=dict)

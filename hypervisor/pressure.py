@@ -5,9 +5,10 @@
 
 *Writeback.*  A persistent page is never dropped by us, and a put that would take its guest over the
 allotment is refused.  A guest is over its allotment all the same when that became smaller: another
-guest came, or the administrator changed a weight.  What it holds too much then, others are entitled
-to and don't get: their puts find no room.  Such a put is refused as ever, and whoever is furthest
-over is asked to take pages back, so that a later put finds room:
+guest came, or the administrator changed a weight; or when it may borrow (`limits`).  What it holds
+too much then, others are entitled to and don't get: their puts find no room, or take their own
+pages.  Such a put ends as ever, and whoever is furthest over is asked to take pages back, so that a
+later put finds room:
 
   bravo's put finds no room --> alpha is furthest over --> alpha's window says 256 pages
   <-- NO_MEMORY, at once        (not bravo itself)         alpha gets them, writes them to its disk

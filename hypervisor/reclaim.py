@@ -30,6 +30,9 @@ SLICES_A_CALL: Final = 4
 """Pages evicted, and slices reaped, by a call that finds no room before it does without; of a batch
 all entries together."""
 
+SQUEEZES_A_LOOK: Final = 32
+"""A look at who has borrowed goes through all guests."""
+
 
 class NoObjectNumber(Exception):
     """There are as many leaves as may be, or the guest has its part of them."""
@@ -44,6 +47,14 @@ class Reclaim(Pages):
         self.slices_left = SLICES_A_CALL
         self.evictions_left = EVICTIONS_A_CALL
         """Of the call that is being served."""
+        self.squeezed = False
+        """Pages go of guests that have no more than they should have, and others may have borrowed
+        what these need: it is time to look who has."""
+        self.somebody_borrows = False
+        """A guest may have persistent pages in idle memory."""
+        self._squeezes = 0
+        self.reserved_bytes = 0
+        """What all guests together have reserved."""
         self.doomed = False
         """Something waits to be reaped: a plain attribute, the server reads it every turn."""
         self.doomed_objects: list[TmemObject] = []
@@ -57,6 +68,7 @@ class Reclaim(Pages):
         """What making room may take is counted from now."""
         self.slices_left = SLICES_A_CALL
         self.evictions_left = EVICTIONS_A_CALL
+        self.squeezed = False
 
     # --- doom
 
@@ -156,6 +168,8 @@ class Reclaim(Pages):
             member = self.victims.choose(asking, self.state)
             if member is None:
                 break
+            if self.somebody_borrows:
+                self._note_squeeze(member.client)
             over_pages = (member.cost_bytes - member.target_bytes) // PAGE_BYTES
             gone = self.evict(
                 member, max(count - frames.free, min(over_pages, EVICTION_BATCH_PAGES))
@@ -165,6 +179,12 @@ class Reclaim(Pages):
             if frames.free < count and self.contents.compressed.pages:
                 # Pages went that shared their frames with others: move these together.
                 self.contents.compact(EVICTION_BATCH_PAGES, limit=0.0)
+
+    def _note_squeeze(self, client: Client) -> None:
+        purse = client.purses[False]
+        if purse.bytes <= purse.target_bytes:
+            self._squeezes += 1
+            self.squeezed = self.squeezed or self._squeezes % SQUEEZES_A_LOOK == 0
 
     def _allow_leaves(self, member: Member, count: int) -> None:
         """A call may make as many leaves; raises NoObjectNumber if not.

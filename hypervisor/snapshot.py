@@ -85,6 +85,7 @@ def settings_record(settings: Settings) -> dict[str, Any]:
         "cap_bytes": settings.cap_bytes,
         "reserve_bytes": settings.reserve_bytes,
         "compress": settings.compress,
+        "borrow": settings.borrow,
         "priority": settings.priority.name.lower(),
         "sharing": settings.sharing.value,
         "group": settings.group,

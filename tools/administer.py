@@ -243,7 +243,8 @@ def settings_line(name: str, guest: Record) -> str:
     return (
         f"{name}: weight {guest['weight']}, cap {cap.replace('-', 'none')}, "
         f"reserve {reserve.replace('-', 'none')}, compress {'on' if guest['compress'] else 'off'}, "
-        f"priority {guest['priority']}, sharing {sharing(guest)}"
+        f"borrow {'on' if guest['borrow'] else 'off'}, priority {guest['priority']}, "
+        f"sharing {sharing(guest)}"
     )
 
 

@@ -27,6 +27,7 @@
     cap = "8M"                   # hypervisor's defaults
     reserve = "1M"
     compress = true
+    borrow = true                # swapped pages beyond its share, in memory that nobody uses
     priority = "normal"          # low | normal | high
     sharing = "group"            # off | guest | group | all: whose equal pages may be one
     group = "web"
@@ -161,6 +162,7 @@ class GuestConfig(_Strict):
     cap: PerhapsPages = None
     reserve: PerhapsPages = None
     compress: bool | None = None
+    borrow: bool | None = None
     priority: Literal["low", "normal", "high"] | None = None
     sharing: Literal["off", "guest", "group", "all"] | None = None
     group: str | None = Field(default=None, min_length=1, max_length=31)
@@ -176,6 +178,7 @@ class GuestConfig(_Strict):
             "cap_bytes": self.cap,
             "reserve_bytes": self.reserve,
             "compress": self.compress,
+            "borrow": self.borrow,
             "priority": self.priority,
             "sharing": self.sharing,
             "group": self.group,

@@ -63,6 +63,7 @@ PARAMETERS: Final = {
     "transport": Parameter(str, "how calls travel: auto, ring or mqueue"),
     "scheduling": Parameter(str, "how guests share the arena: greedy, static or scheduled"),
     "compress": Parameter(_switch, "on or off: compress the pages of all guests"),
+    "borrow": Parameter(_switch, "on or off: swapped pages of a guest may use what is idle"),
     "group": Parameter(str, "group in which all guests' equal pages may be one"),
     "timing": Parameter(str, "of a shared disk's cluster: o2cb (its defaults) or fast"),
     "pool": Parameter(str, "clean pages of a shared disk: shared or private"),
@@ -130,7 +131,7 @@ def _cluster(values: dict[str, Any]) -> dict[str, Any]:
         key: values[key] for key in ("eviction", "scheduling", "transport") if key in values
     }
     settings: dict[str, Any] = {
-        key: values[key] for key in ("compress", "swap", "ksm") if key in values
+        key: values[key] for key in ("compress", "borrow", "swap", "ksm") if key in values
     }
     if "group" in values:
         settings |= {"sharing": "group", "group": values["group"]}

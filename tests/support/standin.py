@@ -40,6 +40,7 @@ def _guest(number: int, **fields: Any) -> Record:
         "cap_bytes": 0,
         "reserve_bytes": 0,
         "compress": False,
+        "borrow": False,
         "priority": "normal",
         "sharing": "off",
         "group": "",

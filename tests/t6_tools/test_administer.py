@@ -295,8 +295,8 @@ def test_commands_ask_for_what_was_said(
         (
             ["set", "alpha", "--weight", "300"],
             (
-                "alpha: weight 300, cap 8.0 MiB, reserve none, compress on, priority normal, "
-                "sharing group:web\n"
+                "alpha: weight 300, cap 8.0 MiB, reserve none, compress on, borrow off, "
+                "priority normal, sharing group:web\n"
             ),
         ),
     ],

@@ -145,6 +145,10 @@ def change(
     compress: Annotated[
         Literal["on", "off"] | None, typer.Option(help="Compress its pages.")
     ] = None,
+    borrow: Annotated[
+        Literal["on", "off"] | None,
+        typer.Option(help="Persistent pages beyond its share in idle memory; it must give back."),
+    ] = None,
     priority: Annotated[
         Literal["low", "normal", "high"] | None, typer.Option(help="Whose pages go first.")
     ] = None,
@@ -165,14 +169,15 @@ def change(
         "cap_bytes": bound("--cap", cap),
         "reserve_bytes": bound("--reserve", reserve),
         "compress": None if compress is None else compress == "on",
+        "borrow": None if borrow is None else borrow == "on",
         "priority": priority,
         "sharing": sharing,
         "group": group,
     }
     if all(value is None for key, value in settings.items() if key != "pool"):
         raise OperatorError(
-            "say what to set: --weight, --cap, --reserve, --compress, --priority, --sharing or "
-            "--group",
+            "say what to set: --weight, --cap, --reserve, --compress, --borrow, --priority, "
+            "--sharing or --group",
             ExitCode.USAGE,
         )
     admin = administrator(run)
