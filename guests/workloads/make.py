@@ -8,7 +8,8 @@ A compiler is a process of the guest with memory of its own, and what it does is
 does: it reads its source and everything that the source imports, directly or not (C's headers), all
 of it verified; parses; keeps the syntax tree in its memory and walks over it, where it writes here
 and there; compiles for real; walks once more; writes the object file; looks whether every page of
-its memory is right; ends.  When all is built the objects are read and compared, as by a linker.
+its memory is right; ends.  When all is built the objects are read and compared, as by a linker, and
+everything is written to the disk (`sync`).
 
 Its memory holds the nodes of the real syntax tree, as records with the pointers, positions and
 numbers that a compiler written in C has there, so it is as compressible as such memory is.  Each
@@ -282,6 +283,7 @@ def run(job: Job) -> Iterator[None]:
         yield from _in_turn(build, waiting, jobs)
         for path, digest in sorted(build.objects.items()):
             yield from read_verified(job, path, digest)
+        job.vfs.sync()
 
 
 def _in_turn(build: _Build, waiting: deque[str], jobs: int) -> Iterator[None]:

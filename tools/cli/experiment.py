@@ -84,11 +84,12 @@ def classic(
     reporter = SweepReporter(sys.stderr, quiet=quiet)
     try:
         with Interrupts() as interrupts:
-            found = experiment.measure(
+            measured = experiment.measure(
                 plan, run, run.parent / "cache", interrupts, reporter.step, reporter.news
             )
     finally:
         reporter.close()
+    found = classic_report.complete(measured)
     written = classic_report.write(found, out if out is not None else run)
     if json:
         print_json(found)

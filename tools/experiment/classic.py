@@ -6,12 +6,13 @@ from level to level: from no pressure to far beyond memory.  Each level is run i
 cluster of its own.  Modes take turns within a level, so that what else the machine does spreads
 over all of them.
 
-    pressure    what a guest needs (its tree, its compilers' memory, the kernel's part) over its
-                share M/N of the memory; 1 is none
-    seconds     of the slowest guest, measured
-    hdd, ssd    modelled: the same guest's measured seconds and its disk accesses, counted, times
-                8 ms and 100 us.  Measured time alone says little about disks, because the images
-                are files in the host's page cache
+    pressure    what a guest needs (sources, objects, the memory of all its compilers, the kernel's
+                part) over its share M/N of the memory; 1 is none
+    seconds     of the slowest guest, measured.  That says little about disks, because the images
+                are files in the host's page cache, and much about what else the machine does
+    hdd, ssd    modelled, again of the slowest: the CPU time of its process and of the hypervisor
+                for it, measured, and its accesses to both its disks, counted, times 8 ms and
+                100 us.  So long it would take with a core and disks for itself
 
 All figures are counted from when the work begins to when the last guest is done.
 """
@@ -69,12 +70,12 @@ class Plan:
     """How large and how long."""
 
     guests: int = 8
-    share_bytes: int = 3 * 2**20
+    share_bytes: int = 4 * 2**20
     """Memory of a guest when all is divided evenly."""
-    tree_bytes: int = 2**20
-    memory_pages: int = 96
+    tree_bytes: int = 448 * 2**10
+    memory_pages: int = 72
     """Of an average compiler."""
-    jobs: tuple[int, ...] = (1, 4, 8, 12, 16, 24, 32)
+    jobs: tuple[int, ...] = (1, 6, 10, 13, 16, 22, 28)
     """Compilers at a time, one level after the other."""
     swap_bytes: int = 32 * 2**20
     passes: int = 1
@@ -84,7 +85,7 @@ class Plan:
     name: str = "classic"
 
     def pressure(self, jobs: int) -> float:
-        """Of a level."""
+        """Of a level.  The first is one where all of it fits even into half of M/N."""
         # Objects are about as large as sources.
         pages = 2 * self.tree_bytes // PAGE_BYTES + jobs * self.memory_pages + KERNEL_PAGES
         return round(max(1.0, pages * PAGE_BYTES / self.share_bytes), 2)
@@ -103,7 +104,14 @@ class Plan:
                     yield jobs, mode, self.seed + number
 
 
-QUICK: Final = Plan(tree_bytes=640 * 2**10, jobs=(1, 8, 16, 24), repeat=1)
+QUICK: Final = Plan(
+    share_bytes=3584 * 2**10,
+    tree_bytes=384 * 2**10,
+    memory_pages=52,
+    jobs=(1, 14, 32),
+    repeat=1,
+    modes=tuple(mode for mode in MODES if mode != "tmem-plain"),
+)
 
 
 def chosen_modes(text: str) -> tuple[str, ...]:

@@ -90,7 +90,7 @@ class Mode:
             least = layout(FRAMES_MIN).end
             arena_bytes = max(_pages(self.arena_shares * host.total_bytes), least)
             if self.lend:
-                # What the arena needs for itself can't be lent, and it begins with a little for tmem.
+                # What the arena needs for itself can't be lent; tmem begins with a little.
                 frames = frames_that_fit(arena_bytes) - FRAMES_MIN
                 memory_bytes = frames // len(host.guests) * PAGE_BYTES
         guests = [

@@ -19,7 +19,7 @@ from tools.interrupts import Interrupts
 from tools.rundir import ClusterDirectory
 from tools.units import PAGE_BYTES
 
-_POLL_SECONDS: Final = 0.1
+_POLL_SECONDS: Final = 0.2
 _SETTLE_SECONDS: Final = 20.0
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _PATHS_MAX: Final = 5
@@ -117,15 +117,19 @@ class _Run:
                 self._look()
         self._look()
         cpu = {name: seconds - cpu_before[name] for name, seconds in self._cpu_seconds().items()}
+        guests_cpu_seconds = sum(cpu.values())
         stats = self._stats()
+        for name in self._host.guests:
+            served_ns = _cpu_ns(stats, name) - _cpu_ns(stats_before, name)
+            cpu[name] += served_ns / 1e9
         guests = {
-            name: _worked(before[name], self._counters(name), access_seconds)
+            name: _worked(before[name], self._counters(name), cpu[name], access_seconds)
             for name in self._host.guests
         }
         return {
             **_together(guests),
             "hypervisor_cpu_seconds": stats["cpu_seconds"] - stats_before["cpu_seconds"],
-            "guests_cpu_seconds": sum(cpu.values()),
+            "guests_cpu_seconds": guests_cpu_seconds,
             "migration_bytes": sum(self._migration_bytes) // max(1, len(self._migration_bytes)),
             "sizes_most_bytes": self._sizes_most * PAGE_BYTES,
             "tmem": {
@@ -225,9 +229,8 @@ class _Run:
 
     def _stats(self) -> Record:
         if self._cluster.plan.arena_bytes is None:
-            return dict.fromkeys(
-                ("cpu_seconds", "hypercalls", "pages_put", "pages_got", "evictions"), 0
-            )
+            names = ("cpu_seconds", "hypercalls", "pages_put", "pages_got", "evictions")
+            return {**dict.fromkeys(names, 0), "guests": {}}
         return self._cluster.stats()
 
     def _cpu_seconds(self) -> dict[str, float]:
@@ -246,6 +249,12 @@ def _process_cpu_seconds(pid: int | None) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
+def _cpu_ns(stats: Record, name: str) -> int:
+    """CPU time that the hypervisor has spent on a guest."""
+    cpu_ns: int = stats["guests"].get(name, {}).get("cpu_ns", 0)
+    return cpu_ns
+
+
 def _size(counters: Record) -> int:
     size: int = counters["balloon"]["size_pages"]
     return size
@@ -259,8 +268,10 @@ def _free(counters: Record) -> int:
     return free
 
 
-def _worked(before: Record, after: Record, access_seconds: Mapping[str, float]) -> Record:
-    """What a guest did between two looks."""
+def _worked(
+    before: Record, after: Record, cpu_seconds: float, access_seconds: Mapping[str, float]
+) -> Record:
+    """What a guest did between two looks; `cpu_seconds` is its own and the hypervisor's for it."""
 
     def grown(*path: str) -> Any:
         values = []
@@ -277,9 +288,8 @@ def _worked(before: Record, after: Record, access_seconds: Mapping[str, float]) 
         + grown("swap", "read_calls")
         + grown("swap", "write_calls")
     )
-    seconds = grown("seconds")
     return {
-        "seconds": seconds,
+        "seconds": grown("seconds"),
         "disk_reads_pages": grown("disk_reads_pages"),
         "swap_in_pages": grown("swap", "in_pages"),
         "swap_out_pages": grown("swap", "out_pages"),
@@ -289,7 +299,10 @@ def _worked(before: Record, after: Record, access_seconds: Mapping[str, float]) 
         "mismatches": grown("mismatches"),
         "mismatch_paths": after["mismatch_paths"],
         "verified_bytes": grown("bytes_verified"),
-        **{f"{disk}_seconds": seconds + accesses * each for disk, each in access_seconds.items()},
+        **{
+            f"{disk}_seconds": cpu_seconds + accesses * each
+            for disk, each in access_seconds.items()
+        },
     }
 
 
