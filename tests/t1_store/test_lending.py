@@ -28,6 +28,7 @@ from hypervisor.reclaim import REAP_SLICE_PAGES
 from hypervisor.recovery import recover
 from ipc.abi import PAGE_BYTES, REPLY, REQUEST, Op, Reason, Status
 from ipc.errors import InvariantError
+from ipc.limits import GUESTS_MAX
 from ipc.names import Registry
 from ipc.segment import allocated_bytes, create_segment, remove_segment
 from ipc.window import anonymous_window
@@ -226,6 +227,19 @@ def test_a_call_does_a_bounded_amount_of_work() -> None:
     assert not machine.store.doomed
     check(machine)
     assert FRAMES_A_CALL == 1024
+
+
+def test_numbers_of_guests_that_had_ram_are_used_again() -> None:
+    """When their frames are free, which is brought about if there is no other number left."""
+    machine = Machine(private_arena(layout(1000).end), lends=True)
+    for _ in range(3 * GUESTS_MAX):
+        assert lend(machine, "a", 2) == 2
+        machine.depart(machine.clients["a"])
+    check(machine)
+    while machine.store.doomed:
+        machine.store.reap()
+    assert len(machine.free_guest_numbers) == GUESTS_MAX
+    assert machine.store.frames.free == 1000
 
 
 def test_targets_are_not_divided_for_every_call(monkeypatch: pytest.MonkeyPatch) -> None:

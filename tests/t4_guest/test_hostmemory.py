@@ -15,6 +15,7 @@ from guests.kernel import Kernel
 from guests.process import ProcessKilled
 from hypervisor.arena import layout
 from ipc.abi import REQUEST, Op, oid_from_int
+from ipc.channel import Channel
 from ipc.errors import ExitCode, OperatorError
 from ipc.local import Fault, LocalChannel
 from ipc.window import Window
@@ -188,10 +189,20 @@ def test_a_guest_starts_smaller_and_grows_when_there_is_room(image: Path) -> Non
         host.check()
 
 
-def test_a_guest_that_can_not_have_its_floor_does_not_start(image: Path) -> None:
+def test_a_guest_that_can_not_have_its_floor_does_not_start(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One line and an exit code; nothing stays lent, and the image is clean."""
     host = Host(300)
     assert fill(host.other(), 1, 1, 140) == 140
+    channels: list[Channel] = []
+    connect = host.connect
+
+    def noted() -> Channel:
+        channels.append(connect())
+        return channels[-1]
+
+    monkeypatch.setattr(host, "connect", noted)
     with (
         pytest.raises(OperatorError, match="the host can lend 655360 bytes") as refusal,
         running_kernel(image, host, memory_bytes=MEMORY_BYTES),
@@ -200,6 +211,8 @@ def test_a_guest_that_can_not_have_its_floor_does_not_start(image: Path) -> None
     assert refusal.value.exit_code is ExitCode.UNAVAILABLE
     assert "\n" not in str(refusal.value)
     assert_clean(image)
+    (channel,) = channels
+    assert channel.hypervisor_is_gone(), "it has said good-bye"
 
 
 def test_without_a_hypervisor_a_guest_shrinks_and_does_not_grow(
@@ -210,8 +223,12 @@ def test_without_a_hypervisor_a_guest_shrinks_and_does_not_grow(
     time, host = Time(), Host(600)
     with running_kernel(image, host, time=time, memory_bytes=MEMORY_BYTES) as kernel:
         host.kernel = kernel
+        kernel.idle()
         host.kill()
         aim(kernel, 300)
+        assert kernel.userland.balloon.step() > 0
+        assert kernel.attachment is not None
+        assert kernel.attachment.calls is None, "nobody else need find out"
         settle(kernel, time)
         assert size(kernel) == 300
         aim(kernel, 350)
