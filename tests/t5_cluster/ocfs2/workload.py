@@ -257,6 +257,7 @@ class _Draw:
         held = [Operation(node, Kind.HOLD, found[0], HELD)]
         if rng.random() < 0.8:
             held.append(Operation(node, Kind.UNLINK, found[0]))
+            held.append(Operation(node, Kind.HELD_FSYNC, target=HELD))
         return held
 
     def _length(self) -> int:
@@ -304,7 +305,7 @@ _WEIGHTS: Final = {
     Kind.MKDIR: 5,
     Kind.RMDIR: 4,
     Kind.SYMLINK: 3,
-    Kind.HOLD: 8,
+    Kind.HOLD: 12,
     Kind.FSYNC: 9,
     Kind.SYNC: 2,
     Kind.READ: 8,
