@@ -23,6 +23,7 @@ MODULES = frozenset(
         "t5_cluster/test_administration",
         "t5_cluster/test_background",
         "t5_cluster/test_measured_run",
+        "t6_tools/test_classic",
     )
 )
 

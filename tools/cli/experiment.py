@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ipc.errors import ExitCode
+from ipc.errors import ExitCode, OperatorError
 from tools.cli.common import JsonOption, print_json, print_table
 
 QuickOption = Annotated[
@@ -81,6 +81,14 @@ def classic(
         modes=modes,
     )
     run = new_run(RUNS, datetime.datetime.now(datetime.UTC).astimezone()).absolute()
+    folder = out if out is not None else run
+    try:
+        # Before anything is measured that could then not be written down.
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise OperatorError(
+            f"can't make the folder {folder}: {reason.strerror}", ExitCode.NO_INPUT
+        ) from None
     reporter = SweepReporter(sys.stderr, quiet=quiet)
     try:
         with Interrupts() as interrupts:
@@ -90,12 +98,12 @@ def classic(
     finally:
         reporter.close()
     found = classic_report.complete(measured)
-    written = classic_report.write(found, out if out is not None else run)
+    classic_report.write(found, folder)
     if json:
         print_json(found)
     else:
         print(classic_report.markdown(found))
-        print(f"report in {written}")
+        print(f"report in {folder / 'report.html'}")
     code, lines = experiment.verdict(found)
     for line in lines:
         print(f"tmem: {line}", file=sys.stderr)

@@ -345,10 +345,8 @@ def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def write(found: Mapping[str, Any], folder: Path) -> Path:
-    """Write results.json, report.md and report.html; the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(found: Mapping[str, Any], folder: Path) -> None:
+    """Write results.json, report.md and report.html into a folder."""
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     (folder / "report.md").write_text(markdown(found) + "\n")
     (folder / "report.html").write_text(page(found))
-    return folder
