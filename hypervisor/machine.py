@@ -312,8 +312,8 @@ class Machine:
         return Status.ENOMEM, Reason.NO_MEMORY, bitmap, 0, 0
 
     def _ask_for_room(self, client: Client) -> None:
-        """A put was not served whole, or took pages of one who had not too many.  If it was for
-        want of room, and none is on its way, another guest may have too much."""
+        """A put or LEND was not served whole, or took pages of one who had not too many.  If it was
+        for want of room, and none is on its way, another guest may have too much."""
         short = self._found_no_room or self.store.squeezed
         self._found_no_room = self.store.squeezed = False
         if short and not self.store.doomed:
@@ -461,9 +461,8 @@ class Machine:
             account.refuse(Reason.LENDING_OFF, 1)
             return Status.ENOSYS, Reason.LENDING_OFF, 0, 0, 0
         before = len(client.lent)
-        if not self.lending.resize(client, wanted):
-            self._found_no_room = True
-            self._ask_for_room(client)
+        self._found_no_room = not self.lending.resize(client, wanted)
+        self._ask_for_room(client)
         account.done += 1
         account.pages += abs(len(client.lent) - before)
         return _DONE, 0, 0, len(client.lent), 0
