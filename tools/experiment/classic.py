@@ -108,7 +108,7 @@ QUICK: Final = Plan(
     share_bytes=3584 * 2**10,
     tree_bytes=384 * 2**10,
     memory_pages=52,
-    jobs=(1, 14, 32),
+    jobs=(1, 14, 38),
     repeat=1,
     modes=tuple(mode for mode in MODES if mode != "tmem-plain"),
 )
