@@ -117,6 +117,9 @@ class Ledger:
             require((reply.status == Status.DONE) == known, f"pool known={known}: {reply}")
             if known:
                 self.leave(guest, call.pool)
+        elif call.op == Op.LEND:
+            # Kernels ask for their RAM; here they have it for themselves.
+            require(reply.reason == Reason.LENDING_OFF, f"RAM was lent: {reply}")
         return reply
 
     def _settle_pages(self, guest: str, call: Call, reply: Reply, window: Window) -> None:

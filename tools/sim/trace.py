@@ -25,6 +25,7 @@ _OP_NAMES: Final = {
     Op.GET_BATCH: "get*",
     Op.FLUSH_BATCH: "flush*",
     Op.VERSION: "version",
+    Op.LEND: "lend",
 }
 
 
@@ -59,6 +60,8 @@ def describe(call: Call, reply: Reply, book: Book | None) -> str:
     elif call.op == Op.FLUSH_OBJECT:
         what = f"{call.pool}:{kind:<4} {int.from_bytes(call.oid[:4], 'little'):<16}"
         served = str(reply.value)
+    elif call.op == Op.LEND:
+        what = f"{call.index}"
     else:
         what = f"{call.pool}"
     return f"{_OP_NAMES[call.op]:<7} {what:<23} {served:>6} {status}"
