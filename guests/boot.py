@@ -6,7 +6,7 @@ Start with `run(spec)` in a process of its own.  It is ready when its control so
    0    the verb stop, SIGTERM, or the end of the supervisor; the image is clean
   65    configuration that makes no sense (too little memory)
   66    an image that can't be used
-  69    the hypervisor refused it, or its socket can't be made
+  69    the hypervisor refused it, or can't lend it its least memory; its socket can't be made
   71    a bug of ours
   72    the node was fenced: the cluster of its volume goes on without it
 
