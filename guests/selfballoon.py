@@ -17,6 +17,13 @@ RAM in each round.
 
 Differs from Linux: RAM is smaller here, so what counts as a megabyte in these formulas is a knob
 (`mb_bytes`), and both services are off until they are switched on.
+
+And Linux has no answer to a guest whose programs want more than all of its RAM: its driver then
+holds on to every page, tmem has none to keep the rest in, and the rest goes to the disk.  But a
+page of RAM that tmem has may hold two or three compressed ones.  With `frontswap_gain_percent`
+above 100 (what the RAM is worth there) such a guest gives up as much RAM as makes all fit:
+
+    ram + (maximum - ram) * gain = wanted     =>     ram = (maximum * gain - wanted) / (gain - 1)
 """
 
 from __future__ import annotations
@@ -40,6 +47,7 @@ class Knobs:
     frontswap_selfshrinking: int = 0
     frontswap_inertia: int = 3
     frontswap_hysteresis: int = 20
+    frontswap_gain_percent: int = 100
     mb_bytes: int = 1 << 20
 
     def set(self, name: str, value: int) -> None:
@@ -48,8 +56,7 @@ class Knobs:
             raise ValueError(f"no knob {name!r}; there are {', '.join(known)}")
         switches = ("selfballooning", "frontswap_selfshrinking")
         least = 0 if name in (*switches, "min_usable_mb", "reserved_mb") else 1
-        if name == "mb_bytes":
-            least = PAGE_BYTES
+        least = {"mb_bytes": PAGE_BYTES, "frontswap_gain_percent": 100}.get(name, least)
         if not least <= value <= (1 if name in switches else 1 << 32):
             raise ValueError(f"{name} can't be {value}")
         setattr(self, name, value)
@@ -69,6 +76,9 @@ class Needs:
 def goal_pages(needs: Needs, knobs: Knobs) -> int:
     """The size that the guest should come to."""
     goal = needs.committed + needs.reserved + _pages(knobs.reserved_mb, knobs)
+    gain = knobs.frontswap_gain_percent
+    if goal > needs.maximum and gain > 100:
+        return (needs.maximum * gain - goal * 100) // (gain - 100)
     return goal + needs.frontswap if knobs.frontswap_selfshrinking else goal
 
 

@@ -153,6 +153,23 @@ def test_targets() -> None:
             knobs.set(name, value)
 
 
+@pytest.mark.parametrize(
+    ("committed_mb", "gain_percent", "goal_mb"),
+    [(90, 250, 90), (130, 100, 130), (130, 250, 80), (175, 250, 50), (400, 250, -100)],
+)
+def test_ram_that_is_worth_more_in_tmem_goes_there(
+    committed_mb: int, gain_percent: int, goal_mb: int
+) -> None:
+    """When programs want more than all RAM: 80 MB of RAM and 20 that hold 50 are 130."""
+    knobs = Knobs(min_usable_mb=10, downhysteresis=1)
+    knobs.set("frontswap_gain_percent", gain_percent)
+    needs = Needs(100 * PAGES, 100 * PAGES, committed_mb * PAGES, 0, 5 * PAGES)
+    assert goal_pages(needs, knobs) == goal_mb * PAGES
+    assert next_target(needs, knobs) == max(10, min(100, goal_mb)) * PAGES
+    with pytest.raises(ValueError, match="gain"):
+        knobs.set("frontswap_gain_percent", 99)
+
+
 def test_frontswap_is_shrunk_when_it_has_not_grown_for_a_while() -> None:
     """Inertia rounds of waiting, then one part in twenty a round, then what is left."""
     time, pages, shrunk = Time(), [400], []
