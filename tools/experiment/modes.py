@@ -36,6 +36,8 @@ from tools.units import PAGE_BYTES
 
 SELF_BALLOON_MB: Final = 512
 """What the RAM of a guest counts as in the formulas of self-ballooning."""
+GAIN_PERCENT: Final = 220
+"""What memory is worth in the arena: pages of compilers are compressed to less than a half."""
 SELF_BALLOON_SECONDS: Final = 1
 """Linux's worker wakes up every 5 seconds, for builds that take minutes."""
 
@@ -73,6 +75,8 @@ class Mode:
     """The arena, in parts of M; 0 is the least that can be; None: there is no hypervisor."""
     tmem: bool = False
     compress: bool = False
+    borrow: bool = False
+    """Guests may have swapped pages in what the others don't use."""
     balanced: bool = False
     self_ballooning: bool = False
     lend: bool = False
@@ -111,8 +115,9 @@ class Mode:
     def _told(self, host: Host) -> Iterator[Record]:
         """What the hypervisor is told before there are guests."""
         for name in host.guests:
-            if self.compress:
-                yield {"verb": "set", "guest": name, "compress": True}
+            if self.tmem:
+                settings = {"compress": self.compress, "borrow": self.borrow}
+                yield {"verb": "set", "guest": name, **settings}
             if self.balanced:
                 size_bytes = host.share_bytes + self.uncounted_bytes
                 yield {"verb": "balloon", "guest": name, "size_bytes": size_bytes}
@@ -123,6 +128,7 @@ class Mode:
             return
         knobs = {
             "frontswap_selfshrinking": int(self.tmem),
+            "frontswap_gain_percent": GAIN_PERCENT if self.lend else 100,
             "mb_bytes": host.share_bytes // SELF_BALLOON_MB,
             "interval": SELF_BALLOON_SECONDS,
             "selfballooning": 1,
