@@ -75,7 +75,7 @@ coherence: setup  ## Run the coherence test with every nemesis over SEEDS=20 see
 races: SEEDS = 20
 races: setup  ## Let real nodes race for names, files, inodes and locks over SEEDS=20 seeds (SEED=first)
 	TMEM_RACES=$(SEEDS) TMEM_RACES_FIRST=$(or $(SEED),1) $(BIN)/python -m pytest -q -n $(WORKERS) \
-	    tests/t5_cluster/test_shared_races.py tests/t5_cluster/test_shared_values.py
+	    tests/t5_cluster/test_shared_races*.py tests/t5_cluster/test_shared_values.py
 
 campaigns: setup  ## Long campaigns of journal, lock manager, membership and swap: SEEDS=1000, STATES=1000000
 	$(BIN)/python -m tests.t3_fs.jbd2.campaign --seeds $(SEEDS)
