@@ -244,6 +244,7 @@ class World:
             Arena(self.mapping),
             policy=self.policy,
             scheduling=self.scheduling,
+            lends=True,
             settings=self.settings,
             grants=self.grants,
         )
@@ -314,6 +315,8 @@ class World:
             fields = (0, pool, 0, oid, 0)
         elif op is Op.DESTROY_POOL:
             fields = (0, pool, 0, bytes(24), 0)
+        elif op is Op.LEND:
+            fields = (0, 0, count if place & 128 else 0, bytes(24), 0)
         fenced = op in (Op.PUT_PAGE, Op.GET_PAGE, Op.FLUSH_PAGE, Op.FLUSH_OBJECT)
         return REQUEST.pack(guest.sequence, op, flags, *fields, slot & 3 if fenced else 0, 0)
 
