@@ -22,6 +22,9 @@ def register(app: typer.Typer) -> None:
     experiments = typer.Typer(help="Run an experiment over the real parts.", no_args_is_help=True)
     experiments.command()(policy)
     experiments.command()(classic)
+    experiments.command()(moving)
+    experiments.command()(burst)
+    experiments.command()(oom)
     experiments.callback()(_group)
     app.add_typer(experiments, name="experiment")
 
@@ -108,6 +111,58 @@ def classic(
     for line in lines:
         print(f"tmem: {line}", file=sys.stderr)
     return code
+
+
+DemandModes = Annotated[
+    str | None, typer.Option("--modes", help="Only these, with commas between them.", metavar="A,B")
+]
+DemandQuick = Annotated[bool, typer.Option("--quick", help="Smaller: a minute or so.")]
+
+
+def moving(modes: DemandModes = None, quick: DemandQuick = False, json: JsonOption = False) -> int:
+    """Demand that moves from guest to guest: each in turn needs twice its share of the memory."""
+    return _demand("moving", modes, quick=quick, json=json)
+
+
+def burst(modes: DemandModes = None, quick: DemandQuick = False, json: JsonOption = False) -> int:
+    """A sudden demand: how long a guest takes to have three times its share of the memory."""
+    return _demand("burst", modes, quick=quick, json=json)
+
+
+def oom(modes: DemandModes = None, quick: DemandQuick = False, json: JsonOption = False) -> int:
+    """Ever more demand: how much one guest's programs may have until one of them is killed."""
+    return _demand("oom", modes, quick=quick, json=json)
+
+
+def _demand(name: str, modes: str | None, *, quick: bool, json: bool) -> int:
+    """Exits with 1 if a page was wrong or a run failed."""
+    from dataclasses import replace
+
+    from tools.experiment import demand as experiment
+    from tools.interrupts import Interrupts
+    from tools.progress import SweepReporter
+    from tools.rundir import RUNS, new_run
+
+    plan = experiment.QUICK if quick else experiment.Demand()
+    if modes is not None:
+        plan = replace(plan, modes=experiment.chosen_modes(modes))
+    run = new_run(RUNS, datetime.datetime.now(datetime.UTC).astimezone()).absolute()
+    reporter = SweepReporter(sys.stderr, quiet=json)
+    try:
+        with Interrupts() as interrupts:
+            found = experiment.measure(
+                name, plan, run, run.parent / "cache", interrupts, reporter.step, reporter.news
+            )
+    finally:
+        reporter.close()
+    if json:
+        print_json(found)
+    else:
+        print_table(*experiment.table(found))
+    lines = experiment.went_wrong(found)
+    for line in lines:
+        print(f"tmem: {line}", file=sys.stderr)
+    return ExitCode.VIOLATED if lines else ExitCode.OK
 
 
 def _say(text: str) -> None:

@@ -20,7 +20,7 @@ All figures are counted from when the work begins to when the last guest is done
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,13 +114,13 @@ QUICK: Final = Plan(
 )
 
 
-def chosen_modes(text: str) -> tuple[str, ...]:
+def chosen_modes(text: str, known: Collection[str] = MODES) -> tuple[str, ...]:
     """Modes from `a,b`; raises OperatorError for one that is none."""
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
-        if name not in MODES:
+        if name not in known:
             raise OperatorError(
-                f"there is no mode {name!r}; there are {', '.join(MODES)}", ExitCode.USAGE
+                f"there is no mode {name!r}; there are {', '.join(known)}", ExitCode.USAGE
             )
     return names
 
@@ -195,7 +195,7 @@ def _run(
         )
         for number, name in enumerate(plan.host.guests)
     }
-    with _disks(plan, directory, images) as disks:
+    with fresh_disks(plan.swap_bytes, directory, images) as disks:
         figures = run_once(
             MODES[mode], plan.host, disks, work, directory, interrupts, ACCESS_SECONDS, news
         )
@@ -204,8 +204,8 @@ def _run(
 
 
 @contextmanager
-def _disks(
-    plan: Plan, directory: ClusterDirectory, images: dict[str, Image]
+def fresh_disks(
+    swap_bytes: int, directory: ClusterDirectory, images: dict[str, Image]
 ) -> Iterator[dict[str, Disks]]:
     """Fresh disks and swap files for all guests, gone afterwards."""
     directory.images.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -214,7 +214,7 @@ def _disks(
         for name, image in images.items():
             path = directory.images / f"{name}.img"
             copy_image(image.path, path)
-            swap = prepare_swap(name, plan.swap_bytes, None)
+            swap = prepare_swap(name, swap_bytes, None)
             assert swap is not None
             swap.make(directory.images)
             disks[name] = Disks(path, swap.path(directory.images), swap.uuid)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +32,7 @@ class Work:
 
     seed: int
     parameters: dict[str, Any]
+    workload: str = "make"
 
 
 def run_once(
@@ -44,14 +46,28 @@ def run_once(
     news: Callable[[str], None],
 ) -> Record:
     """Start, work, count, stop."""
-    interrupts.check()
-    with Cluster(mode.plan(host, disks), directory, interrupts) as cluster:
-        run = _Run(mode, host, cluster, interrupts, news)
-        run.settle()
+    with running(mode, host, disks, directory, interrupts, news) as run:
         return run.result(work, access_seconds)
 
 
-class _Run:
+@contextmanager
+def running(
+    mode: Mode,
+    host: Host,
+    disks: Mapping[str, Disks],
+    directory: ClusterDirectory,
+    interrupts: Interrupts,
+    news: Callable[[str], None],
+) -> Iterator[Run]:
+    """A cluster of a mode, for as many pieces of work as are wanted of it."""
+    interrupts.check()
+    with Cluster(mode.plan(host, disks), directory, interrupts) as cluster:
+        run = Run(mode, host, cluster, interrupts, news)
+        run.settle()
+        yield run
+
+
+class Run:
     """A cluster that is up."""
 
     def __init__(
@@ -142,7 +158,7 @@ class _Run:
     def _start(self, name: str, task: Work) -> bool:
         question = {
             "verb": "run",
-            "workload": "make",
+            "workload": task.workload,
             "seed": task.seed,
             "parameters": task.parameters,
         }
