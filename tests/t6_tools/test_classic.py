@@ -30,6 +30,7 @@ TINY = Plan(
     tree_bytes=96 << 10,
     memory_pages=100,
     jobs=(1, 14),
+    passes=1,
     swap_bytes=8 << 20,
     repeat=1,
     modes=("static", "tmem"),

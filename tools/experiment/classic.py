@@ -78,7 +78,8 @@ class Plan:
     jobs: tuple[int, ...] = (1, 6, 10, 13, 16, 22, 28)
     """Compilers at a time, one level after the other."""
     swap_bytes: int = 32 * 2**20
-    passes: int = 1
+    passes: int = 3
+    """How often each guest builds its tree."""
     seed: int = 1
     repeat: int = 3
     modes: tuple[str, ...] = tuple(MODES)
@@ -109,6 +110,7 @@ QUICK: Final = Plan(
     tree_bytes=384 * 2**10,
     memory_pages=52,
     jobs=(1, 14, 38),
+    passes=1,
     repeat=1,
     modes=tuple(mode for mode in MODES if mode != "tmem-plain"),
 )

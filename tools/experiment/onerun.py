@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ from tools.units import PAGE_BYTES
 
 _POLL_SECONDS: Final = 0.2
 _SETTLE_SECONDS: Final = 20.0
-_TICKS: Final = os.sysconf("SC_CLK_TCK")
 _PATHS_MAX: Final = 5
 
 
@@ -257,12 +255,12 @@ class Run:
 
 
 def _process_cpu_seconds(pid: int | None) -> float:
-    """User and system time, 0 for a process that is gone."""
+    """Time on a processor, 0 for a process that is gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ran_ns = Path(f"/proc/{pid}/schedstat").read_text().split()[0]
     except OSError:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / _TICKS
+    return int(ran_ns) / 1e9
 
 
 def _cpu_ns(stats: Record, name: str) -> int:
