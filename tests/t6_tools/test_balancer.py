@@ -62,7 +62,23 @@ def test_who_waits_longer_wishes_more() -> None:
     patient = replace(IDLE, free=0, stalled=0.02)
     sizes = fair_sizes({"much": replace(patient, stalled=0.4), "little": patient}, 2100)
 
-    assert sizes["much"] > sizes["little"] > 0
+    assert sizes["much"] > sizes["little"] + 200
+
+
+def test_who_has_free_pages_gives_them_to_who_waits() -> None:
+    """Though it keeps some, and gets a part of what nobody wants."""
+    sizes = fair_sizes({"free": IDLE, "waits": replace(IDLE, free=0, stalled=0.02)}, 2000)
+
+    assert IDLE.needed < sizes["free"] < 800
+    assert sum(sizes.values()) == 2000
+
+
+def test_nothing_is_left_over_while_somebody_can_take_it() -> None:
+    """Those that are full give their part to the others."""
+    small = replace(IDLE, maximum=300, size=300, told=300)
+    sizes = fair_sizes({"small": small, "a": IDLE, "b": IDLE}, 3300)
+
+    assert sizes == {"small": 300, "a": 1500, "b": 1500}
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -80,13 +80,12 @@ def fair_sizes(guests: Mapping[str, Figures], total_pages: int) -> dict[str, int
     ):
         _share(sizes, wanted, total_pages - sum(sizes.values()))
     left = total_pages - sum(sizes.values())
-    # Guests that are full give their part to the others.
-    for name in sorted(guests, key=lambda one: guests[one].maximum - sizes[one]):
-        others = sum(1 for one in guests if guests[one].maximum - sizes[one] > 0)
-        if left > 0 and others:
-            part = min(guests[name].maximum - sizes[name], max(1, left // others))
-            sizes[name] += part
-            left -= part
+    # Those with the least room first: what they can't take is for the others.
+    waiting = sorted(guests, key=lambda one: guests[one].maximum - sizes[one])
+    for number, name in enumerate(waiting):
+        part = min(guests[name].maximum - sizes[name], left // (len(waiting) - number))
+        sizes[name] += part
+        left -= part
     return sizes
 
 
