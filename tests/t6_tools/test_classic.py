@@ -97,7 +97,7 @@ def test_points_say_what_was_counted(sweep: Sweep) -> None:
         assert point["seconds"] > 0
         assert point["hdd_seconds"] > point["ssd_seconds"]
     assert [point["pressure"] for point in points[:2]] == [1.0, 1.0]
-    assert points[2]["pressure"] == points[3]["pressure"] > 1.5
+    assert points[2]["pressure"] == points[3]["pressure"] > 3
     assert sweep.found["plan"]["total_bytes"] == 6 << 20
 
 
@@ -179,7 +179,8 @@ def point(mode: str, pressure: float, **figures: float) -> dict[str, Any]:
     for clock in ("hdd_seconds", "ssd_seconds"):
         measured[clock] = figures.get(clock, measured["seconds"])
     spread = {measure: [measured[measure], measured[measure]] for measure in MEASURES}
-    return {"mode": mode, "pressure": pressure, "jobs": 1, "spread": spread, **measured}
+    jobs = round(10 * pressure)
+    return {"mode": mode, "pressure": pressure, "jobs": jobs, "spread": spread, **measured}
 
 
 POINTS = [
@@ -239,6 +240,15 @@ def test_one_mode_alone_has_a_report_too() -> None:
     assert found["compared"] == {}
     assert "| 2 " in markdown(found)
     assert "<polyline" in page(found)
+
+
+def test_levels_of_the_sweeps_differ_and_begin_without_pressure() -> None:
+    """From 1, where all fits into half of a guest's memory, to more than twice of the memory."""
+    for plan in (Plan(), classic.QUICK):
+        levels = [plan.pressure(jobs) for jobs in plan.jobs]
+        assert levels == sorted(set(levels))
+        assert levels[0] == 1.0
+        assert levels[-1] > 4
 
 
 def test_levels_modes_and_seeds_take_turns() -> None:

@@ -7,7 +7,8 @@ cluster of its own.  Modes take turns within a level, so that what else the mach
 over all of them.
 
     pressure    what a guest needs (sources, objects, the memory of all its compilers, the kernel's
-                part) over its share M/N of the memory; 1 is none
+                part) over half of its share M/N, which is the least RAM that it has in any mode.
+                So 1 is none, whatever the mode, and at 2 the guests need all memory that there is
     seconds     of the slowest guest, measured.  That says little about disks, because the images
                 are files in the host's page cache, and much about what else the machine does
     hdd, ssd    modelled, again of the slowest: the CPU time of its process and of the hypervisor
@@ -86,10 +87,10 @@ class Plan:
     name: str = "classic"
 
     def pressure(self, jobs: int) -> float:
-        """Of a level.  The first is one where all of it fits even into half of M/N."""
+        """Of a level; at least 1."""
         # Objects are about as large as sources.
         pages = 2 * self.tree_bytes // PAGE_BYTES + jobs * self.memory_pages + KERNEL_PAGES
-        return round(max(1.0, pages * PAGE_BYTES / self.share_bytes), 2)
+        return round(max(1.0, pages * PAGE_BYTES / (self.share_bytes / 2)), 2)
 
     @property
     def host(self) -> Host:

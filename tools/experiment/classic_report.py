@@ -63,18 +63,18 @@ def pages_swapped(point: Point) -> int:
 
 def compare(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
     """By mode: its figures beside those of `static`; empty without `static`."""
-    base = {point["pressure"]: point for point in points if point["mode"] == BASE}
+    base = {point["jobs"]: point for point in points if point["mode"] == BASE}
     if not base:
         return {}
     low, high = min(base), max(base)
     found = {}
     for mode in dict.fromkeys(point["mode"] for point in points):
-        own = {point["pressure"]: point for point in points if point["mode"] == mode}
+        own = {point["jobs"]: point for point in points if point["mode"] == mode}
         saved = base[high]["disk_reads_pages"] - own[high]["disk_reads_pages"]
         swapped = pages_swapped(base[high]) - pages_swapped(own[high])
         cpu_seconds = own[high]["hypervisor_cpu_seconds"]
         found[mode] = {
-            "pressure": high,
+            "pressure": base[high]["pressure"],
             "reads_saved": _share(saved, base[high]["disk_reads_pages"]),
             "reads_saved_per_second": _share(saved, own[high]["seconds"]),
             "swap_saved": _share(swapped, pages_swapped(base[high])),
@@ -85,8 +85,11 @@ def compare(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
             "time_lost": _share(own[low]["hdd_seconds"], base[low]["hdd_seconds"], less=1.0),
             "slowest": {
                 clock: max(
-                    (_share(own[level][clock], base[level][clock], less=1.0) or 0.0, level)
-                    for level in base
+                    (
+                        _share(own[jobs][clock], base[jobs][clock], less=1.0) or 0.0,
+                        base[jobs]["pressure"],
+                    )
+                    for jobs in base
                 )
                 for clock in CLOCKS
             },
@@ -226,7 +229,8 @@ def _setting(found: Mapping[str, Any]) -> list[str]:
         f"{plan['seed']}; figures are medians."
     )
     units = (
-        "seconds: measured, of the slowest guest, with whatever else the machine did. HDD, SSD: "
+        "pressure: what a guest needs over half of its share; 1 is none in any mode, at 2 guests "
+        "need all memory there is. seconds: measured, of the slowest guest, with whatever else the machine did. HDD, SSD: "
         "modelled, its CPU time and the hypervisor's for it, and 8 ms or 100 us for each counted "
         "access to a disk. Disk reads and swap: pages of 4 KiB, of all guests. For a migration: "
         "memory that is free or can be freed without writing to a disk, on average."
