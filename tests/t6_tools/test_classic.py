@@ -18,7 +18,7 @@ from ipc.errors import ExitCode
 from tests.support.clusters import short_folder, tmem_here
 from tests.support.tools import need_tool
 from tools.experiment import classic
-from tools.experiment.classic import MEASURES, Plan, verdict
+from tools.experiment.classic import MEASURES, QUICK, Plan, verdict
 from tools.experiment.classic_report import compare, complete, goals, markdown, page
 from tools.experiment.modes import MODES, Disks
 from tools.experiment.svg import ticks
@@ -244,7 +244,7 @@ def test_one_mode_alone_has_a_report_too() -> None:
 
 def test_levels_of_the_sweeps_differ_and_begin_without_pressure() -> None:
     """From 1, where all fits into half of a guest's memory, to more than twice of the memory."""
-    for plan in (Plan(), classic.QUICK):
+    for plan in (Plan(), QUICK):
         levels = [plan.pressure(jobs) for jobs in plan.jobs]
         assert levels == sorted(set(levels))
         assert levels[0] == 1.0

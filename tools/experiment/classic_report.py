@@ -230,10 +230,11 @@ def _setting(found: Mapping[str, Any]) -> list[str]:
     )
     units = (
         "pressure: what a guest needs over half of its share; 1 is none in any mode, at 2 guests "
-        "need all memory there is. seconds: measured, of the slowest guest, with whatever else the machine did. HDD, SSD: "
-        "modelled, its CPU time and the hypervisor's for it, and 8 ms or 100 us for each counted "
-        "access to a disk. Disk reads and swap: pages of 4 KiB, of all guests. For a migration: "
-        "memory that is free or can be freed without writing to a disk, on average."
+        "need all memory there is. seconds: measured, of the slowest guest, with whatever else the "
+        "machine did. HDD, SSD: modelled, its CPU time and the hypervisor's for it, and 8 ms or "
+        "100 us for each counted access to a disk. Disk reads and swap: pages of 4 KiB, of all "
+        "guests. For a migration: memory that is free or can be freed without writing to a disk, "
+        "on average."
     )
     verified = (
         f"{found['verified_bytes']:,} bytes of files and all pages of programs were compared with "
