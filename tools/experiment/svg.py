@@ -54,7 +54,7 @@ def line_plot(title: str, x_label: str, y_label: str, lines: Mapping[str, Line])
         parts.append(
             f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
         )
-        parts.append(_text(_LEFT - 6, y + 4, f"{tick:,g}", anchor="end"))
+        parts.append(_text(_LEFT - 6, y + 4, f"{tick:,.10g}", anchor="end"))
     for x_value in sorted({x for x, _ in points}):
         x, y = place(x_value, 0)
         parts.append(_text(x, y + 16, f"{x_value:g}", anchor="middle"))
