@@ -137,6 +137,9 @@ class Ocfs2:
         volume = self._volume
         locks = volume.locks.locks
         locks.acquire(recovery.SUPER_LOCK, Mode.EX)
+        # Whoever had it before may have replayed journals. Of dead nodes that nobody remembers no
+        # lock is held back, so what was read until here may be older, whichever lock it was under.
+        volume.locks.doubt_all(also_held=True)
         try:
             slots = recovery.slot_map(volume)
             slot = slots.choose(self.node)

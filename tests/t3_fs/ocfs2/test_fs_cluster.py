@@ -11,9 +11,10 @@ import pytest
 
 from fs.dlm.modes import Mode
 from fs.errors import ImageError
+from fs.ocfs2.recovery import SUPER_LOCK
 from tests.support.ocfs2 import BLOCK, Volume, read, vfs_tree, write
 from tests.t3_fs.ocfs2.conftest import MakeVolume
-from tests.t3_fs.ocfs2.nodes import Cluster, Node
+from tests.t3_fs.ocfs2.nodes import Cluster, Node, TableLocks
 
 
 def pair(volume: Volume) -> tuple[Cluster, Node, Node]:
@@ -256,3 +257,36 @@ def test_the_first_to_mount_after_a_power_cut_replays_all_journals(volume: Volum
     assert len(first.vfs.listdir("/d")) == 71
     after.leave(second)
     after.leave(first)
+
+
+def test_who_waits_to_mount_while_another_replays_has_read_nothing_old(
+    make_image: MakeVolume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut of all nobody remembers the dead one's locks: what a mount has read before
+    it gets the super lock may be what a journal, replayed meanwhile, has newer."""
+    cluster = Cluster(make_image(slots=3).path)
+    dead = cluster.join(1)
+    for number in range(300):
+        dead.vfs.mkdir(f"/{'name' * 20}{number}")
+    dead.vfs.sync()
+    entries = sorted(dead.vfs.listdir("/"))
+    cluster.kill(dead)
+    cluster.table.holds.clear()
+    cluster.table.values.clear()
+
+    acquire = TableLocks.acquire
+    first: list[Node] = []
+
+    def wait_for_the_first(locks: TableLocks, name: bytes, mode: Mode) -> None:
+        if name == SUPER_LOCK and not first:
+            monkeypatch.undo()
+            first.append(cluster.join(2))
+        acquire(locks, name, mode)
+
+    monkeypatch.setattr(TableLocks, "acquire", wait_for_the_first)
+    second = cluster.join(3)
+
+    assert sorted(second.vfs.listdir("/")) == entries == sorted(first[0].vfs.listdir("/"))
+    assert {name for name in entries if second.vfs.listdir(f"/{name}")} <= {"lost+found"}
+    for node in (second, first[0]):
+        cluster.leave(node)
