@@ -206,7 +206,6 @@ class Node:
     def mounted(self, fs: Ocfs2) -> None:
         """The volume is mounted under these locks; the slots of dead nodes can be taken over."""
         self.fs = fs
-        self.locks.downconvert = fs.downconvert
         fs.other_nodes.ask = self.range_queries.ask
 
     def leave(self) -> None:

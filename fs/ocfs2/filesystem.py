@@ -74,6 +74,8 @@ class Ocfs2:
         self.was_clean = True
         self._node_label = node_label
         self._mounted = False
+        self._unmounted = False
+        self._pinned: bytes | None = None
         self._pages: FilePages | None = None
         self._journal: SlotJournal | None = None
         self._recent: OrderedDict[int, Ocfs2Inode] = OrderedDict()
@@ -83,6 +85,7 @@ class Ocfs2:
         self.other_nodes = NodeFileLocks(locks, node)
         try:
             self._volume = Volume(device, locks, node, clock_ns, buffer_blocks)
+            locks.downconvert = self.downconvert
             self._volume.read_only = read_only or device.read_only
             if self._volume.read_only:
                 self._look_through_journals(device, locks, buffer_blocks)
@@ -96,10 +99,16 @@ class Ocfs2:
             self._mounted = True
             if not self._volume.read_only:
                 self._recover_dead(live_nodes)
-        except OSError as reason:
-            raise ImageError(
-                f"can't be mounted ({reason.strerror}); repair it with fsck.ocfs2"
-            ) from reason
+        except BaseException as reason:
+            self._unmounted = True
+            if self._pinned is not None:
+                # The slot is a dead one's now, and whoever mounts next sees to it.
+                locks.unpin(self._pinned)
+            if isinstance(reason, OSError):
+                raise ImageError(
+                    f"can't be mounted ({reason.strerror}); repair it with fsck.ocfs2"
+                ) from reason
+            raise
         self.uuid = self._volume.super.uuid
         self.features = self._volume.super.features
         self.label = self._volume.super.label.decode(errors="replace")
@@ -151,6 +160,7 @@ class Ocfs2:
                 taken = ", ".join(self._node_label(node) for node in owners)
                 raise ImageError(f"has no free slot: all are taken, by {taken}")
             locks.pin(self._slot_lock(slot))
+            self._pinned = self._slot_lock(slot)
             slots.set(slot, self.node)
             journal = recovery.slot_journal(volume, slot)
             self.was_clean = not journal.dirty
@@ -185,6 +195,8 @@ class Ocfs2:
                 continue
             if locks.try_acquire(self._slot_lock(slot), Mode.EX):
                 locks.release(self._slot_lock(slot), Mode.EX)
+                # Kept here it would look to the next who mounts like that of one who has mounted.
+                locks.drop(self._slot_lock(slot))
                 dead.append(slot)
         return dead
 
@@ -253,7 +265,7 @@ class Ocfs2:
     def downconvert(self, name: bytes, to: Mode) -> None:
         """Another node wants the lock `name`: make what is cached under it ready for `to`."""
         block = lock_block(name)
-        if block is None or not self._mounted:
+        if block is None or self._unmounted:
             return
         inode = self._volume.locks.known(block)
         if inode is not None and inode.is_file and self._pages is not None:
@@ -394,6 +406,7 @@ class Ocfs2:
                 self._give_back()
         finally:
             self._mounted = False
+            self._unmounted = True
             self.device.close()
 
     def _give_back(self) -> None:

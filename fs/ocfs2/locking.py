@@ -11,6 +11,7 @@ data. A node that gets a lock back with the version that it knew keeps what it h
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from fs.dlm.modes import Mode
@@ -71,6 +72,10 @@ class ClusterLocks(Protocol):
     is called, never while the lock is in use.
     """
 
+    downconvert: Callable[[bytes, Mode], None]
+    """Set by the file system before it changes anything, in its mount already: a lock that is given
+    up there, too, leaves what was changed under it on the disk."""
+
     def acquire(self, name: bytes, mode: Mode) -> None:
         """Take a lock and wait for it; may be nested."""
         ...
@@ -116,6 +121,8 @@ class LocalLocks:
     """Locks of a node that is alone: everything is granted at once."""
 
     def __init__(self) -> None:
+        self.downconvert: Callable[[bytes, Mode], None] = lambda _name, _to: None
+        """Never called: nobody else wants anything."""
         self._values: dict[bytes, bytes] = {}
         self._uses: dict[bytes, int] = {}
 

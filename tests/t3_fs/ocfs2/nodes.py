@@ -98,6 +98,7 @@ class TableLocks:
         self._table = table
         self._node = node
         self.uses: Counter[tuple[bytes, Mode]] = Counter()
+        self.downconvert: Callable[[bytes, Mode], None] = lambda _name, _to: None
 
     def acquire(self, name: bytes, mode: Mode) -> None:
         assert self.try_acquire(name, mode, wait=True)
@@ -116,7 +117,7 @@ class TableLocks:
                 assert not using, f"node {self._node} waits for {name!r} of node {other}"
                 self._table.downconverts += 1
                 try:
-                    node.fs.downconvert(name, to)
+                    node.locks.downconvert(name, to)
                 except OSError:
                     # It died while it gave the lock up: whoever waits for it recovers it first.
                     assert node.device.cut
@@ -192,13 +193,8 @@ class Cluster:
         device = SharedImage(self.path)
         locks = TableLocks(self.table, number)
 
-        class Early:
-            """Other nodes may ask before the mount is done; there is nothing to give up yet."""
-
-            def downconvert(self, name: bytes, to: Mode) -> None:
-                """Granted, as by a guest that has not mounted yet."""
-
-        node = Node(number, device, locks, Early(), None)  # type: ignore[arg-type]
+        # Other nodes may ask before the mount is done.
+        node = Node(number, device, locks, None, None)  # type: ignore[arg-type]
         self.table.nodes[number] = node
         node.fs = Ocfs2(
             device,
