@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fs.ocfs2 import recovery
 from fs.ocfs2.format import (
     ID2_OFFSET,
     LOCAL_ALLOC_BITMAP_OFFSET,
@@ -153,6 +156,33 @@ def test_what_linux_leaves_is_given_back(
         )
     left.check(take_over(cluster, volume))
     for node in list(cluster.table.nodes.values()):
+        cluster.leave(node)
+
+
+def test_who_mounts_in_the_middle_of_a_mount_sees_what_that_has_changed(
+    volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut of all, the first to mount gives clusters back; before it is through with
+    its mount another one takes its locks over."""
+    before = Cluster(volume.path)
+    one, two = before.join(3), before.join(7)
+    left = Left(one, home=False)
+    for node in (one, two):
+        before.kill(node)
+    cluster = Cluster(volume.path)
+    free_orphans, second = recovery.free_orphans, []
+    calls = count()
+
+    def meanwhile(*arguments: Any) -> None:
+        if not next(calls):
+            second.append(cluster.join(7))
+        free_orphans(*arguments)
+
+    monkeypatch.setattr(recovery, "free_orphans", meanwhile)
+    first = cluster.join(9)
+    assert next(calls) > 1
+    left.check(second[0].vfs)
+    for node in (first, *second):
         cluster.leave(node)
 
 
