@@ -9,6 +9,7 @@ import os
 import stat
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from typing import Final
 
@@ -24,7 +25,7 @@ class UsageError(Exception):
     """A command was called with arguments that it does not take."""
 
 
-class Console:
+class Console(ABC):
     """What a command writes to, and the kernel it runs in."""
 
     def __init__(self, kernel: Kernel, command: str) -> None:
@@ -47,9 +48,9 @@ class Console:
         """A line to standard error, after the command's name."""
         self.stderr += f"{self.command}: {text}\n".encode("utf-8", "surrogateescape")
 
+    @abstractmethod
     def run(self, argv: list[str]) -> Generator[None, None, None]:
         """Another command, with the same output; its exit code is this one's."""
-        raise NotImplementedError
 
     def fail(self, reason: OSError, path: str | None = None) -> None:
         """Tell of an error as Unix does, and go on."""

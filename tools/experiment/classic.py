@@ -132,6 +132,13 @@ Progress = Callable[[int, int, str], None]
 """Told of runs done, runs in all, and what is done now."""
 
 
+def prepare_images(host: Host, tree_bytes: int, cache: Path) -> dict[str, Image]:
+    """Each guest's image with Python sources, once it is clear that the clusters can be started."""
+    check_limits(len(host.guests), 2 * host.total_bytes, host.total_bytes)
+    tree = str(source_tree(cache))
+    return {name: build_image(tree, tree_bytes, name, cache) for name in host.guests}
+
+
 def measure(
     plan: Plan,
     folder: Path,
@@ -141,12 +148,7 @@ def measure(
     news: Callable[[str], None],
 ) -> Record:
     """All runs; the document of the experiment."""
-    host = plan.host
-    check_limits(plan.guests, 2 * host.total_bytes, host.total_bytes)
-    tree = str(source_tree(cache.absolute()))
-    images = {
-        name: build_image(tree, plan.tree_bytes, name, cache.absolute()) for name in host.guests
-    }
+    images = prepare_images(plan.host, plan.tree_bytes, cache.absolute())
     runs = list(plan.runs())
     found: list[Record] = []
     for number, (jobs, mode, seed) in enumerate(runs):

@@ -23,13 +23,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from ipc.codec import Record
-from tools.cluster import check_limits
 from tools.experiment import classic
-from tools.experiment.classic import ACCESS_SECONDS, KERNEL_PAGES, fresh_disks
+from tools.experiment.classic import ACCESS_SECONDS, KERNEL_PAGES, fresh_disks, prepare_images
 from tools.experiment.modes import MODES, Host, Mode
 from tools.experiment.onerun import Run, Work, running
-from tools.experiment.sources import source_tree
-from tools.image import Image, build_image
+from tools.image import Image
 from tools.interrupts import Interrupts
 from tools.rundir import ClusterDirectory
 from tools.units import PAGE_BYTES
@@ -136,13 +134,7 @@ def measure(
     news: Callable[[str], None],
 ) -> Record:
     """One experiment in all its modes."""
-    host = demand.host
-    check_limits(demand.guests, 2 * host.total_bytes, host.total_bytes)
-    tree = str(source_tree(cache.absolute()))
-    images = {
-        guest: build_image(tree, demand.tree_bytes, guest, cache.absolute())
-        for guest in host.guests
-    }
+    images = prepare_images(demand.host, demand.tree_bytes, cache.absolute())
     modes = [*demand.modes, *([ENOUGH] if name == "burst" else [])]
     points: list[Record] = []
     for number, mode in enumerate(modes):
@@ -152,7 +144,7 @@ def measure(
     return {
         "experiment": name,
         "points": points,
-        "plan": {**vars(demand), "modes": modes, "total_bytes": host.total_bytes},
+        "plan": {**vars(demand), "modes": modes, "total_bytes": demand.host.total_bytes},
     }
 
 
