@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from ipc.codec import Record
 from ipc.names import Registry
+from tools.control import ask
+from tools.rundir import ClusterDirectory
 
 ROOT = Path(__file__).parents[2]
 
@@ -186,3 +189,21 @@ def read_results(folder: Path) -> dict[str, Any]:
     """results.json of the newest measured run below a folder."""
     results: dict[str, Any] = json.loads((folder / "runs/latest/results.json").read_text())
     return results
+
+
+class LiveGuests:
+    """The guests of the one cluster that runs below a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        (path,) = (folder / "runs").glob("*/on")
+        self.folder = folder
+        self._directory = ClusterDirectory(path)
+
+    def ask(self, guest: str, verb: str, **fields: object) -> Record:
+        """Over the guest's control socket."""
+        return ask(self._directory.guest_socket(guest), {"verb": verb, **fields})
+
+    def pids(self) -> dict[str, int]:
+        """Processes by name, those that are there."""
+        rows = json.loads(tmem("ps", "--json", cwd=self.folder).stdout)
+        return {row["name"]: int(row["pid"]) for row in rows if row["pid"] is not None}

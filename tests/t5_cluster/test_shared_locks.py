@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ipc.codec import Record
 from tests.support.clusters import (
+    LiveGuests,
     left_behind,
     tmem,
     tmem_process,
@@ -21,8 +21,6 @@ from tests.support.clusters import (
     wait_until,
     write_tree,
 )
-from tools.control import ask
-from tools.rundir import ClusterDirectory
 
 pytestmark = pytest.mark.cluster
 
@@ -30,27 +28,13 @@ ROUNDS = 60
 GUESTS = ("red", "blue", "green")
 
 
-class Guests:
+class Guests(LiveGuests):
     """Three guests on one volume, and commands in them."""
-
-    def __init__(self, folder: Path) -> None:
-        (path,) = (folder / "runs").glob("*/on")
-        self.folder = folder
-        self._directory = ClusterDirectory(path)
-
-    def ask(self, guest: str, verb: str, **fields: object) -> Record:
-        """Over the guest's control socket."""
-        return ask(self._directory.guest_socket(guest), {"verb": verb, **fields})
 
     def exec(self, guest: str, *argv: str) -> tuple[int, str]:
         """A command's exit code and output."""
         answer = self.ask(guest, "exec", argv=list(argv))
         return answer["exit_code"], (answer["stdout"] + answer["stderr"]).decode()
-
-    def pid(self, guest: str) -> int:
-        """Its process."""
-        rows = json.loads(tmem("ps", "--json", cwd=self.folder).stdout)
-        return next(int(row["pid"]) for row in rows if row["name"] == guest)
 
 
 @pytest.fixture
@@ -110,7 +94,7 @@ def test_locks_exclude_wait_and_end_with_whoever_had_them(guests: Guests) -> Non
         assert guests.exec("blue", "lockf", "-n", "/d/f", "0", "10", "ls", "/d") == (0, "f\n")
         assert guests.exec("blue", "lockf", "-ns", "/d/f", "19", "0", "ls", "/d") == (1, "")
         assert guests.exec("blue", "lockf", "-ns", "/d/f", "20", "0", "ls", "/d") == (0, "f\n")
-        os.kill(guests.pid("red"), signal.SIGKILL)
+        os.kill(guests.pids()["red"], signal.SIGKILL)
         # As long as red is not known to be dead the lock is its own.
         words = ["blue", "--", "lockf", "-w", "50", "/d/f", "15", "1", "flock", "/d/f", "ls", "/d"]
         done = tmem(*patient, *words, cwd=guests.folder)

@@ -11,10 +11,7 @@ from typing import Any
 
 import pytest
 
-from ipc.codec import Record
-from tests.support.clusters import left_behind, tmem, wait_until, write_tree
-from tools.control import ask
-from tools.rundir import ClusterDirectory
+from tests.support.clusters import LiveGuests, left_behind, tmem, wait_until, write_tree
 
 pytestmark = pytest.mark.cluster
 
@@ -22,17 +19,8 @@ MEMORY_PAGES = 2 * 256
 FOUR_TIMES = {"programs": 4, "pages": MEMORY_PAGES, "passes": 1, "forks": 1}
 
 
-class Guests:
+class Guests(LiveGuests):
     """A cluster that is up."""
-
-    def __init__(self, folder: Path) -> None:
-        (path,) = (folder / "runs").glob("*/on")
-        self.folder = folder
-        self._directory = ClusterDirectory(path)
-
-    def ask(self, guest: str, verb: str, **fields: object) -> Record:
-        """Over the guest's control socket."""
-        return ask(self._directory.guest_socket(guest), {"verb": verb, **fields})
 
     def run(self, guest: str, seed: int, **parameters: object) -> None:
         """Begin the workload `programs`."""
@@ -46,11 +34,6 @@ class Guests:
     def counters(self, guest: str) -> Any:
         """Its figures."""
         return self.ask(guest, "status")["counters"]
-
-    def pids(self) -> dict[str, int]:
-        """Processes by name, those that are there."""
-        rows = json.loads(tmem("ps", "--json", cwd=self.folder).stdout)
-        return {row["name"]: int(row["pid"]) for row in rows if row["pid"] is not None}
 
     def kill_hypervisor(self) -> None:
         """And wait for the next one."""
