@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from fs.block.counting import CountingDevice
 from fs.block.device import BlockDevice
+from fs.block.direct import DirectFileDevice
 from fs.block.file import FileDevice
 from fs.hooks import FileKey, NoHooks, PageHooks
 from fs.mount import mount_image
@@ -56,7 +57,8 @@ class GuestSpec:
     if one is named.  With a `node` the image is shared with the other guests of its cluster.
     `swap` is its swap area, `swap_uuid` which one it must be.  With a hypervisor clean pages go to
     tmem if it has a `cleancache`, swapped ones go there first if it has `frontswap`, and without
-    both it is only told what size to have.
+    both it is only told what size to have.  `direct`: its own image and its swap area are read and
+    written around the host's page cache; an image that nodes share is not.
     """
 
     name: str
@@ -73,6 +75,7 @@ class GuestSpec:
     cleancache: bool = True
     frontswap: bool = True
     ksm: bool = False
+    direct: bool = False
 
 
 class Kernel:
@@ -123,6 +126,7 @@ class Kernel:
                     attachment=self.attachment,
                     frontswap=spec.frontswap,
                     stack=swap_stack,
+                    direct=spec.direct,
                 )
                 if self.attachment is not None:
                     self.attachment.attach(refusal_is_fatal=True)
@@ -172,7 +176,8 @@ class Kernel:
         def open_device(path: Path, *, read_only: bool) -> BlockDevice:
             if node is not None:
                 return KeptDevice(node.device)
-            return FileDevice(path, read_only=read_only)
+            kind = DirectFileDevice if spec.direct else FileDevice
+            return kind(path, read_only=read_only)
 
         self.fs = mount_image(
             spec.image,

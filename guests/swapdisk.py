@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Self
 
 from fs.block.device import BLOCK_BYTES, BlockDevice
+from fs.block.direct import DirectFileDevice
 from fs.block.file import FileDevice
 from fs.errors import ImageError, error
 from fs.runs import Run, runs
@@ -264,12 +265,14 @@ def open_swap(
     *,
     uuid: bytes | None = None,
     stack: Callable[[BlockDevice], BlockDevice] = lambda device: device,
+    direct: bool = False,
 ) -> SwapDisk:
     """The swap area in the file `path`, on the devices that `stack` puts on it.
 
-    Raises ImageError; the file is locked until the area is closed.
+    `direct`: around the host's page cache.  Raises ImageError; the file is locked until the area
+    is closed.
     """
-    device = FileDevice(path, made_by=MADE_BY)
+    device = (DirectFileDevice if direct else FileDevice)(path, made_by=MADE_BY)
     try:
         return SwapDisk.open(stack(device), uuid=uuid)
     except ImageError as reason:

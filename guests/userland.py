@@ -61,9 +61,11 @@ class Userland:
         attachment: Attachment | None = None,
         frontswap: bool = True,
         stack: Callable[[BlockDevice], BlockDevice] = lambda device: device,
+        direct: bool = False,
     ) -> None:
         """`wait` lets time pass while a page is waited for; without an attachment there is no
-        `frontswap`; `stack` puts devices on the swap area."""
+        `frontswap`; `stack` puts devices on the swap area, which the host's page cache has
+        nothing of if it is `direct`."""
         self.swap: Swap | None = None
         self.frontswap: Frontswap | None = None
         self._memory = memory
@@ -76,7 +78,7 @@ class Userland:
         self._to_write_back = 0
         self._wished_pages = self._own_target_pages = memory.budget.total
         if swap_path is not None:
-            disk = open_swap(swap_path, uuid=swap_uuid, stack=stack)
+            disk = open_swap(swap_path, uuid=swap_uuid, stack=stack, direct=direct)
             if attachment is not None and frontswap:
                 self.frontswap = Frontswap(attachment, now_seconds, wait)
             self.swap = Swap(disk, self.frontswap)

@@ -61,7 +61,8 @@ _STEADY_SECONDS: Final = 30.0
 @dataclass(frozen=True)
 class GuestPlan:
     """A guest to start: its RAM, the image that is its disk, its place among the nodes that mount
-    the same one, its swap file with the uuid that it must have, and what it uses tmem for."""
+    the same one, its swap file with the uuid that it must have, what it uses tmem for, and how the
+    host treats its RAM (`ksm`) and its disks (`direct`)."""
 
     name: str
     memory_bytes: int
@@ -72,6 +73,7 @@ class GuestPlan:
     cleancache: bool = True
     frontswap: bool = True
     ksm: bool = False
+    direct: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ class Cluster:
             swap=guest.swap,
             swap_uuid=guest.swap_uuid,
             ksm=guest.ksm,
+            direct=guest.direct,
             cleancache=guest.cleancache,
             frontswap=guest.frontswap,
         )

@@ -23,6 +23,7 @@
     swap = "64M"                 # a swap file of this size, made anew for each start
     # swap_image = "swap.img"    # or one that is there (`tmem mkswap`)
     ksm = false                  # true: the host's kernel may merge equal pages of its RAM
+    direct = false               # true: its disks are used around the host's page cache (O_DIRECT)
     weight = 100                 # from here on: what `tmem set` changes later; without them the
     cap = "8M"                   # hypervisor's defaults
     reserve = "1M"
@@ -158,6 +159,7 @@ class GuestConfig(_Strict):
     swap: PerhapsSwap = None
     swap_image: str | None = None
     ksm: bool = False
+    direct: bool = False
     weight: int | None = Field(default=None, ge=1, le=65535)
     cap: PerhapsPages = None
     reserve: PerhapsPages = None
@@ -360,6 +362,7 @@ def _disagreements(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 names = ", ".join(owners)
                 yield f"phase[{number}].work.{name}", f"no guest has this name; there are {names}"
     yield from _bad_volumes(fields, list(owners), images)
+    yield from _useless_direct(fields)
     yield from _bad_shares(fields)
     yield from _bad_grants(fields, list(owners))
 
@@ -387,6 +390,26 @@ def _bad_volumes(
                 yield place, f"{node!r} mounts volume[{homes[node]}]; a guest has one disk"
             else:
                 homes[node] = number
+
+
+def _useless_direct(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Guests whose only disk is one that nodes share, which is never used around the page cache."""
+    nodes = [
+        node
+        for volume in _tables(fields.get("volume"))
+        for node in (volume["nodes"] if isinstance(volume.get("nodes"), list) else ())
+    ]
+    for number, guest in enumerate(_tables(fields.get("guest"))):
+        name, count = guest.get("name"), guest.get("count")
+        if guest.get("direct") is not True or "swap" in guest or "swap_image" in guest:
+            continue
+        if not isinstance(name, str) or not (count is None or isinstance(count, int)):
+            continue
+        if any(one in nodes for one in guest_names(name, count)):
+            yield (
+                f"guest[{number}].direct",
+                "is for disks of its own, and it has a shared volume and no swap; leave it out",
+            )
 
 
 def _bad_shares(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:

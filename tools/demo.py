@@ -166,6 +166,7 @@ def plan_cluster(
                 swap=None if swap is None else swap.path(directory.images),
                 swap_uuid=None if swap is None else swap.uuid,
                 ksm=guest.ksm,
+                direct=guest.direct,
             )
         )
     if mode == "off":

@@ -54,6 +54,9 @@ PARAMETERS: Final = {
     "memory": Parameter(parse_size, "RAM of each guest"),
     "swap": Parameter(parse_size, "size of each guest's swap file"),
     "ksm": Parameter(_switch, "on or off: the host's kernel may merge equal pages of RAM"),
+    "direct": Parameter(
+        _switch, "on or off: disks are used around the host's page cache (O_DIRECT)"
+    ),
     "arena": Parameter(parse_size, "size of the arena"),
     "tree": Parameter(parse_size, "size of the tree on each disk, at most"),
     "passes": Parameter(int, "how often a hot guest reads its tree in a phase"),
@@ -131,7 +134,7 @@ def _cluster(values: dict[str, Any]) -> dict[str, Any]:
         key: values[key] for key in ("eviction", "scheduling", "transport") if key in values
     }
     settings: dict[str, Any] = {
-        key: values[key] for key in ("compress", "borrow", "swap", "ksm") if key in values
+        key: values[key] for key in ("compress", "borrow", "swap", "ksm", "direct") if key in values
     }
     if "group" in values:
         settings |= {"sharing": "group", "group": values["group"]}

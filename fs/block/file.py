@@ -29,6 +29,8 @@ class FileDevice:
     """
 
     block_bytes = BLOCK_BYTES
+    open_flags = os.O_CLOEXEC | os.O_NONBLOCK
+    """Beside the access mode."""
 
     def __init__(
         self, path: str | os.PathLike[str], *, read_only: bool = False, made_by: str = "mke2fs"
@@ -38,7 +40,7 @@ class FileDevice:
         self.read_only = read_only
         try:
             self._fd = os.open(
-                self.path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+                self.path, (os.O_RDONLY if read_only else os.O_RDWR) | self.open_flags
             )
         except OSError as reason:
             raise ImageError(_why_not_opened(self.path, reason, made_by)) from reason

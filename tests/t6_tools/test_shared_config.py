@@ -72,6 +72,16 @@ def test_volumes_that_do_not_fit_each_other() -> None:
     assert line == "c.toml: volume[0].image: /disk.img is in use by somebody else"
 
 
+def test_direct_is_for_disks_of_its_own() -> None:
+    """A node that has swap has one; of a shared volume the word would mean nothing."""
+    (line,) = complaints(VOLUME, guests=[{"name": "red", "direct": True}, {"name": "blue"}])
+    assert line.startswith("c.toml: guest[0].direct: is for disks of its own")
+    with_swap = {"name": "red", "direct": True, "swap": "1M"}
+    assert complaints(VOLUME, guests=[with_swap, {"name": "blue"}]) == []
+    alone: list[dict[str, Any]] = [*GUESTS, {"name": "green", "direct": True}]
+    assert complaints(VOLUME, guests=alone) == []
+
+
 def test_timing_of_the_topology(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A name that is none is a usage error."""
     code = main(["up", "--topo", "shared,timing=slow", "--run", str(tmp_path / "run")])

@@ -9,7 +9,7 @@ import pytest
 from ipc.errors import OperatorError
 from tools.administer import questions
 from tools.config import ClusterConfig, read_config
-from tools.demo import divide_pages, plan_cluster, work_of
+from tools.demo import Disk, divide_pages, plan_cluster, work_of
 from tools.rundir import ClusterDirectory
 from tools.topology import build_topology
 from tools.units import format_size, parse_size
@@ -54,8 +54,6 @@ def test_memory_off_is_exactly_memory_on(tmp_path: Path, guests: int) -> None:
 def _plan(
     config: ClusterConfig, names: list[str], directory: ClusterDirectory, mode: str
 ) -> list[int]:
-    from tools.demo import Disk
-
     disks = {name: Disk(name, Path("image"), None, copied=True) for name in names}
     return [guest.memory_bytes for guest in plan_cluster(config, disks, directory, mode).guests]
 
@@ -140,6 +138,16 @@ def test_topologies_have_settings_too() -> None:
     assert (config.hypervisor.eviction, config.hypervisor.scheduling) == ("s3fifo", "scheduled")
     assert list(questions(build_topology("pair"))) == []
     assert build_topology("pair,compress=off").guest[0].settings() == {"compress": False}
+
+
+@pytest.mark.parametrize("key", ["ksm", "direct"])
+def test_how_the_host_treats_a_guest_reaches_its_plan(tmp_path: Path, key: str) -> None:
+    """From the topology to what is started."""
+    for text, expected in ((f"pair,{key}=on", True), ("pair", False)):
+        config = build_topology(text)
+        disks = {name: Disk(name, Path("image"), None, copied=True) for name, _ in config.guests()}
+        plan = plan_cluster(config, disks, ClusterDirectory(tmp_path), "on")
+        assert [getattr(guest, key) for guest in plan.guests] == [expected] * 2
 
 
 def test_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
