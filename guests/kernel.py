@@ -36,9 +36,10 @@ from guests.process import ProcessKilled
 from guests.sharedcache import SharedCleancache
 from guests.userland import Userland
 from guests.volumeview import volume_status
-from guests.workloads import WORKLOADS
+from guests.workloads import WORKLOADS, Workload
 from guests.workloads.job import BadParameters, Findings, Job
 from ipc.channel import Channel
+from ipc.jail import JailSpec
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ class GuestSpec:
     `memory_bytes` is all it may use (see `guests.memory`); `buffer_blocks` is the metadata's share
     of it, None for the default.  With `attach` it uses the hypervisor of `run_directory`, where it
     was enrolled under `name` with `token` (32 bytes).  It ends with the process `supervisor_pid`,
-    if one is named.  With a `node` the image is shared with the other guests of its cluster.
+    if one is named; it is jailed as `jail` says, and has the workload of the module `adversary`
+    (`guests.adversary`).  With a `node` the image is shared with the other guests of its cluster.
     `swap` is its swap area, `swap_uuid` which one it must be.  With a hypervisor clean pages go to
     tmem if it has a `cleancache`, swapped ones go there first if it has `frontswap`, and without
     both it is only told what size to have.  `direct`: its own image and its swap area are read and
@@ -74,6 +76,8 @@ class GuestSpec:
     swap_uuid: bytes | None = None
     cleancache: bool = True
     frontswap: bool = True
+    jail: JailSpec = field(default_factory=JailSpec)
+    adversary: str | None = None
     ksm: bool = False
     direct: bool = False
 
@@ -150,6 +154,7 @@ class Kernel:
         if self.node is not None:
             self.node.range_queries.own = self.vfs.file_locks.ranges_of
         self.findings = Findings()
+        self.workloads: dict[str, Workload] = dict(WORKLOADS)
         self.job: Job | None = None
         self._steps: Iterator[None] | None = None
         self._error: str | None = None
@@ -236,9 +241,10 @@ class Kernel:
         """Begin a workload; raises BadParameters if it can't be begun."""
         if self._steps is not None:
             raise BadParameters("a workload is running already")
-        begin = WORKLOADS.get(workload)
+        begin = self.workloads.get(workload)
         if begin is None:
-            raise BadParameters(f"no workload {workload!r}; there are {', '.join(WORKLOADS)}")
+            known = ", ".join(self.workloads)
+            raise BadParameters(f"no workload {workload!r}; there are {known}")
         processes = self.userland.processes
         self.job = Job(workload, seed, parameters, self.vfs, self.findings, processes)
         self._error = None
@@ -309,6 +315,7 @@ class Kernel:
             "done": job.done if job is not None else 0,
             "total": job.total if job is not None else 0,
             "error": self._error,
+            "report": job.report if job is not None else {},
             "counters": self.counters(),
             "node": None if self.node is None else node_status(self.node, self.node.now_ns()),
         }

@@ -64,6 +64,8 @@ class Job:
         self.findings = findings
         self.done = 0
         self.total = 0
+        self.report: dict[str, Any] = {}
+        """What it has to say beyond that, under text keys (`guests.adversary`)."""
         self._untrusted = parameters
 
     def text(self, name: str, default: str | None = None) -> str:
