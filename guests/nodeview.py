@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from fs.dlm.modes import Mode
-from fs.ocfs2.locking import NAME_BYTES
+from fs.ocfs2.locking import DENTRY, NAME_BYTES
 from guests.node import Node
 
 RESOURCES_MAX: Final = 10_000
@@ -80,7 +80,7 @@ def split_lock_name(name: bytes) -> tuple[str, int | None]:
     if len(name) != NAME_BYTES:
         return kind, None
     try:
-        return kind, int(name[7:23], 16)
+        return kind, int(name[17:] if name.startswith(DENTRY) else name[7:23], 16)
     except ValueError:
         return kind, None
 

@@ -37,7 +37,7 @@ from fs.ocfs2.filelocks import NodeFileLocks
 from fs.ocfs2.files import Files
 from fs.ocfs2.format import NAME_BYTES_MAX
 from fs.ocfs2.journals import JournalState, ReplayedDevice, SlotJournal
-from fs.ocfs2.locking import WRITE, ClusterLocks, LocalLocks, lock_block, lock_name
+from fs.ocfs2.locking import DENTRY, WRITE, ClusterLocks, LocalLocks, lock_block, lock_name
 from fs.ocfs2.names import Names
 from fs.ocfs2.rename import Renames
 from fs.ocfs2.volume import Volume, own
@@ -264,6 +264,8 @@ class Ocfs2:
 
     def downconvert(self, name: bytes, to: Mode) -> None:
         """Another node wants the lock `name`: make what is cached under it ready for `to`."""
+        if to == Mode.NL and name.startswith(DENTRY):
+            self._names.dentries.given_up(name)
         block = lock_block(name)
         if block is None or self._unmounted:
             return

@@ -1,7 +1,7 @@
 """Cluster locks as the file system sees them: their names, the interface, the one-node stand-in.
 
 A name has 31 characters: a letter for the kind, "000000", the block in 16 hexadecimal digits, a
-generation in 8. As in Linux the meta and open locks of ordinary inodes have generation 0 (a node
+generation in 8; locks of names (kind N) have a directory and an inode. As in Linux the meta and open locks of ordinary inodes have generation 0 (a node
 has to take the lock before it can read the generation), those of system files the volume's.
 
 The value block of a meta lock holds a version that is new after each change of the inode or its
@@ -20,6 +20,8 @@ META: Final = b"M"
 OPEN: Final = b"O"
 SUPER: Final = b"S"
 RENAME: Final = b"R"
+DENTRY: Final = b"N"
+ORPHAN_SCAN: Final = b"P"
 WRITE: Final = b"W"
 FLOCK: Final = b"F"
 RANGES: Final = b"L"
@@ -33,6 +35,11 @@ _VALUE_FORMAT: Final = 1
 def lock_name(kind: bytes, block: int, generation: int = 0) -> bytes:
     """The name of a lock."""
     return b"%c000000%016x%08x" % (kind, block, generation)
+
+
+def dentry_lock_name(directory: int, ino: int) -> bytes:
+    """The name of the lock of an inode's names in a directory."""
+    return b"%c%016x%014x" % (DENTRY, directory, ino)
 
 
 def lock_block(name: bytes) -> int | None:

@@ -16,6 +16,7 @@ from fs.dlm.modes import Mode
 from fs.errors import corrupt, error
 from fs.filesystem import Entry
 from fs.inode import Inode
+from fs.ocfs2.dentries import Dentries
 from fs.ocfs2.dinode import Ocfs2Inode
 from fs.ocfs2.format import FAST_SYMLINK_BYTES_MAX, LINKS_MAX, NAME_BYTES_MAX
 from fs.ocfs2.inodelocks import Rank, Wanted
@@ -40,6 +41,7 @@ class Names:
         """`hold_open`: what makes a new file an open one."""
         self._volume = volume
         self._hold_open = hold_open
+        self.dentries = Dentries(volume.locks.locks)
 
     # Looking up
 
@@ -72,13 +74,18 @@ class Names:
         parent = self.directory(directory)
         if len(name) > NAME_BYTES_MAX:
             raise error(errno.ENAMETOOLONG, repr(name[:32]))
+        kept = self.dentries.find(parent.ino, name)
+        if kept is not None:
+            return kept
         with self._volume.locked(parent, Mode.PR):
             ino = self._volume.directories.ino_of(parent, name)
             if ino is None:
                 return None
             if name not in (b".", b".."):
                 # Under the directory's lock the entry and the inode belong together.
-                return self.iget(ino)
+                inode = self.iget(ino)
+                self.dentries.looked_up(parent.ino, name, inode)
+                return inode
         return self.iget(ino)
 
     def readdir(self, directory: Inode) -> list[Entry]:
@@ -271,7 +278,8 @@ class Names:
         wants = [_wants(parent), wants_child(inode)]
         if inode.is_dir or inode.nlink == 1:
             wants.append(volume.orphans.wants(volume.space.slot))
-        return volume.run(wants, body)
+        with self.dentries.alone((parent.ino, inode.ino)):
+            return volume.run(wants, body)
 
     def check_same(self, parent: Ocfs2Inode, name: bytes, inode: Ocfs2Inode | None) -> None:
         """Inside an operation: the name still means this inode."""

@@ -67,13 +67,16 @@ class Renames:
             for place, directory in enumerate(self._ordered(source, target))
         ]
         wants.append(wants_child(inode))
+        taken = [(source.ino, inode.ino)]
         if replaced is not None and replaced is not inode:
+            taken.append((target.ino, replaced.ino))
             wants.append(wants_child(replaced))
             if replaced.is_dir or replaced.nlink == 1:
                 wants.append(self._volume.orphans.wants(self._volume.space.slot))
-        return self._volume.run(
-            wants, lambda: self._move(source, old_name, target, new_name, inode, replaced)
-        )
+        with self._names.dentries.alone(*taken):
+            return self._volume.run(
+                wants, lambda: self._move(source, old_name, target, new_name, inode, replaced)
+            )
 
     def _ordered(self, one: Ocfs2Inode, other: Ocfs2Inode) -> list[Ocfs2Inode]:
         """Two directories, the upper one first; else by number."""
