@@ -60,7 +60,8 @@ class GuestSpec:
     `swap` is its swap area, `swap_uuid` which one it must be.  With a hypervisor clean pages go to
     tmem if it has a `cleancache`, swapped ones go there first if it has `frontswap`, and without
     both it is only told what size to have.  `direct`: its own image and its swap area are read and
-    written around the host's page cache; an image that nodes share is not.
+    written around the host's page cache; an image that nodes share is not.  With `page_states` it
+    tells the host which pages it may drop (`guests.monitor`).
     """
 
     name: str
@@ -80,6 +81,7 @@ class GuestSpec:
     adversary: str | None = None
     ksm: bool = False
     direct: bool = False
+    page_states: bool = False
 
 
 class Kernel:
@@ -113,7 +115,7 @@ class Kernel:
             if self.node is not None:
                 self.node.join()
             self._mount(spec, budget.buffers, clock_ns, stack)
-            self.memory = Memory(budget, mergeable=spec.ksm)
+            self.memory = Memory(budget, mergeable=spec.ksm, page_states=spec.page_states)
             self.attachment: Attachment | None = None
             self.cleancache: Cleancache | None = None
             try:
@@ -148,6 +150,8 @@ class Kernel:
             raise
         shared = self.cleancache if isinstance(self.cleancache, SharedCleancache) else None
         self.pages = PageCache(self.fs, self.memory, self._hooks(), shared)
+        if self.userland.monitor is not None:
+            self.userland.monitor.files = self.pages.lists
         if isinstance(self.fs, Ocfs2):
             self.fs.attach_pages(self.pages)
         self.vfs = Vfs(self.fs, self.pages)

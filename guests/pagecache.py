@@ -14,6 +14,9 @@ Invariants
   I4  Only clean pages with a block are offered.  Holes, and pages that truncate or forget dropped,
       never are.
   I5  Bytes past the end of a file are zero in every cached page.
+  I6  With page states (`guests.pagestates`) a page is volatile if and only if it is clean and all
+      of it is there.  The host may have dropped such a page: it is found out here, by whoever
+      looks for it, and by reclaim.
 
 Differs from Linux: a write-back that fails (EIO) is told to whoever needed the frame and the page
 stays dirty; Linux drops the page and tells only the next fsync.
@@ -23,7 +26,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Final
 
@@ -34,6 +37,7 @@ from fs.hooks import Extent, PageHooks, SharedPageHooks
 from fs.inode import Inode
 from fs.runs import runs
 from guests.memory import TRANSFER_PAGES, Memory
+from guests.pagestates import DISCARDED, STABLE, VOLATILE
 from guests.readahead import Readahead
 from guests.reclaim import PageLists
 
@@ -87,6 +91,7 @@ class PageCache:
         """`shared` are the hooks once more, if other nodes use the same pool."""
         self._fs = fs
         self._memory = memory
+        self._states = memory.states
         self._hooks = hooks
         self._shared = shared
         frames = memory.budget.frames
@@ -207,6 +212,8 @@ class PageCache:
         if file is None:
             return
         self._write_back(file, sorted(file.dirty))
+        if self._states is not None:
+            self._remove_discarded(file, list(file.frames))
         indexes = sorted(file.frames)
         for start in range(0, len(indexes), TRANSFER_PAGES):
             self._let_go([(file, indexes[start : start + TRANSFER_PAGES])])
@@ -260,6 +267,8 @@ class PageCache:
         `wanted`: how many pages are going to be read from `index` on.
         """
         frame = file.frames.get(index)
+        if self._states is not None and frame is not None and self._states.of[frame] == DISCARDED:
+            frame = None
         if frame is None:
             self.counters.misses += 1
             self._fill(file, index, wanted)
@@ -279,6 +288,8 @@ class PageCache:
         """Bring in the missing pages from `index` up to the next cached one or the window's end."""
         end = -(-file.inode.size // PAGE)
         planned = file.readahead.plan(index, wanted, end)
+        if self._states is not None:
+            self._remove_discarded(file, range(index, index + planned))
         count = 1
         while count < planned and index + count not in file.frames:
             count += 1
@@ -327,6 +338,8 @@ class PageCache:
                 past = file.inode.size - (index + number) * PAGE
                 if past < PAGE:
                     page[past:] = bytes(PAGE - past)
+                if self._states is not None:
+                    self._states.of[frame] = VOLATILE
 
     def _insert(self, file: CachedFile, index: int) -> int:
         frame = self._memory.take()
@@ -354,6 +367,8 @@ class PageCache:
         while self._dirty_pages >= self._dirty_pages_max:
             oldest = next(file for file in self._files.values() if file.dirty)
             self._write_back(oldest, sorted(oldest.dirty))
+        if self._states is not None:
+            self._remove_discarded(file, (index,))
         frame = file.frames.get(index)
         if frame is None:
             self._memory.reclaim.make_room(1)
@@ -368,7 +383,10 @@ class PageCache:
             self._hooks.flush_page(file.inode.key, index)
             file.dirty.add(index)
             self._dirty_pages += 1
-            self._holes[file.frames[index]] = 0
+            frame = file.frames[index]
+            self._holes[frame] = 0
+            if self._states is not None:
+                self._states.of[frame] = STABLE
             self._files.move_to_end(file.inode.ino)
 
     def _write_back(self, file: CachedFile, indexes: list[int]) -> None:
@@ -384,6 +402,9 @@ class PageCache:
                 file.dirty.difference_update(range(first, first + run.length))
                 self._dirty_pages -= run.length
                 self.counters.written_pages += run.length
+                if self._states is not None:
+                    for frame in frames:
+                        self._states.of[frame] = VOLATILE
 
     def _gather(self, frames: list[int]) -> memoryview:
         """The pages of up to `TRANSFER_PAGES` frames, side by side."""
@@ -399,6 +420,9 @@ class PageCache:
 
     def evict(self, frames: list[int]) -> int:
         """Write the dirty pages of these frames, offer the clean ones, free all."""
+        free = self._memory.free_pages
+        if self._states is not None:
+            frames = self._not_discarded(frames)
         by_file: dict[int, list[int]] = {}
         for frame in frames:
             owner = self._owners[frame]
@@ -414,7 +438,7 @@ class PageCache:
         finally:
             # What came before a file that can't be written goes all the same.
             self._let_go(clean)
-        return len(frames)
+        return self._memory.free_pages - free
 
     def _let_go(self, clean: list[tuple[CachedFile, list[int]]]) -> None:
         """Offer clean pages, by file and ascending, and free their frames."""
@@ -445,6 +469,35 @@ class PageCache:
             self.counters.evictions += len(indexes)
         while len(self._ghosts) > self._memory.budget.frames:
             self._ghosts.popitem(last=False)
+
+    # --- what the host has dropped
+
+    def _remove_discarded(self, file: CachedFile, indexes: Iterable[int]) -> None:
+        """Discard faults: of these pages those that the host has dropped leave."""
+        assert self._states is not None
+        states = self._states.of
+        for index in indexes:
+            frame = file.frames.get(index)
+            if frame is not None and states[frame] == DISCARDED:
+                self._drop(file, index)
+                self._states.discard_faults += 1
+
+    def _not_discarded(self, frames: list[int]) -> list[int]:
+        """Victims with something in them, in place of these if need be: to give up a page that the
+        host has dropped makes nothing free, and is done on the way."""
+        assert self._states is not None
+        states = self._states.of
+        while frames:
+            kept = [frame for frame in frames if states[frame] != DISCARDED]
+            for frame in frames:
+                if states[frame] == DISCARDED:
+                    owner = self._owners[frame]
+                    assert owner is not None, "a listed frame has an owner"
+                    self._drop(owner, self._indexes[frame])
+            if kept:
+                return kept
+            frames = self.lists.victims()
+        return frames
 
     def _note_refaults(self, file: CachedFile, index: int, count: int) -> None:
         """Pages that were read from the disk although they had been here: evicted too early."""

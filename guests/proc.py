@@ -95,6 +95,8 @@ def _vmstat(kernel: Kernel) -> str:
         "page_cache_misses": counters.misses,
         "readahead_pages": counters.readahead_pages,
     }
+    if userland.monitor is not None:
+        rows |= {f"cmm_{name}": count for name, count in userland.monitor.counters().items()}
     return "".join(f"{name} {count}\n" for name, count in rows.items())
 
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import errno
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Final, Protocol
 
@@ -73,6 +73,17 @@ class PageLists:
         """A page was used."""
         if self.touches[frame] < _USED:
             self.touches[frame] += 1
+
+    def least_used_first(self) -> Iterator[int]:
+        """All frames: inactive before active, older ones first, but used ones after all others."""
+        used = []
+        for frame in self._inactive:
+            if self.touches[frame] == _USED:
+                used.append(frame)
+            else:
+                yield frame
+        yield from used
+        yield from self._active
 
     def remove(self, frame: int) -> None:
         """A page left for another reason than reclaim."""

@@ -3,6 +3,7 @@
     processes  ->  anonymous  ->  swap  ->  frontswap, else the swap disk
                       |
                    reclaim (with the page cache)  <-  balloon  <-  selfballoon, the hypervisor
+                                                      (monitor: with page states)
 
 Without a swap disk there is no frontswap either, as in Linux: the slot of a page is on the disk,
 wherever the page is.
@@ -22,6 +23,7 @@ from guests.frontswap import Frontswap
 from guests.hostmemory import HostMemory
 from guests.hypercall import Hypercalls
 from guests.memory import Memory
+from guests.monitor import Monitor
 from guests.pressure import Pressure
 from guests.process import Processes
 from guests.reclaim import BATCH_PAGES
@@ -91,6 +93,7 @@ class Userland:
             self.frontswap.on_lost = self.processes.note_lost
         self.host = HostMemory(memory, attachment, now_seconds)
         self.balloon = Balloon(memory, self.host)
+        self.monitor = Monitor(memory, self.balloon) if memory.states is not None else None
         self.selfballoon = SelfBalloon(
             now_seconds, self._needs, self._set_own_target, self._shrink_frontswap
         )
@@ -102,7 +105,7 @@ class Userland:
         self.pressure.update()
         self._heed_hypervisor()
         self.selfballoon.step()
-        self.balloon.step()
+        (self.balloon if self.monitor is None else self.monitor).step()
 
     def idle(self) -> None:
         """While there is no work: tell of pages that are not wanted any more."""
@@ -180,6 +183,7 @@ class Userland:
                 "lent_pages": self.host.lent_pages if self.host.lends else 0,
                 "selfballooning": bool(self.selfballoon.knobs.selfballooning),
             },
+            "page_states": self.monitor.counters() if self.monitor is not None else None,
         }
 
     def _anonymous(self) -> dict[str, Any]:

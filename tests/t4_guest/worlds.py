@@ -210,7 +210,7 @@ def check_pages(pages: PageCache) -> None:
             assert pages._indexes[frame] == index
             assert index not in file.dirty or not pages._holes[frame]
     assert owned.keys().isdisjoint(memory._free)
-    assert len(owned) == len(lists) <= memory.used_pages
+    assert len(owned) == len(lists) <= memory.used_pages + memory._discarded_pages
     assert owned.keys() == lists._active.keys() | lists._inactive.keys()
     assert not lists._active.keys() & lists._inactive.keys()
     assert memory.used_pages <= memory.budget.frames
@@ -250,7 +250,8 @@ def check_programs(kernel: Kernel, hypervisor: LocalHypervisor | None = None) ->
     assert {slot: frame for frame, slot in anonymous._slots.items()} == anonymous._cached
     memory = kernel.memory
     assert listed.isdisjoint(memory._free)
-    assert memory.used_pages == anonymous.pages + kernel.pages.cached_pages
+    owned = anonymous.pages + kernel.pages.cached_pages
+    assert memory.used_pages + memory._discarded_pages == owned
     if swap is None:
         assert not users
         return
