@@ -180,7 +180,8 @@ class Swap:
             pages_there = front.look_at(slots) if slots else None
             if pages_there is None:
                 break
-            failed = set(self.disk.write(slots, pages_there))
+            with pages_there:  # no view is left when a call finds out that the window is gone
+                failed = set(self.disk.write(slots, pages_there))
             for slot in slots:
                 if slot not in failed:
                     front.invalidate(slot)

@@ -55,7 +55,7 @@ class LocalChannel:
         self._handler = handler
         self._faults = repeat(Fault.NONE) if faults is None else faults
         self._meanwhile = meanwhile
-        self._closed = False
+        self._closed = self._unmapped = False
 
     def call(self, request: bytes) -> bytes:
         if self._closed:
@@ -83,5 +83,12 @@ class LocalChannel:
         if self._closed:
             raise Disconnected("the hypervisor died while the call waited")
 
-    def close(self) -> None:
+    def sever(self) -> None:
+        """The other end is gone, of which this one hears at its next call."""
         self._closed = True
+
+    def close(self) -> None:
+        """As with real queues: nobody may look at the window any more."""
+        if not self._unmapped:
+            self._closed = self._unmapped = True
+            self.window.close()

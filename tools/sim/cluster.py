@@ -135,7 +135,7 @@ class Cluster:
             self.ledger.forget_everything()
         for life in self.lives.values():
             if life.channel is not None:
-                life.channel.close()
+                life.channel.sever()
                 life.channel = None
         self._start_at = self.events + self.random.randrange(_DOWN_EVENTS_MAX)
         self.note("hypervisor", "crash, arena lost" if lost else "crash")
@@ -155,7 +155,7 @@ class Cluster:
         if machine.attach(life.name, life.pid, life.pid, 0) is None:
             raise OperatorError("the guest table is full")
         if life.channel is not None:
-            life.channel.close()
+            life.channel.sever()
         life.channel = LocalChannel(
             partial(self._execute, life),
             faults=self._faults_of(life),
@@ -309,7 +309,7 @@ class Cluster:
         self.deaths += 1
         self.note(str(life), "dies in a call" if life.in_call else "dies")
         if life.channel is not None:
-            life.channel.close()
+            life.channel.sever()
             life.channel = None
         del self.lives[life.name]
         machine = self.machine
