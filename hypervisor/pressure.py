@@ -22,6 +22,9 @@ later put finds room:
 * W4  A guest that does nothing loses nothing.  What it was asked for and what it did are counted;
   of what it flushes at most as much counts as it was asked for.
 * W5  A call asks once at most, and looks at each guest once for it.
+* W6  A guest that has let a request go by (a second, and not one page) is asked after all who have
+  not, the more requests in a row the later: it may be stopped, or have no disk.  The request
+  stands, and with the first page that it takes back the guest is one of the others again.
 
 Xen asked nobody: a domain's frontswap shrank if a service in the domain made it, and memory that
 was promised to others stayed where it was until then.
@@ -44,13 +47,20 @@ ASK_AGAIN_NS: Final = 1_000_000_000
 class Wishes:
     """What one guest was told last; lost with the hypervisor, whose refused puts ask again."""
 
-    __slots__ = ("asked_at_ns", "notifications", "writeback_pages")
+    __slots__ = ("asked_at_ns", "notifications", "unheeded", "writeback_pages")
 
     def __init__(self) -> None:
         self.notifications = 0
         self.writeback_pages = 0
         """What is left of the last request."""
         self.asked_at_ns = 0
+        self.unheeded = 0
+        """Requests in a row, the last one included, of which it did nothing so far."""
+
+    def gone_by(self, now_ns: int) -> int:
+        """Requests in a row that it has let go by."""
+        waits = self.writeback_pages and now_ns - self.asked_at_ns < ASK_AGAIN_NS
+        return self.unheeded - 1 if waits and self.unheeded else self.unheeded
 
 
 class Pressure:
@@ -69,36 +79,42 @@ class Pressure:
 
     def refused(self, client: Client) -> None:
         """A put of this guest found no room: ask for some."""
-        furthest: Client | None = None
-        most = max(client.over_bytes, 0)
+        now_ns = self._clock_ns()
+        own_bytes = max(client.over_bytes, 0)
+        chosen: Client | None = None
+        highest = (0, 0)
         for other in self._clients.values():
-            if other is client or other.purses[True].bytes - other.allotment_bytes <= most:
+            if other is client or other.purses[True].bytes - other.allotment_bytes <= own_bytes:
                 # So it goes with nearly all; `over_bytes` is less, if it pays for others.
                 continue
             over_bytes = other.over_bytes
-            if over_bytes > most and other.private_persistent()[0]:
-                furthest, most = other, over_bytes
-        if furthest is not None:
-            self._ask(furthest, most)
+            rank = -other.wishes.gone_by(now_ns), over_bytes
+            if over_bytes <= own_bytes or (chosen is not None and rank <= highest):
+                continue
+            if other.private_persistent()[0]:
+                chosen, highest = other, rank
+        if chosen is not None:
+            self._ask(chosen, highest[1], now_ns)
 
-    def _ask(self, client: Client, over_bytes: int) -> None:
+    def _ask(self, client: Client, over_bytes: int, now_ns: int) -> None:
         wishes = client.wishes
-        now_ns = self._clock_ns()
         if wishes.writeback_pages and now_ns - wishes.asked_at_ns < ASK_AGAIN_NS:
             return
         held_pages, cost_bytes = client.private_persistent()
         over_pages = -(-over_bytes * held_pages // max(cost_bytes, 1))
         wishes.writeback_pages = min(WRITEBACK_PAGES_MAX, held_pages, over_pages)
         wishes.asked_at_ns = now_ns
+        wishes.unheeded += 1
         client.account.writeback_asked_pages += wishes.writeback_pages
         self.tell(client)
 
     def flushed(self, client: Client, pages: int) -> None:
         """A guest has taken pages of a private persistent pool back."""
         wishes = client.wishes
-        if wishes.writeback_pages:
+        if wishes.writeback_pages and pages:
             done = min(pages, wishes.writeback_pages)
             wishes.writeback_pages -= done
+            wishes.unheeded = 0
             client.account.writeback_done_pages += done
 
 

@@ -1,6 +1,6 @@
 """What guests should read in their windows, as the oracle works it out from what they hold.
 
-It knows W1 to W5 of `hypervisor.pressure` and none of its code: what a guest is over is added up
+It knows W1 to W6 of `hypervisor.pressure` and none of its code: what a guest is over is added up
 from the charges of all pools, how many pages it could take back from the oracle's own pages, and
 what it has taken back from the answers to its flushes.
 """
@@ -34,6 +34,8 @@ class Told:
     left: int = 0
     """What is still to do of it."""
     at_ns: int = 0
+    in_vain: int = 0
+    """Requests in a row of which nothing was done, the last one included."""
     asked: int = 0
     done: int = 0
 
@@ -116,6 +118,7 @@ class Wishes:
         told = self._told[name]
         done = min(pages, told.left)
         told.left -= done
+        told.in_vain = 0 if done else told.in_vain
         told.done += done
         self.taken_back += done
 
@@ -138,17 +141,19 @@ class Wishes:
             self._check_window(one)
 
     def _whom(self, refused: str) -> list[str]:
-        """The others that are furthest over; several if equally far, none if no further than the
-        refused one."""
-        over = {
-            name: self._over_bytes(name)
+        """Of the others that are further over than the refused one those that are furthest, after
+        they have let as few requests go by as any; several if equally far."""
+        least = max(self._over_bytes(refused), 0)
+        ranks = {
+            name: (-self._gone_by(name), self._over_bytes(name))
             for name in self._machine.clients
-            if name != refused and self._pages_of(name)
+            if name != refused and self._pages_of(name) and self._over_bytes(name) > least
         }
-        most = max([0, *over.values()])
-        if most <= max(self._over_bytes(refused), 0):
-            return []
-        return [name for name, bytes_ in over.items() if bytes_ == most]
+        return [name for name, rank in ranks.items() if rank == max(ranks.values())]
+
+    def _gone_by(self, name: str) -> int:
+        told = self._told[name]
+        return told.in_vain - bool(told.in_vain and not self._may_be_asked(name))
 
     def _may_be_asked(self, name: str) -> bool:
         told = self._told[name]
@@ -169,6 +174,7 @@ class Wishes:
         told.notifications += 1
         told.writeback_pages = told.left = pages
         told.asked += pages
+        told.in_vain += 1
         told.at_ns = self.now_ns - CALL_NS
         self.requests += 1
 

@@ -255,7 +255,7 @@ def _the_least_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         if over:
             least = min(over, key=lambda one: one.over_bytes)
-            self._ask(least, least.over_bytes)
+            self._ask(least, least.over_bytes, self._clock_ns())
 
     monkeypatch.setattr(Pressure, "refused", wrong)
 
@@ -263,6 +263,11 @@ def _the_least_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 def _asked_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hypervisor forgets that it has asked."""
     monkeypatch.setattr("hypervisor.pressure.ASK_AGAIN_NS", 0)
+
+
+def _the_deaf_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever does nothing of what it is asked for is asked again and again."""
+    monkeypatch.setattr("hypervisor.pressure.Wishes.gone_by", lambda *_: 0)
 
 
 def _flushes_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,11 +293,12 @@ def _steps(world: World, count: int) -> None:
         _restart_forgets_tokens,
         _the_least_is_asked,
         _asked_in_vain,
+        _the_deaf_come_first,
         _flushes_do_not_count,
     ],
 )
 def test_the_oracle_notices(break_it: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight faults, each found within some hundred or thousand steps."""
+    """Faults, each found within some hundred or thousand steps."""
     world = World(7)
     break_it(monkeypatch)  # type: ignore[operator]
 
