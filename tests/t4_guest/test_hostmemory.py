@@ -319,9 +319,12 @@ def test_a_random_history_with_a_hypervisor_that_dies(
     time, host = Time(), Host(520)
     other = host.other()
     trouble = [0.0]
+    due = [True]
+    """One fault at least, however the dice fall."""
 
     def fault() -> Fault:
-        lost = rng.random() < trouble[0]
+        lost = rng.random() < trouble[0] or bool(trouble[0] and due)
+        due[:] = due if not lost else []
         return rng.choice((Fault.LOSE_REQUEST, Fault.LOSE_REPLY)) if lost else Fault.NONE
 
     host.draw_fault = fault
