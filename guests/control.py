@@ -6,7 +6,7 @@ command that waits is stepped by the main loop (`Control.step`), and its connect
 at the end; what else that connection asks waits for it, other connections do not.
 
     {"verb": "status"}                               -> Kernel.status
-    {"verb": "run", "workload", "seed", "parameters"} -> {"accepted": True}
+    {"verb": "run", "workload", "seed", "parameters", "files"} -> {"accepted": True}
     {"verb": "exec", "argv": [...]}                  -> {"exit_code", "stdout", "stderr"}
     {"verb": "locks"}                                -> Kernel.locks
     {"verb": "volume"}                               -> Kernel.volume
@@ -14,12 +14,16 @@ at the end; what else that connection asks waits for it, other connections do no
     {"verb": "stop"}                                 -> {"stopping": True}, then the guest ends
     anything else, or what can't be done             -> {"error": text}
 
+`files` are names of parameters of `run` that name files of the host.  Their descriptors come with
+the frame (SCM_RIGHTS), in that order: the asker has a right to open them and the guest has not.
+
 A connection that sends half a frame waits; one that does not read its answers is dropped when too
 much is waiting for it.  Neither holds up the work.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -29,6 +33,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from fs.errors import ImageError
+from guests.keptfiles import OWN_IO, read_text
 from guests.kernel import Kernel
 from guests.shell import Execution
 from guests.workloads.job import BadParameters
@@ -41,6 +46,8 @@ CONNECTIONS_MAX: Final = 16
 REQUEST_BYTES_MAX: Final = 256 * 1024
 WAITING_BYTES_MAX: Final = 8 * 1024 * 1024
 _READ_BYTES: Final = 64 * 1024
+DESCRIPTORS_MAX: Final = 4
+"""Of files that come with one frame."""
 
 
 def socket_path(run_directory: Path, name: str) -> Path:
@@ -61,19 +68,29 @@ class Pending(Protocol):
 
 
 class _Connection:
-    __slots__ = ("pending", "received", "socket", "waiting")
+    __slots__ = ("descriptors", "pending", "received", "socket", "waiting")
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
         self.received = b""
         self.waiting = b""
         self.pending: Pending | None = None
+        self.descriptors: list[int] = []
+        """That came with what was received, ours until an answer takes them."""
+
+    def close_descriptors(self) -> None:
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+
+
+Answer = Callable[[Record, list[int]], "Record | Pending"]
 
 
 class Control:
-    """`answer(record)` does the work; this moves the frames."""
+    """`answer(record, descriptors)` does the work; this moves the frames.  It takes those of the
+    descriptors out of the list that it wants to keep."""
 
-    def __init__(self, path: Path, answer: Callable[[Record], Record | Pending]) -> None:
+    def __init__(self, path: Path, answer: Answer) -> None:
         self._path = path
         self._answer = answer
         self._poll = select.poll()
@@ -123,12 +140,13 @@ class Control:
         return left
 
     def close(self) -> None:
-        """Drop all connections and remove the socket."""
+        """Drop all connections and remove the socket; in a jail its starter does that."""
         for connection in list(self._connections.values()):
             self._drop(connection)
         self._poll.unregister(self._listener.fileno())
         self._listener.close()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):
+            self._path.unlink(missing_ok=True)
 
     def _accept(self) -> None:
         try:
@@ -154,9 +172,12 @@ class Control:
 
     def _receive(self, connection: _Connection) -> None:
         try:
-            chunk = connection.socket.recv(_READ_BYTES)
+            chunk, descriptors, _, _ = socket.recv_fds(
+                connection.socket, _READ_BYTES, DESCRIPTORS_MAX
+            )
         except BlockingIOError:
             return
+        connection.descriptors += descriptors
         if not chunk:
             raise BadRecord("the end")
         connection.received += chunk
@@ -170,7 +191,8 @@ class Control:
                 if frame is None:
                     break
                 body, connection.received = frame
-                answer = self._answer(decode(body))
+                answer = self._answer(decode(body), connection.descriptors)
+                connection.close_descriptors()
                 if isinstance(answer, dict):
                     connection.waiting += encode(answer)
                     continue
@@ -183,6 +205,7 @@ class Control:
         if (
             len(connection.received) > REQUEST_BYTES_MAX
             or len(connection.waiting) > WAITING_BYTES_MAX
+            or len(connection.descriptors) > DESCRIPTORS_MAX
         ):
             raise BadRecord("too long")
         self._send(connection)
@@ -204,6 +227,7 @@ class Control:
                 pending.cancel()
             except OSError as error:
                 log.warning("event=not-cancelled why=%s", error)
+        connection.close_descriptors()
         fd = connection.socket.fileno()
         del self._connections[fd]
         del self._handlers[fd]
@@ -218,7 +242,7 @@ class Answers:
         self._kernel = kernel
         self.stopping = False
 
-    def answer(self, untrusted: Record) -> Record | Pending:
+    def answer(self, untrusted: Record, descriptors: list[int]) -> Record | Pending:
         """The answer to a request; never raises for anything that a request can hold."""
         verb = untrusted.get("verb")
         if verb == "status":
@@ -226,7 +250,7 @@ class Answers:
             status["counters"]["rchar_bytes"] = read_characters()
             return status
         if verb == "run":
-            return self._run(untrusted)
+            return self._run(untrusted, descriptors)
         if verb == "exec":
             return self._exec(untrusted.get("argv"))
         if verb == "locks":
@@ -270,7 +294,7 @@ class Answers:
             return {"error": str(error)}
         return {"spoilt": True}
 
-    def _run(self, untrusted: Record) -> Record:
+    def _run(self, untrusted: Record, descriptors: list[int]) -> Record:
         workload = untrusted.get("workload")
         seed = untrusted.get("seed", 0)
         parameters = untrusted.get("parameters", {})
@@ -278,9 +302,18 @@ class Answers:
             return {"error": "run needs a workload (text) and a seed (whole number)"}
         if not isinstance(parameters, dict):
             return {"error": "the parameters of run must be a map"}
+        names = untrusted.get("files", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            return {"error": "the files of run must be a list of parameters"}
+        if len(names) != len(descriptors) or len(set(names)) < len(names):
+            return {"error": "run needs one descriptor for each of its files"}
+        files = dict(zip(names, descriptors, strict=True))
+        descriptors.clear()
         try:
-            self._kernel.start(workload, seed, parameters)
+            self._kernel.start(workload, seed, parameters, files)
         except BadParameters as error:
+            while files:
+                os.close(files.popitem()[1])
             return {"error": str(error)}
         return {"accepted": True}
 
@@ -312,7 +345,7 @@ def read_characters() -> int:
 
     This reading itself counts, the next time: about 100 bytes each.
     """
-    for line in Path("/proc/self/io").read_text().splitlines():
+    for line in read_text(OWN_IO).splitlines():
         name, _, value = line.partition(":")
         if name == "rchar":
             return int(value)

@@ -241,8 +241,14 @@ class Kernel:
         """Whether a workload has something left to do."""
         return self._steps is not None
 
-    def start(self, workload: str, seed: int, parameters: dict[str, Any]) -> None:
-        """Begin a workload; raises BadParameters if it can't be begun."""
+    def start(
+        self,
+        workload: str,
+        seed: int,
+        parameters: dict[str, Any],
+        files: dict[str, int] | None = None,
+    ) -> None:
+        """Begin a workload; raises BadParameters if it can't be begun.  `files`: see `Job`."""
         if self._steps is not None:
             raise BadParameters("a workload is running already")
         begin = self.workloads.get(workload)
@@ -250,7 +256,7 @@ class Kernel:
             known = ", ".join(self.workloads)
             raise BadParameters(f"no workload {workload!r}; there are {known}")
         processes = self.userland.processes
-        self.job = Job(workload, seed, parameters, self.vfs, self.findings, processes)
+        self.job = Job(workload, seed, parameters, self.vfs, self.findings, processes, files)
         self._error = None
         self._steps = begin(self.job)
         self._began_at = self._now_seconds()
@@ -300,6 +306,8 @@ class Kernel:
 
     def _end(self, error: str | None) -> None:
         self._steps = None
+        if self.job is not None:
+            self.job.close()
         self._error = error
         self._seconds += self._now_seconds() - self._began_at
 

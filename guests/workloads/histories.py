@@ -23,7 +23,6 @@ import os
 import struct
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Final
 
 from fs.block.device import BLOCK_BYTES
@@ -47,7 +46,7 @@ def run(job: Job) -> Iterator[None]:
     job.total = job.count("operations", 1000, 0, 10_000_000)
     writer = job.random.getrandbits(63)
     paths = [f"{folder}/{number}" for number in range(files)]
-    with Path(job.text("record")).open("a", buffering=1) as record:
+    with job.open("record", "a") as record:
         yield
         while job.done < job.total:
             path = job.random.choice(paths)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from random import Random
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from fs.vfs import Vfs
 from guests.process import Processes
@@ -56,7 +57,10 @@ class Job:
         vfs: Vfs,
         findings: Findings,
         processes: Processes,
+        files: dict[str, int] | None = None,
     ) -> None:
+        """`files` are descriptors by the name of a parameter, ours to close: files of the host that
+        whoever wants the work done has opened, since a guest in its jail can't."""
         self.workload = workload
         self.vfs = vfs
         self.processes = processes
@@ -67,6 +71,7 @@ class Job:
         self.report: dict[str, Any] = {}
         """What it has to say beyond that, under text keys (`guests.adversary`)."""
         self._untrusted = parameters
+        self._files = files or {}
 
     def text(self, name: str, default: str | None = None) -> str:
         """A parameter that is a text; required without a default."""
@@ -97,11 +102,27 @@ class Job:
             raise BadParameters(f"{self.workload}: parameter {name} must be a whole number")
         return int(value)
 
+    def open(self, name: str, mode: str = "r") -> IO[str]:
+        """The file of the host that a parameter names, as text, by the line; once.  OSError."""
+        path = Path(self.text(name))
+        fd = self._files.pop(name, None)
+        # Line buffering is for what others read while it grows.
+        buffering = -1 if mode == "r" else 1
+        if fd is None:
+            return path.open(mode, buffering=buffering)
+        return os.fdopen(fd, mode, buffering=buffering)
+
+    def close(self) -> None:
+        """Let go of files that were not asked for."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
     def manifest(self) -> dict[str, str]:
         """Path to SHA-256 of every file that must be there, from the JSON file `manifest`."""
         path = Path(self.text("manifest"))
         try:
-            untrusted = json.loads(path.read_text())
+            with self.open("manifest") as file:
+                untrusted = json.loads(file.read())
         except (OSError, ValueError) as error:
             raise BadParameters(f"{self.workload}: manifest {path}: {error}") from None
         if not isinstance(untrusted, dict) or not all(

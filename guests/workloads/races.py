@@ -31,7 +31,6 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Final
 
 from fs.block.device import BLOCK_BYTES
@@ -50,7 +49,7 @@ def run(job: Job) -> Iterator[None]:
         raise BadParameters(f"{job.workload}: kind must be all or one of {', '.join(KINDS)}")
     kinds = list(RACES) if kind == "all" else [kind]
     places = {name: folder if name in WHOLE else f"{folder}/{name}" for name in kinds}
-    with Path(job.text("record")).open("a", buffering=1) as record:
+    with job.open("record", "a") as record:
         racer = Racer(job, record)
         job.total = racer.operations * len(places)
         if job.count("prepare", 0, 0, 1):
