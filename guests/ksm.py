@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import logging
 import mmap
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
+
+from guests.keptfiles import MERGING, read_text
 
 log = logging.getLogger(__name__)
-
-_STATISTICS: Final = Path("/proc/self/ksm_stat")
-_RUN: Final = Path("/sys/kernel/mm/ksm/run")
 
 
 def make_mergeable(mapping: mmap.mmap) -> bool:
@@ -28,18 +26,19 @@ def make_mergeable(mapping: mmap.mmap) -> bool:
     return True
 
 
-def figures() -> dict[str, Any]:
-    """Of this process: pages that are merged with others, and the bytes that this saves the host.
+def figures(pid: int | None = None) -> dict[str, Any]:
+    """Of a process (this one if none is named): pages that are merged with others, and the bytes
+    that this saves the host.
 
     `runs` says whether the host looks for equal pages at all; zeros where there is no KSM.
     """
     values: dict[str, int] = {}
     try:
-        for line in _STATISTICS.read_text().splitlines():
+        for line in read_text(f"/proc/{pid or 'self'}/ksm_stat").splitlines():
             name, _, value = line.replace(":", " ").partition(" ")
             if value.strip().lstrip("-").isdigit():
                 values[name] = int(value)
-        runs = _RUN.read_text().strip() == "1"
+        runs = read_text(MERGING).strip() == "1"
     except OSError:
         runs = False
     return {

@@ -19,7 +19,8 @@ from tests.support.clusters import short_folder, tmem_here
 from tests.support.tools import need_tool
 from tools.experiment import classic
 from tools.experiment.classic import MEASURES, QUICK, Plan, verdict
-from tools.experiment.classic_report import compare, complete, goals, markdown, page
+from tools.experiment.classic_page import page
+from tools.experiment.classic_report import compare, complete, goals, markdown
 from tools.experiment.modes import MODES, Disks
 from tools.experiment.svg import ticks
 from tools.progress import SweepReporter

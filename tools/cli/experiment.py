@@ -62,6 +62,26 @@ def classic(
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.html, report.md and results.json.")
     ] = None,
+    direct: Annotated[
+        bool,
+        typer.Option(
+            "--direct",
+            help="Use disks and swap around the host's page cache (O_DIRECT): measured seconds are"
+            " those of the disk below.",
+        ),
+    ] = False,
+    ksm: Annotated[
+        bool,
+        typer.Option(
+            "--ksm",
+            help="Run mode tmem+ksm at the heaviest level: the host's kernel merges equal pages of"
+            " RAM meanwhile (wants root).",
+        ),
+    ] = False,
+    directory: Annotated[
+        Path | None,
+        typer.Option("--dir", help="Folder for clusters and their disks [runs].", metavar="DIR"),
+    ] = None,
     json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
 ) -> int:
@@ -71,7 +91,7 @@ def classic(
     Exits with 1 if a page or file was wrong or a run failed.
     """
     from tools.experiment import classic as experiment
-    from tools.experiment import classic_report
+    from tools.experiment import classic_page, classic_report
     from tools.interrupts import Interrupts
     from tools.progress import SweepReporter
     from tools.rundir import RUNS, new_run
@@ -82,8 +102,10 @@ def classic(
         seed=seed,
         repeat=repeat,
         modes=modes,
+        direct=direct,
+        ksm=ksm,
     )
-    run = new_run(RUNS, datetime.datetime.now(datetime.UTC).astimezone()).absolute()
+    run = new_run(directory or RUNS, datetime.datetime.now(datetime.UTC).astimezone()).absolute()
     folder = out if out is not None else run
     try:
         # Before anything is measured that could then not be written down.
@@ -101,7 +123,7 @@ def classic(
     finally:
         reporter.close()
     found = classic_report.complete(measured)
-    classic_report.write(found, folder)
+    classic_page.write(found, folder)
     if json:
         print_json(found)
     else:

@@ -11,6 +11,7 @@ over all of them.
                 So 1 is none, whatever the mode, and at 2 the guests need all memory that there is
     seconds     of the slowest guest, measured.  That says little about disks, because the images
                 are files in the host's page cache, and much about what else the machine does
+                (`direct`: the disk below, around that cache)
     hdd, ssd    modelled, again of the slowest: the CPU time of its process and of the hypervisor
                 for it, measured, and its accesses to both its disks, counted, times 8 ms and
                 100 us.  So long it would take with a core and disks for itself
@@ -21,17 +22,23 @@ All figures are counted from when the work begins to when the last guest is done
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+from fs.block.device import BLOCK_BYTES
+from fs.block.direct import DirectFileDevice
+from fs.block.hostcache import Backing, backing, cached_pages_of
+from fs.errors import ImageError
 from ipc.codec import Record
 from ipc.errors import ExitCode, OperatorError
 from tools.cluster import check_limits
-from tools.experiment.modes import MODES, Disks, Host
+from tools.experiment.merging import merging, together, why_not
+from tools.experiment.modes import KSM_MODE, MODES, MODES_ON_DEMAND, Disks, Host
 from tools.experiment.onerun import Work, run_once
 from tools.experiment.sources import source_tree
 from tools.image import Image, build_image, copy_image
@@ -85,6 +92,10 @@ class Plan:
     repeat: int = 3
     modes: tuple[str, ...] = tuple(MODES)
     name: str = "classic"
+    direct: bool = False
+    """Disks of guests are used around the host's page cache."""
+    ksm: bool = False
+    """The heaviest level is run with merged RAM too, where the host's kernel can."""
 
     def pressure(self, jobs: int) -> float:
         """Of a level; at least 1."""
@@ -96,14 +107,18 @@ class Plan:
     def host(self) -> Host:
         """The guests and their memory."""
         names = tuple(f"guest{number}" for number in range(1, self.guests + 1))
-        return Host(self.name, names, self.share_bytes)
+        return Host(self.name, names, self.share_bytes, self.direct)
 
     def runs(self) -> Iterator[tuple[int, str, int]]:
         """Level (jobs), mode and seed of every run, in the order in which they are made."""
         for jobs in self.jobs:
             for number in range(self.repeat):
-                for mode in self.modes:
+                for mode in self.modes_at(jobs):
                     yield jobs, mode, self.seed + number
+
+    def modes_at(self, jobs: int) -> tuple[str, ...]:
+        """The modes that a level is run in."""
+        return (*self.modes, *([KSM_MODE] if self.ksm and jobs == self.jobs[-1] else []))
 
 
 QUICK: Final = Plan(
@@ -148,6 +163,11 @@ def measure(
     news: Callable[[str], None],
 ) -> Record:
     """All runs; the document of the experiment."""
+    disk = direct_disk(folder) if plan.direct else None
+    unmerged = why_not() if plan.ksm else None
+    if unmerged is not None:
+        news(f"KSM: {unmerged}; without it")
+        plan = replace(plan, ksm=False)
     images = prepare_images(plan.host, plan.tree_bytes, cache.absolute())
     runs = list(plan.runs())
     found: list[Record] = []
@@ -155,13 +175,52 @@ def measure(
         progress(number, len(runs), f"{mode} at pressure {plan.pressure(jobs):g}")
         found.append(_run(plan, jobs, mode, seed, folder, images, interrupts, news))
     progress(len(runs), len(runs), "done")
-    points = [_point(plan, mode, jobs, found) for jobs in plan.jobs for mode in plan.modes]
-    return {
-        "points": points,
+    document: Record = {
+        "points": [
+            _point(plan, mode, jobs, found) for jobs in plan.jobs for mode in plan.modes_at(jobs)
+        ],
         "runs": found,
         "plan": _plan_record(plan),
         "errors": [line for run in found for line in run["errors"]],
     }
+    if disk is not None:
+        counts = [run["host_cached_pages"] for run in found]
+        cached = None if None in counts else max(counts)
+        document["disk"] = disk._asdict() | {"host_cached_pages": cached}
+    if unmerged is not None:
+        document["ksm"] = {"why_not": unmerged}
+    elif plan.ksm:
+        merged = [run for run in found if run["mode"] == KSM_MODE]
+        document["ksm"] = together(merged, _ram_bytes(plan))
+    return document
+
+
+def _ram_bytes(plan: Plan) -> int:
+    """Of all guests in mode `tmem+ksm`."""
+    return int(MODES_ON_DEMAND[KSM_MODE].memory_shares * plan.host.total_bytes)
+
+
+def direct_disk(folder: Path) -> Backing:
+    """What files in a folder are on; raises OperatorError if O_DIRECT is not possible there."""
+    where = Backing("unknown", "unknown")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(bytes(BLOCK_BYTES))
+            file.flush()
+            where = backing(file.fileno())
+            DirectFileDevice(file.name).close()
+    except OSError as reason:
+        raise OperatorError(
+            f"can't use the folder {folder}: {reason.strerror}", ExitCode.NO_INPUT
+        ) from None
+    except ImageError:
+        raise OperatorError(
+            f"{folder} is {where}, where O_DIRECT does not go around the host's page cache; choose"
+            " a folder on a disk with --dir, or do without --direct",
+            ExitCode.UNAVAILABLE,
+        ) from None
+    return where
 
 
 def _plan_record(plan: Plan) -> Record:
@@ -200,12 +259,22 @@ def _run(
         )
         for number, name in enumerate(plan.host.guests)
     }
-    with fresh_disks(plan.swap_bytes, directory, images) as disks:
-        figures = run_once(
-            MODES[mode], plan.host, disks, work, directory, interrupts, ACCESS_SECONDS, news
-        )
+    how = MODES.get(mode) or MODES_ON_DEMAND[mode]
+    with (
+        fresh_disks(plan.swap_bytes, directory, images) as disks,
+        merging(_ram_bytes(plan) // PAGE_BYTES) if how.ksm else nullcontext(),
+    ):
+        figures = run_once(how, plan.host, disks, work, directory, interrupts, ACCESS_SECONDS, news)
+        if plan.direct:
+            figures["host_cached_pages"] = _cached_pages(disks)
     shutil.rmtree(directory.path, ignore_errors=True)
     return {"mode": mode, "jobs": jobs, "seed": seed, **figures}
+
+
+def _cached_pages(disks: dict[str, Disks]) -> int | None:
+    """Pages of all images and swap files that the host's page cache has; None if it can't say."""
+    counts = [cached_pages_of(path) for disk in disks.values() for path in (disk.image, disk.swap)]
+    return sum(count for count in counts if count is not None) if None not in counts else None
 
 
 @contextmanager
@@ -238,6 +307,8 @@ def _point(plan: Plan, mode: str, jobs: int, found: list[Record]) -> Record:
     point = {measure: median(run[measure] for run in runs) for measure in MEASURES}
     # None of these may hide behind a median.
     point |= {name: max(run[name] for run in runs) for name in ("mismatches", "oom_kills")}
+    if plan.direct:
+        point["direct_seconds"] = point["seconds"]
     return {
         "mode": mode,
         "pressure": plan.pressure(jobs),
@@ -267,9 +338,12 @@ def with_options(
     seed: int | None,
     repeat: int | None,
     modes: str | None,
+    direct: bool = False,
+    ksm: bool = False,
 ) -> Plan:
     """The plan as the command line changes it."""
     changes: dict[str, Any] = {"guests": guests, "seed": seed, "repeat": repeat}
+    changes |= {"direct": direct, "ksm": ksm}
     if modes is not None:
         changes["modes"] = chosen_modes(modes)
     return replace(plan, **{key: value for key, value in changes.items() if value is not None})

@@ -1,4 +1,4 @@
-"""What `tmem experiment classic` found: results.json, a table in Markdown, a page with plots.
+"""What `tmem experiment classic` found: what is computed from its points, and tables in Markdown.
 
 Each mode is compared with `static` of the same level.  Beside our figures stand those that were
 published (`PUBLISHED`), in the same units:
@@ -9,18 +9,17 @@ published (`PUBLISHED`), in the same units:
     hypervisor CPU      its CPU time over the measured seconds, as a share of one core
     CPU for an I/O saved    its CPU time over disk reads and swap pages that were not needed
     time lost           how much longer than `static` at the lowest pressure
+
+Figures that a run was not asked for (`--direct`, `--ksm`) are not there.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from pathlib import Path
 from typing import Any, Final
 
-from tools.experiment.svg import legend, line_plot
+from tools.experiment.modes import KSM_MODE
 from tools.units import PAGE_BYTES, format_size
 
 READS_SAVED_LEAST: Final = 0.52
@@ -82,14 +81,16 @@ def compare(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
             "us_per_io_saved": _share(cpu_seconds * 1e6, saved + swapped)
             if saved + swapped > 0
             else None,
-            "time_lost": _share(own[low]["hdd_seconds"], base[low]["hdd_seconds"], less=1.0),
+            "time_lost": _share(own[low]["hdd_seconds"], base[low]["hdd_seconds"], less=1.0)
+            if low in own
+            else None,
             "slowest": {
                 clock: max(
                     (
                         _share(own[jobs][clock], base[jobs][clock], less=1.0) or 0.0,
                         base[jobs]["pressure"],
                     )
-                    for jobs in base
+                    for jobs in own
                 )
                 for clock in CLOCKS
             },
@@ -99,6 +100,11 @@ def compare(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
 
 def _share(part: float, whole: float, *, less: float = 0.0) -> float | None:
     return part / whole - less if whole else None
+
+
+def clocks(found: Mapping[str, Any]) -> dict[str, str]:
+    """What the clocks of this document are called."""
+    return CLOCKS | ({"seconds": "O_DIRECT"} if "disk" in found else {})
 
 
 def goals(compared: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -135,7 +141,7 @@ def goals(compared: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 _HEADER: Final = (
     "pressure",
     "mode",
-    "seconds",
+    "{seconds} s",
     "HDD s",
     "SSD s",
     "disk reads",
@@ -148,7 +154,13 @@ _HEADER: Final = (
 )
 
 
-def _rows(points: Sequence[Point]) -> Iterator[tuple[str, ...]]:
+def header_row(found: Mapping[str, Any]) -> list[str]:
+    """Of the table of all points."""
+    return [text.format(**clocks(found)) for text in _HEADER]
+
+
+def rows_of(points: Sequence[Point]) -> Iterator[tuple[str, ...]]:
+    """Of the same table."""
     for point in points:
         yield (
             f"{point['pressure']:g}",
@@ -184,7 +196,8 @@ def _figure(key: str, value: float | None) -> str:
     return f"{value:+.1%}" if key == "time_lost" else f"{value:.1%}"
 
 
-def _comparison(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+def comparison(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Header and rows: what was published, and each mode beside `static`."""
     compared = found["compared"]
     modes = [mode for mode in compared if mode != BASE]
     rows = [
@@ -198,7 +211,8 @@ def _comparison(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ..
     return ["", "published", *modes], rows
 
 
-def _goal_lines(found: Mapping[str, Any]) -> Iterator[str]:
+def goal_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """What came of each goal."""
     texts = {
         "reads_saved": "disk reads saved at the heaviest pressure",
         "swap_saved": "swap I/O avoided at the heaviest pressure",
@@ -209,39 +223,109 @@ def _goal_lines(found: Mapping[str, Any]) -> Iterator[str]:
         if key in texts:
             yield f"{texts[key]}: {value}, at least {goal['least']:.0%} wanted: {verdict}"
         else:
-            clock = CLOCKS[key.removeprefix("never_slower_")]
+            clock = clocks(found)[key.removeprefix("never_slower_")]
             yield (
                 f"never slower than {BASE} ({clock} time): at worst {goal['found']:+.1%}, at "
                 f"pressure {goal['pressure']:g}: {verdict}"
             )
 
 
-def _setting(found: Mapping[str, Any]) -> list[str]:
+def setting(found: Mapping[str, Any]) -> str:
+    """How large the experiment was."""
     plan = found["plan"]
-    memory = (
+    return (
         f"{plan['guests']} guests on {format_size(plan['total_bytes'])}, which is "
         f"{format_size(plan['share_bytes'])} each if it is divided evenly; the host keeps "
         f"{format_size(plan['host_reserve_bytes'])} beside that. Each guest builds "
         f"{format_size(plan['tree_bytes'])} of Python sources with "
         f"{', '.join(map(str, plan['jobs']))} compilers at a time, "
         f"{format_size(plan['memory_pages'] * PAGE_BYTES)} of memory each on average, "
-        f"{plan['passes']} time(s). Runs of each point: {plan['repeat']}, from seed "
+        f"{_times(plan['passes'])}. Each point was run {_times(plan['repeat'])}, from seed "
         f"{plan['seed']}; figures are medians."
     )
-    units = (
-        "pressure: what a guest needs over half of its share; 1 is none in any mode, at 2 guests "
-        "need all memory there is. seconds: measured, of the slowest guest, with whatever else the "
-        "machine did. HDD, SSD: modelled, its CPU time and the hypervisor's for it, and 8 ms or "
-        "100 us for each counted access to a disk. Disk reads and swap: pages of 4 KiB, of all "
-        "guests. For a migration: memory that is free or can be freed without writing to a disk, "
-        "on average."
-    )
-    verified = (
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def units(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the words mean."""
+    disk = found.get("disk")
+    if disk is None:
+        measured = (
+            "of the slowest guest, with whatever else the machine did; disks are files in the "
+            "host's page cache (--direct measures without)"
+        )
+    else:
+        measured = (
+            "measured, of the slowest guest, with whatever else the machine did; disks and swap "
+            "are used around the host's page cache, which had "
+            f"{_pages_or_unknown(disk['host_cached_pages'])} of them after the runs. They are "
+            f"files on {disk['file_system']} on {disk['device']}"
+        )
+    return [
+        (
+            "pressure",
+            "what a guest needs over half of its share; 1 is none in any mode, 2 all there is",
+        ),
+        (clocks(found)["seconds"], measured),
+        (
+            "HDD, SSD",
+            "modelled: CPU time, also the hypervisor's, and 8 ms or 100 us for each disk access",
+        ),
+        ("disk reads, swap", "pages of 4 KiB, of all guests"),
+        (
+            "for a migration",
+            "memory that is free or can be freed without writing to a disk, on average",
+        ),
+    ]
+
+
+def _pages_or_unknown(pages: int | None) -> str:
+    return "an unknown number of pages" if pages is None else f"{pages:,} pages"
+
+
+def verified(found: Mapping[str, Any]) -> str:
+    """That it was right, and what is not in it."""
+    return (
         f"{found['verified_bytes']:,} bytes of files and all pages of programs were compared with "
         f"what they must be: {found['mismatches']} wrong. Mode cmm2 (page states) is left out: no "
         "guest here has it."
     )
-    return [memory, units, verified]
+
+
+def ksm_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Merging by the host beside tmem, if it was asked for."""
+    merged = found.get("ksm")
+    if merged is None:
+        return
+    if merged["why_not"] is not None:
+        yield f"not measured: {merged['why_not']}"
+        return
+    ram = merged["ram_pages"]
+    yield (
+        f"of {ram:,} pages of the guests' RAM {merged['merged_pages']:,} were merged on average "
+        f"({merged['merged_pages'] / ram:.1%}), {merged['merged_pages_most']:,} at most; the host "
+        f"has {format_size(merged['saved_pages'] * PAGE_BYTES)} more for that on average, "
+        f"{format_size(merged['saved_pages_most'] * PAGE_BYTES)} at most"
+    )
+    cpu = merged["ksmd_cpu_seconds"]
+    yield (
+        "CPU time of ksmd is out of sight here"
+        if cpu is None
+        else f"ksmd took {cpu:.2f} s of CPU in {merged['seconds']:.1f} s, "
+        f"{cpu / merged['seconds']:.0%} of a core; it looks at all of that RAM four times a second"
+    )
+    both = [found["compared"].get(mode) for mode in (KSM_MODE, GOAL_MODE)]
+    if None not in both:
+        figures = (
+            f"{row.what} {_figure(row.key, both[0][row.key])} ({_figure(row.key, both[1][row.key])}"
+            " without KSM)"
+            for row in PUBLISHED
+            if row.key in ("reads_saved", "swap_saved")
+        )
+        yield f"beside {BASE}, tmem with it: {', '.join(figures)}"
 
 
 def complete(found: dict[str, Any]) -> dict[str, Any]:
@@ -258,14 +342,26 @@ def complete(found: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """Tables and what they say."""
-    lines = [*_setting(found), "", *_markdown_table(_HEADER, list(_rows(found["points"])))]
+    meanings = "; ".join(f"{word}: {meaning}" for word, meaning in units(found))
+    lines = [
+        setting(found),
+        "",
+        f"{meanings}.",
+        "",
+        verified(found),
+        "",
+        *_markdown_table(header_row(found), list(rows_of(found["points"]))),
+    ]
     if found["compared"]:
-        header, rows = _comparison(found)
+        header, rows = comparison(found)
         lines += ["", f"Beside `{BASE}`, and what was published:", ""]
         lines += _markdown_table(header, rows)
     if found["goals"]:
         lines += ["", f"Goals of mode `{GOAL_MODE}`:", ""]
-        lines += [f"* {line}" for line in _goal_lines(found)]
+        lines += [f"* {line}" for line in goal_lines(found)]
+    if "ksm" in found:
+        lines += ["", "Same-page merging by the host's kernel (KSM):", ""]
+        lines += [f"* {line}" for line in ksm_lines(found)]
     return "\n".join(lines)
 
 
@@ -280,81 +376,3 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Ite
     yield f"|{'|'.join('-' * (width + 2) for width in widths)}|"
     for row in rows:
         yield line(row)
-
-
-_PLOTS: Final = (
-    ("Disk reads", "pages", lambda point: point["disk_reads_pages"]),
-    ("Swap I/O", "pages in and out", pages_swapped),
-    ("Time with a hard disk (modelled)", "seconds", lambda point: point["hdd_seconds"]),
-    ("Time with an SSD (modelled)", "seconds", lambda point: point["ssd_seconds"]),
-    ("Time (measured)", "seconds", lambda point: point["seconds"]),
-    ("Hypervisor CPU", "seconds", lambda point: point["hypervisor_cpu_seconds"]),
-    ("For a migration", "MiB", lambda point: point["migration_bytes"] / 2**20),
-    ("Killed for memory", "programs", lambda point: point["oom_kills"]),
-)
-
-_STYLE: Final = """
-body { font: 15px/1.5 sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: left; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
-.legend span { margin-right: 1.2rem; white-space: nowrap; }
-"""
-
-
-def page(found: Mapping[str, Any]) -> str:
-    """The same as one HTML page that needs nothing else."""
-    points = found["points"]
-    modes = list(dict.fromkeys(point["mode"] for point in points))
-    plots = [
-        line_plot(
-            title,
-            "pressure",
-            unit,
-            {
-                mode: [
-                    (point["pressure"], float(value(point)))
-                    for point in points
-                    if point["mode"] == mode
-                ]
-                for mode in modes
-            },
-        )
-        for title, unit, value in _PLOTS
-    ]
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8"><title>tmem experiment classic</title>',
-        f"<style>{_STYLE}</style></head><body>",
-        "<h1>Transcendent memory: the classic experiment</h1>",
-        *(f"<p>{escape(line)}</p>" for line in _setting(found)),
-        f'<p class="legend">{legend(modes)}</p>',
-        '<div class="plots">',
-        *plots,
-        "</div>",
-    ]
-    if found["compared"]:
-        header, rows = _comparison(found)
-        parts += [f"<h2>Beside {BASE}, and what was published</h2>", _html_table(header, rows)]
-    if found["goals"]:
-        parts.append(f"<h2>Goals of mode {GOAL_MODE}</h2><ul>")
-        parts += [f"<li>{escape(line)}</li>" for line in _goal_lines(found)]
-        parts.append("</ul>")
-    parts += ["<h2>All points</h2>", _html_table(_HEADER, list(_rows(points))), "</body></html>"]
-    return "\n".join(parts)
-
-
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
-
-    return "\n".join(
-        ["<table>", line("th", header), *(line("td", row) for row in rows), "</table>"]
-    )
-
-
-def write(found: Mapping[str, Any], folder: Path) -> None:
-    """Write results.json, report.md and report.html into a folder."""
-    (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
-    (folder / "report.md").write_text(markdown(found) + "\n")
-    (folder / "report.html").write_text(page(found))

@@ -11,6 +11,7 @@ All have the same total memory M for N guests; the host's own reserve is beside 
     tmem+self-balloon
                  RAM of M/N each out of an arena of M (`hypervisor.lending`), given back when it is
                  not needed; what was given back is tmem's, compressed
+    tmem+ksm     tmem, and the host's kernel merges equal pages of RAM (`merging`); on demand
 
 Every guest has a swap disk, the same in all modes.
 
@@ -24,7 +25,7 @@ Not here: CMM2, where guests tell the host which pages it may drop.  No guest of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,11 +46,13 @@ eighth of what is too much.  It also leaves a tenth of the RAM alone, as we do."
 
 @dataclass(frozen=True)
 class Host:
-    """What all modes have in common.  `share_bytes` is M/N."""
+    """What all modes have in common.  `share_bytes` is M/N; `direct`: no disk of a guest is in the
+    host's page cache."""
 
     name: str
     guests: tuple[str, ...]
     share_bytes: int
+    direct: bool = False
 
     @property
     def total_bytes(self) -> int:
@@ -81,6 +84,7 @@ class Mode:
     balanced: bool = False
     self_ballooning: bool = False
     lend: bool = False
+    ksm: bool = False
 
     @property
     def uncounted_bytes(self) -> int:
@@ -107,6 +111,8 @@ class Mode:
                 swap_uuid=disks[name].swap_uuid,
                 cleancache=self.tmem,
                 frontswap=self.tmem,
+                ksm=self.ksm,
+                direct=host.direct,
             )
             for name in host.guests
         ]
@@ -151,3 +157,5 @@ MODES: Final = {
     "tmem": Mode(0.5, 0.5, tmem=True, compress=True),
     "tmem+self-balloon": Mode(1.0, 1.0, tmem=True, compress=True, self_ballooning=True, lend=True),
 }
+KSM_MODE: Final = "tmem+ksm"
+MODES_ON_DEMAND: Final = {KSM_MODE: replace(MODES["tmem"], ksm=True)}

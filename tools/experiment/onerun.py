@@ -14,6 +14,7 @@ from ipc.errors import Disconnected
 from tools.cluster import Cluster
 from tools.control import ask
 from tools.experiment.balancer import PERIOD_SECONDS, Figures, targets
+from tools.experiment.merging import Merged
 from tools.experiment.modes import Disks, Host, Mode
 from tools.interrupts import Interrupts
 from tools.rundir import ClusterDirectory
@@ -119,6 +120,7 @@ class Run:
         before = {name: self._counters(name) for name in self._host.guests}
         cpu_before = self._cpu_seconds()
         stats_before = self._stats()
+        merged = Merged() if self._mode.ksm else None
         busy = [name for name, task in work.items() if self._start(name, task)]
         next_look = time.monotonic() + PERIOD_SECONDS
         while busy:
@@ -126,6 +128,8 @@ class Run:
             for line in self._cluster.watch():
                 self._complain(line)
             busy = [name for name in busy if name in self._cluster.alive and self._poll(name)]
+            if merged is not None:
+                merged.look(self._processes())
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + PERIOD_SECONDS
                 self._look()
@@ -151,6 +155,7 @@ class Run:
                 for key in ("hypercalls", "pages_put", "pages_got", "evictions")
             },
             "errors": self._errors,
+            **({"ksm": merged.record()} if merged is not None else {}),
         }
 
     def _start(self, name: str, task: Work) -> bool:
@@ -249,9 +254,13 @@ class Run:
 
     def _cpu_seconds(self) -> dict[str, float]:
         """CPU time of each guest's process so far."""
+        return {name: _process_cpu_seconds(pid) for name, pid in self._processes().items()}
+
+    def _processes(self) -> dict[str, int | None]:
+        """Of each guest."""
         record = self._cluster.directory.read()
         assert record is not None
-        return {guest.name: _process_cpu_seconds(guest.pid) for guest in record.guests}
+        return {guest.name: guest.pid for guest in record.guests}
 
 
 def _process_cpu_seconds(pid: int | None) -> float:
