@@ -46,6 +46,8 @@ from fs.ocfs2.filesystem import Ocfs2
 from fs.ocfs2.locking import LocalLocks
 from fs.ocfs2.recovery import SUPER_LOCK, replay, slot_journal, slot_map
 from fs.ocfs2.volume import Volume
+from guests.orphanscanner import INTERVAL_NS as ORPHAN_SCAN_NS
+from guests.orphanscanner import OrphanScanner
 from guests.rangequeries import RangeQueries
 from ipc.errors import ExitCode, OperatorError
 from ipc.mesh.addresses import UnixAddress
@@ -76,7 +78,7 @@ class NodeSpec:
 
     `names` are the guests by node number, `key` (32 bytes) is what they prove to each other,
     `shared` says whether they share one pool of clean pages, and with `nemesis` the control socket
-    may cut links and spoil messages.
+    may cut links and spoil messages.  `orphan_scan_ns` lies between two looks at all orphans.
     """
 
     volume: str
@@ -86,6 +88,7 @@ class NodeSpec:
     timing: Timing = field(default_factory=Timing)
     shared: bool = True
     nemesis: bool = False
+    orphan_scan_ns: int = ORPHAN_SCAN_NS
 
 
 class Fenced(OSError):
@@ -111,6 +114,7 @@ class Node:
         self.fenced_because: str | None = None
         self.refused_because: str | None = None
         self.recovered_nodes = 0
+        self.orphan_scanner = OrphanScanner(spec.orphan_scan_ns, random_bytes)
         self.fs: Ocfs2 | None = None
         self._left = False
         self._dead: set[int] = set()
@@ -256,7 +260,7 @@ class Node:
             # What can't be written back can't be given up either: the others would wait for ever.
             self.cluster.fence.trip(f"it can't give up a lock ({reason.strerror})")
             return
-        self._take_slots()
+        self._tidy_up()
 
     def _wait(self) -> None:
         """The same while a lock is waited for; raises Fenced when there is nothing to wait for."""
@@ -368,9 +372,9 @@ class Node:
         finally:
             self.locks.release(SUPER_LOCK, Mode.EX)
 
-    def _take_slots(self) -> None:
-        """Take over dead nodes' slots and free their orphans, and those of others that they had
-        open, which takes all kinds of locks."""
+    def _tidy_up(self) -> None:
+        """What takes all kinds of locks: take over dead nodes' slots and free their orphans, and
+        those of others that they had open; else look for orphans now and then."""
         fs = self.fs
         if fs is None or self._dead or not self.locks.manager.ready:
             return
@@ -382,6 +386,16 @@ class Node:
         elif self._kept_open:
             self._kept_open = False
             fs.free_orphans()
+        else:
+            self._scan_orphans(fs)
+
+    def _scan_orphans(self, fs: Ocfs2) -> None:
+        try:
+            self.orphan_scanner.step(fs, self._clock_ns())
+        except Fenced:
+            raise
+        except OSError as reason:
+            log.warning("event=orphan_scan_failed why=%s", reason.strerror)
 
     def _is_abandoned(self, fs: Ocfs2, slot: int, node: int) -> bool:
         return node not in self.members and fs.slot_nodes()[slot] == node

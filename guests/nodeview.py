@@ -42,6 +42,7 @@ def node_status(node: Node, now_ns: int) -> dict[str, Any]:
         "resources_mastered": len(node.locks.manager.resources),
         "locks_held": len(node.locks.manager.locks),
         "nodes_recovered": node.recovered_nodes,
+        "orphans_freed": node.orphan_scanner.freed,
         "fenced": node.fenced_because,
     }
 

@@ -49,6 +49,7 @@
     idle_timeout = 30.0
     keepalive = 2.0
     reconnect = 2.0
+    orphan_scan = 300.0          # seconds between two looks for files that nobody freed
 
     [[phase]]                    # the work of a measured run, phase by phase
     title = "web1 is busy"
@@ -211,6 +212,7 @@ class VolumeConfig(_Strict):
     idle_timeout: float = Field(default=30.0, ge=0.05, le=600)
     keepalive: float = Field(default=2.0, ge=0.01, le=600)
     reconnect: float = Field(default=2.0, ge=0.01, le=600)
+    orphan_scan: float = Field(default=300.0, ge=0.1, le=86400)
     nemesis: bool = False
     """Nodes may be told to cut links and spoil messages: for tests of the cluster itself."""
 

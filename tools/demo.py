@@ -189,6 +189,7 @@ def _nodes(volume: VolumeConfig) -> Iterator[tuple[str, NodeSpec]]:
                 timing=volume.timing(),
                 shared=volume.pool == "shared",
                 nemesis=volume.nemesis,
+                orphan_scan_ns=round(volume.orphan_scan * 1e9),
             ),
         )
 

@@ -2,6 +2,7 @@
 
 Fault model, each fault off unless asked for:
   - read error, write error: EIO for any operation that touches a chosen block; nothing is moved;
+  - no room: the same with ENOSPC for writes, as a file with holes on a full disk has it;
   - torn write: a block write stores only its first k sectors of 512 bytes (0 < k < 8) and reports
     success;
   - lost write: a block write reports success and stores nothing;
@@ -30,7 +31,7 @@ SECTOR_BYTES = 512
 class FaultyDevice:
     """Stacks on `device`.
 
-    `bad_reads` and `bad_writes` may be changed at any time; `cut` tells of the power.
+    `bad_reads`, `bad_writes` and `no_room` may be changed at any time; `cut` tells of the power.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class FaultyDevice:
         self._rng = rng
         self.bad_reads = set(bad_reads)
         self.bad_writes = set(bad_writes)
+        self.no_room: set[int] = set()
         self._torn_chance = torn_chance
         self._lost_chance = lost_chance
         self._cut_after_writes = cut_after_writes
@@ -81,6 +83,8 @@ class FaultyDevice:
         check_extent(self, block, count, view.nbytes)
         if not self.bad_writes.isdisjoint(range(block, block + count)):
             raise error(errno.EIO, f"write error in blocks {block}..{block + count - 1}")
+        if not self.no_room.isdisjoint(range(block, block + count)):
+            raise error(errno.ENOSPC, f"no room for blocks {block}..{block + count - 1}")
         for i in range(count):
             if self._cut_after_writes is not None and self.block_writes >= self._cut_after_writes:
                 self._cut_power()

@@ -21,7 +21,7 @@ own; a mount that may not write sees the volume as if its journals were replayed
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from typing import Final
 
@@ -39,6 +39,7 @@ from fs.ocfs2.format import NAME_BYTES_MAX
 from fs.ocfs2.journals import JournalState, ReplayedDevice, SlotJournal
 from fs.ocfs2.locking import DENTRY, WRITE, ClusterLocks, LocalLocks, lock_block, lock_name
 from fs.ocfs2.names import Names
+from fs.ocfs2.orphanscan import OrphanScan
 from fs.ocfs2.rename import Renames
 from fs.ocfs2.volume import Volume, own
 
@@ -93,6 +94,7 @@ class Ocfs2:
             self._files = Files(self._volume)
             self._names = Names(self._volume, self._files.hold_open)
             self._renames = Renames(self._volume, self._names)
+            self._orphan_scan = OrphanScan(self._volume, self._files, self._names)
             self.root = self._root()
             if not self._volume.read_only:
                 self._claim_slot(live_nodes)
@@ -235,6 +237,10 @@ class Ocfs2:
         for slot, node in enumerate(self.slot_nodes()):
             if node is None or slot == self.slot:
                 recovery.free_orphans(self._volume, self._files, self._names, slot)
+
+    def scan_orphans(self) -> Iterator[int]:
+        """See `OrphanScan.run`."""
+        return self._orphan_scan.run()
 
     def journals_replayed(self) -> None:
         """Some other way than by `recover_slot`: cached blocks may be older than the disk."""

@@ -13,6 +13,7 @@ freed clusters are one operation, and so is the end of each orphan.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from typing import Final
 
 from fs import bitmap
@@ -151,15 +152,20 @@ def _take_truncate_log(volume: Volume, slot: int) -> list[tuple[int, int]]:
 
 def free_orphans(volume: Volume, files: Files, names: Names, slot: int) -> int:
     """Free the inodes in a slot's orphan directory that nobody holds open; returns how many."""
+    return sum(freeing_orphans(volume, files, names, slot))
+
+
+def freeing_orphans(volume: Volume, files: Files, names: Names, slot: int) -> Iterator[bool]:
+    """The same one by one, no lock being in use between them; whether each was freed."""
     with volume.locked(volume.orphans.directory(slot), Mode.PR):
         numbers = volume.orphans.numbers(slot)
-    freed = 0
     for ino in numbers:
         try:
             inode = names.iget(ino)
-            freed += inode.nlink == 0 and files.free(inode)
+            freed = inode.nlink == 0 and files.free(inode)
         except OSError as reason:
             # Freed by another node meanwhile, or damaged: that one stays for the checker to see.
             if reason.errno not in (errno.ESTALE, errno.EUCLEAN):
                 raise
-    return freed
+            freed = False
+        yield freed

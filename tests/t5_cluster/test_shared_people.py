@@ -16,12 +16,13 @@ pytestmark = pytest.mark.cluster
 def test_people_see_nodes_locks_and_slots_by_name(folder: Path, cluster_name: str) -> None:
     """In a cluster of two, after one of them made a folder."""
     tree = write_tree(folder / "tree", files=12)
-    (folder / "cluster.toml").write_text(volume_toml(cluster_name, tree, guests=("red", "blue")))
+    cluster = volume_toml(cluster_name, tree, guests=("red", "blue"), orphan_scan=0.2)
+    (folder / "cluster.toml").write_text(cluster)
     done = tmem("up", "-d", "-f", "cluster.toml", cwd=folder)
     assert done.returncode == 0, done.stderr
     try:
         assert tmem_here("exec", "red", "--", "mkdir", "/made", cwd=folder).returncode == 0
-        listed = tmem_here("exec", "blue", "--", "stat", "/made", cwd=folder)
+        listed = tmem_here("exec", "blue", "--", "stat", "/made", "/made", cwd=folder)
         assert listed.returncode == 0
 
         rows = {
@@ -39,7 +40,10 @@ def test_people_see_nodes_locks_and_slots_by_name(folder: Path, cluster_name: st
         locks = json.loads(tmem_here("locks", "--json", cwd=folder).stdout)
         mastered = [sum(lock["master"] == name for lock in locks) for name in ("red", "blue")]
         assert all(mastered)
-        assert {"meta", "super"} <= {lock["kind"] for lock in locks}
+        assert {"meta", "super", "dentry", "orphan scan"} <= {lock["kind"] for lock in locks}
+        made = int(listed.stdout.split("Inode: ")[1].split()[0])
+        kept = [lock for lock in locks if lock["kind"] == "dentry" and lock["inode"] == made]
+        assert [lock["holders"] for lock in kept] == [{"blue": "PR"}]
         root = [lock for lock in locks if lock["kind"] == "meta" and lock["inode"] == 5]
         assert set(root[0]["holders"]) <= {"red", "blue"}
         assert root[0]["token"] > 0
@@ -73,4 +77,5 @@ def test_names_of_locks_are_taken_apart() -> None:
     """By OCFS2's letters; another form is no error."""
     assert split_lock_name(b"M0000000000000000000018feb14715") == ("meta", 0x18)
     assert split_lock_name(b"S000000000000000000000200000000") == ("super", 2)
+    assert split_lock_name(b"N0000000000000b5400000000000b57") == ("dentry", 0xB57)
     assert split_lock_name(b"?") == ("other", None)

@@ -324,7 +324,8 @@ def is_free(locks: TableLocks, second: str) -> bool:
     held = {name[:1] for (name, _mode), uses in locks.uses.items() if uses}
     moves = second.startswith("rename")
     takes_a_name = moves or second.startswith(("unlink", "rmdir"))
-    return META not in held and not (RENAME in held and moves or DENTRY in held and takes_a_name)
+    waits = (RENAME in held and moves) or (DENTRY in held and takes_a_name)
+    return META not in held and not waits
 
 
 def case_tree(place: Place) -> dict[str, tuple[str, object]]:

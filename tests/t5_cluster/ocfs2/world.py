@@ -45,6 +45,7 @@ TURNS_MAX: Final = 20_000
 """Of one operation: after that it waits for ever."""
 UNSEEN_TURNS_MAX: Final = 60
 """How long a death may go unseen."""
+ORPHAN_SCAN_TURNS: Final = 20
 SLOTS: Final = 3
 
 
@@ -211,7 +212,9 @@ class Node:
     def _make_guest(self) -> guest.Node:
         layout = guest.Layout(b"", SLOTS, 0, NODES_MAX)
         names = tuple(f"guest{number}" for number in range(SLOTS))
-        spec = guest.NodeSpec("data", self.number, names, bytes(32))
+        spec = guest.NodeSpec(
+            "data", self.number, names, bytes(32), orphan_scan_ns=ORPHAN_SCAN_TURNS * TURN_NS
+        )
         with mock.patch.multiple(
             guest,
             SharedDevice=lambda *_, **__: Disk(self),
