@@ -1,8 +1,9 @@
 """Cluster locks as the file system sees them: their names, the interface, the one-node stand-in.
 
 A name has 31 characters: a letter for the kind, "000000", the block in 16 hexadecimal digits, a
-generation in 8; locks of names (kind N) have a directory and an inode. As in Linux the meta and open locks of ordinary inodes have generation 0 (a node
-has to take the lock before it can read the generation), those of system files the volume's.
+generation in 8; or, of kind N, the blocks of a directory and of an inode in 16 and 14 digits. As
+in Linux the meta and open locks of ordinary inodes have generation 0 (a node has to take the lock
+before it can read the generation), those of system files the volume's.
 
 The value block of a meta lock holds a version that is new after each change of the inode or its
 data. A node that gets a lock back with the version that it knew keeps what it has cached.

@@ -94,6 +94,7 @@ def test_nodes_take_turns(nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPa
 def test_count_that_died_with_its_owner_does_not_end_the_scans(
     nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor does one that makes no sense."""
     one, two = nodes
     leave_orphan(one, two, "/f", monkeypatch)
     one.locks._table.values[SCAN_LOCK] = None
@@ -106,6 +107,7 @@ def test_count_that_died_with_its_owner_does_not_end_the_scans(
 def test_scanner_scans_at_its_time_and_one_orphan_at_a_step(
     nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The time is drawn anew for each scan."""
     one, two = nodes
     for number in range(3):
         leave_orphan(one, two, f"/{number}", monkeypatch)
