@@ -31,7 +31,7 @@ class Codec(NamedTuple):
     number: int
     name: str
     compress: Callable[[bytes], bytes]
-    decompress: Callable[[bytes], bytes]
+    decompress: Callable[[bytes | memoryview], bytes]
 
 
 _lz4_decompress: Final = partial(lz4.block.decompress, uncompressed_size=PAGE_BYTES)
@@ -51,7 +51,7 @@ POOR_STREAK: Final = 16
 SAMPLE_EVERY: Final = 16
 
 
-def decompress(number: int, data: bytes) -> bytes | None:
+def decompress(number: int, data: bytes | memoryview) -> bytes | None:
     """The page that codec `number` made `data` of; None if it is damaged."""
     try:
         page = CODECS[number].decompress(data)

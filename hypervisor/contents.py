@@ -58,7 +58,7 @@ LZ4_BEST: Final = 3
 """Codec of an LZ4 page that LZ4HC would not make smaller: it is not tried again."""
 
 _LOW: Final = 0xFFFFFFFF
-_TIMED_EVERY: Final = 16
+TIMED_EVERY: Final = 16
 """One put in so many is timed, and counts for all of them: a CPU clock costs 0.6 us to read."""
 
 
@@ -150,7 +150,7 @@ class Contents:
         `remaining` further pages of this call have their frames and entries reserved.
         """
         self._puts += 1
-        now_ns = _no_clock if self._puts % _TIMED_EVERY else self._now_ns
+        now_ns = _no_clock if self._puts % TIMED_EVERY else self._now_ns
         started_ns = now_ns()
         pattern = pattern_of(page)
         if pattern is not None:
@@ -159,7 +159,7 @@ class Contents:
             member.charge(1, ENTRY_BYTES)
             self.filled.pages += 1
             self.filled.bytes_saved += PAGE_BYTES - ENTRY_BYTES
-            self.filled.cpu_ns += _TIMED_EVERY * (now_ns() - started_ns)
+            self.filled.cpu_ns += TIMED_EVERY * (now_ns() - started_ns)
             return number
         client = member.client
         persistent = member.policy is None
@@ -178,16 +178,18 @@ class Contents:
                     self.shared.hide(content)
                 else:
                     number = self._share(member, content, object_number, index, state)
-                    self.sharing.cpu_ns += _TIMED_EVERY * (now_ns() - started_ns)
+                    self.sharing.cpu_ns += TIMED_EVERY * (now_ns() - started_ns)
                     return number
             looked_up_ns = now_ns()
-            self.sharing.cpu_ns += _TIMED_EVERY * (looked_up_ns - started_ns)
+            self.sharing.cpu_ns += TIMED_EVERY * (looked_up_ns - started_ns)
             started_ns = looked_up_ns
         data = None
         if client.settings.compress:
             data = client.compressor.compress(page)
-            self.compressed.cpu_ns += _TIMED_EVERY * (now_ns() - started_ns)
-            if data is not None and not self._fits(len(data), remaining, persistent=persistent):
+            self.compressed.cpu_ns += TIMED_EVERY * (now_ns() - started_ns)
+            if data is not None and not self._fits(
+                len(data), remaining, remaining + 1, persistent=persistent
+            ):
                 data = None
             if data is None:
                 self.poor += 1
@@ -208,16 +210,17 @@ class Contents:
         self._name(content, location)
         return self._share(member, content, object_number, index, state)
 
-    def _fits(self, length: int, remaining: int, *, persistent: bool) -> bool:
-        """Whether a slab has a place that takes nothing from what is reserved."""
+    def _fits(self, length: int, frames: int, entries: int, *, persistent: bool) -> bool:
+        """Whether a slab has a place that takes nothing from what is reserved: so many frames, and
+        what so many entries need."""
         size = length + BACK_BYTES
         if not class_bytes(size):
             return False
         needed = self.slabs.frames_needed(size, persistent=persistent)
         if not needed:
             return True
-        tables = self._entries.frames_needed(remaining + 1, persistent=persistent)
-        return self._frames.free - remaining - tables >= needed
+        tables = self._entries.frames_needed(entries, persistent=persistent)
+        return self._frames.free - frames - tables >= needed
 
     def _put_raw(
         self, member: Member, page: bytes, object_number: int, index: int, state: int

@@ -25,6 +25,7 @@ Xen had a page descriptor of some 80 bytes a page in its heap, whatever the page
 
 from __future__ import annotations
 
+from array import array
 from typing import Final
 
 from hypervisor.arena import ENTRY_TABLE, HELD, Arena
@@ -38,6 +39,7 @@ ENTRY_BYTES: Final = 8 * ENTRY_WORDS
 """What each costs its guest, beside what it names."""
 _TABLE_WORDS: Final = PAGE_BYTES // 8
 _EMPTY_TABLE: Final = bytes(PAGE_BYTES)
+_FREE_STATES: Final = tuple(array("Q", [0]) * n for n in range(ENTRIES_PER_TABLE + 1))
 
 FILLED: Final = 1
 FRAME: Final = 2
@@ -111,6 +113,26 @@ class Entries:
         self._free[persistent] -= 1
         return number
 
+    def allocate_run(self, count: int, *, persistent: bool) -> list[int]:
+        """`count` page numbers (at most 128), neighbours and ascending as far as they are free
+        side by side.  Precondition as of `allocate`."""
+        found: list[int] = []
+        tables = self._open[persistent]
+        while count:
+            if not tables:
+                self._add_table(persistent=persistent)
+            block, numbers = next(reversed(tables.items()))
+            taken = numbers[-count:]
+            del numbers[-count:]
+            if not numbers:
+                del tables[block]
+            # What was freed one after the other lies in the list the wrong way round.
+            taken.sort()
+            found += taken
+            count -= len(taken)
+            self._free[persistent] -= len(taken)
+        return found
+
     def _add_table(self, *, persistent: bool) -> None:
         frame = self._frames.take(TABLE)
         self._arena.data[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES] = _EMPTY_TABLE
@@ -157,6 +179,17 @@ class Entries:
                 return
         self._free[persistent] += 1
 
+    def release_run(self, first: int, count: int) -> None:
+        """`release` of neighbours in one table."""
+        block = (first - self.base) // ENTRIES_PER_TABLE
+        persistent = self._kinds[block]
+        numbers = self._open[persistent].setdefault(block, [])
+        numbers.extend(range(first + count - 1, first - 1, -1))
+        self._free[persistent] += count
+        if len(numbers) == ENTRIES_PER_TABLE:
+            self._free[persistent] -= 1
+            self._drop_table(block)
+
     def drop_empty(self) -> None:
         """Recovery: give back the tables in which nothing is live."""
         for tables in self._open:
@@ -185,7 +218,9 @@ class Entries:
         self, number: int, object_number: int, index: int, location: int, pattern: int, state: int
     ) -> None:
         """Write an entry, its state last (arena A1)."""
-        words, at = self._words, self.at(number)
+        words = self._words
+        block, slot = divmod(number - self.base, ENTRIES_PER_TABLE)
+        at = self._frame_of[block] * _TABLE_WORDS + slot * ENTRY_WORDS
         words[at + 1] = object_number | index << 32
         words[at + 2] = location
         words[at + 3] = pattern
@@ -212,6 +247,21 @@ class Entries:
     def clear(self, number: int) -> None:
         """The page is no more (arena A1)."""
         self._words[self.at(number)] = 0
+
+    # --- neighbours in one table
+
+    def in_one_table(self, first: int, count: int) -> int:
+        """How many of `count` neighbours from `first` on are in its table."""
+        return min(count, ENTRIES_PER_TABLE - (first - self.base) % ENTRIES_PER_TABLE)
+
+    def locations(self, first: int, count: int) -> list[int]:
+        at = self.at(first) + 2
+        return self._words[at : at + ENTRY_WORDS * count : ENTRY_WORDS].tolist()
+
+    def clear_run(self, first: int, count: int) -> None:
+        """These pages are no more (arena A1)."""
+        at = self.at(first)
+        self._words[at : at + ENTRY_WORDS * count : ENTRY_WORDS] = _FREE_STATES[count]
 
     def live(self) -> list[int]:
         """All numbers whose state is not 0; reads every table."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Final
 
 from hypervisor.compression import LZ4, LZ4HC, recompress
-from hypervisor.contents import LZ4_BEST, SHARED_MARK, Contents, held_bytes_at
+from hypervisor.contents import LZ4_BEST, SHARED_MARK, held_bytes_at
 from hypervisor.entries import (
     ENTRY_BYTES,
     FILLED,
@@ -23,6 +23,7 @@ from hypervisor.entries import (
     location_length,
     location_place,
 )
+from hypervisor.entryruns import EntryRuns
 from hypervisor.frames import CONTENT
 from hypervisor.pools import Member
 from hypervisor.sharing import charge
@@ -34,7 +35,7 @@ _TABLES_A_LOOK: Final = 8
 """Tables of entries that one slice of recompression looks through: 0.2 ms."""
 
 
-class Inventory(Contents):
+class Inventory(EntryRuns):
     """Contents as the store has them."""
 
     # --- idle work
@@ -124,7 +125,7 @@ class Inventory(Contents):
         if (
             data is None
             or not 0 < new_bytes < old_bytes
-            or not self._fits(len(data), 0, persistent=persistent)
+            or not self._fits(len(data), 0, 1, persistent=persistent)
         ):
             self._turn(content, number, location & ~0xC | LZ4_BEST << 2)
             self.recompressed.cpu_ns += self._now_ns() - started_ns

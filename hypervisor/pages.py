@@ -219,8 +219,7 @@ class Pages:
                 else:
                     member.policy.removed(number, length)
             if number >= self._entry_base:
-                for entry in range(number, number + length):
-                    self.contents.release(member, entry)
+                self.contents.release_run(member, number, length)
                 continue
             member.charge(-length, -length * RAW_COST_BYTES)
             if length == 1:

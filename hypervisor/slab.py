@@ -51,10 +51,11 @@ BACK_BYTES: Final = 4
 COMPACTION_LIMIT: Final = 0.25
 """Share of the held bytes that may be idle before compaction is worth its copies."""
 
-_CLASS_OF: Final = bytes(
+CLASS_OF: Final = bytes(
     next(number for number, room in enumerate(CLASS_BYTES) if size <= room)
     for size in range(SIZE_MAX + 1)
 )
+"""By size."""
 
 
 class ClassStats(NamedTuple):
@@ -82,7 +83,7 @@ class SlabStats(NamedTuple):
 
 def class_bytes(size: int) -> int:
     """What an object of `size` bytes takes and is charged; 0 if it is too large for any class."""
-    return CLASS_BYTES[_CLASS_OF[size]] if size <= SIZE_MAX else 0
+    return CLASS_BYTES[CLASS_OF[size]] if size <= SIZE_MAX else 0
 
 
 class Slabs:
@@ -96,18 +97,22 @@ class Slabs:
 
     def frames_needed(self, size: int, *, persistent: bool) -> int:
         """Frames that must be free for `allocate`: none if a span has room."""
-        column = _CLASS_OF[size] + CLASSES * persistent
+        column = CLASS_OF[size] + CLASSES * persistent
         return 0 if self._spans.free_slots(column) else SPANS_OF[column % CLASSES][0]
+
+    def is_open(self, size: int, *, persistent: bool) -> bool:
+        """Whether `allocate` is sure to find room at once."""
+        return self._spans.filling[CLASS_OF[size] + CLASSES * persistent] >= 0
 
     def room(self, size: int, *, persistent: bool) -> int:
         """Objects of that size that fit without another frame."""
-        return self._spans.free_slots(_CLASS_OF[size] + CLASSES * persistent)
+        return self._spans.free_slots(CLASS_OF[size] + CLASSES * persistent)
 
     # --- objects
 
     def allocate(self, size: int, *, persistent: bool) -> int:
         """A place for `size` bytes.  Precondition: `frames_needed` frames are free."""
-        return self._spans.take(_CLASS_OF[size] + CLASSES * persistent)
+        return self._spans.take(CLASS_OF[size] + CLASSES * persistent)
 
     def write(self, place: int, data: bytes, at: int = 0) -> None:
         """Fill an object from byte `at` on, before an entry names its place."""
@@ -122,6 +127,19 @@ class Slabs:
             self._data[first : first + fits] = data[:fits]
             second = frames[part + 1] * PAGE_BYTES
             self._data[second : second + length - fits] = data[fits:]
+
+    def write_whole(self, place: int, back: int, data: bytes) -> None:
+        """Fill an object with its BACK_BYTES and what follows them."""
+        spans = self._spans
+        span = spans.at[place >> PLACE_SHIFT]
+        start = CLASS_BYTES[spans.columns[span] % CLASSES] * (place & SLOT_MASK)
+        offset = start % PAGE_BYTES
+        whole = back.to_bytes(BACK_BYTES, "little") + data
+        if offset + len(whole) > PAGE_BYTES:
+            self.write(place, whole)
+            return
+        first = spans.frames[SPAN_FRAMES_MAX * span + start // PAGE_BYTES] * PAGE_BYTES + offset
+        self._data[first : first + len(whole)] = whole
 
     def read(self, place: int, length: int, at: int = 0) -> bytes:
         """A copy of `length` bytes of an object, from byte `at` on."""
@@ -139,6 +157,21 @@ class Slabs:
     def free(self, place: int) -> None:
         """An object that no entry names any more goes; an empty span's frames are free at once."""
         self._spans.drop(place)
+
+    def free_all(self, places: list[int]) -> int:
+        """`free` of many; the bytes that they took, each its class."""
+        return self._spans.drop_all(places)
+
+    def view(self, place: int, length: int, at: int = 0) -> memoryview | bytes:
+        """`read` without a copy where the bytes lie in one frame; good until the object goes."""
+        spans = self._spans
+        span = spans.at[place >> PLACE_SHIFT]
+        start = CLASS_BYTES[spans.columns[span] % CLASSES] * (place & SLOT_MASK) + at
+        offset = start % PAGE_BYTES
+        if offset + length > PAGE_BYTES:
+            return self.read(place, length, at)
+        first = spans.frames[SPAN_FRAMES_MAX * span + start // PAGE_BYTES] * PAGE_BYTES + offset
+        return self._data[first : first + length]
 
     def _where(self, place: int, at: int) -> tuple[int, int]:
         """Of a byte of an object: the place of its frame in `Spans.frames`, and its offset."""

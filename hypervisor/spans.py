@@ -83,7 +83,8 @@ class Spans:
         self._previous = array("i")
         self._free_numbers: list[int] = []
         self._heads = array("i", [-1]) * (2 * CLASSES * _GROUPS)
-        self._filling = array("i", [-1]) * (2 * CLASSES)
+        self.filling = array("i", [-1]) * (2 * CLASSES)
+        """By column: the span that is being filled, -1 if none; it has room."""
         self._closed = [-1, -1]
         self.counts = array("i", [0]) * (2 * CLASSES)
         """Spans by column."""
@@ -101,7 +102,7 @@ class Spans:
 
     def take(self, column: int) -> int:
         """A free slot's place; makes a span if none has room."""
-        span = self._filling[column]
+        span = self.filling[column]
         if span < 0:
             span = self._next_to_fill(column)
         before = self.taken[span]
@@ -110,7 +111,7 @@ class Spans:
         self.taken[span] = after
         self.objects[column] += 1
         if after == _ALL_TAKEN[column]:
-            self._filling[column] = -1
+            self.filling[column] = -1
         return self.frames[SPAN_FRAMES_MAX * span] << PLACE_SHIFT | bit.bit_length() - 1
 
     def adopt(self, span: int, slot: int) -> None:
@@ -131,11 +132,38 @@ class Spans:
         assert after < before
         self.taken[span] = after
         self.objects[column] -= 1
-        if span != self._filling[column] and span != self._closed[column >= CLASSES]:
+        if span != self.filling[column] and span != self._closed[column >= CLASSES]:
             used = after.bit_count()
             self._relist(span, column, used + 1, used)
         if not after:
             self.give(span)
+
+    def drop_all(self, places: list[int]) -> int:
+        """`drop` of many; the bytes that they took, each its class.
+
+        Written out: this is a good part of what a page costs that leaves tmem.
+        """
+        at, columns, taken, objects = self.at, self.columns, self.taken, self.objects
+        filling, closed = self.filling, self._closed
+        bytes_ = 0
+        for place in places:
+            span = at[place >> PLACE_SHIFT]
+            column = columns[span]
+            number = column % CLASSES
+            before = taken[span]
+            after = before ^ 1 << (place & SLOT_MASK)
+            assert after < before
+            taken[span] = after
+            objects[column] -= 1
+            bytes_ += CLASS_BYTES[number]
+            if span != filling[column] and span != closed[column >= CLASSES]:
+                groups = _GROUP_OF[number]
+                used = after.bit_count()
+                if groups[used] != groups[used + 1]:
+                    self._relist(span, column, used + 1, used)
+            if not after:
+                self.give(span)
+        return bytes_
 
     def free_slots(self, column: int) -> int:
         return self.counts[column] * SPANS_OF[column % CLASSES][1] - self.objects[column]
@@ -159,7 +187,7 @@ class Spans:
                 self._closed[column >= CLASSES] = -1
             else:
                 span = self._make(column)
-        self._filling[column] = span
+        self.filling[column] = span
         return span
 
     # --- spans
@@ -210,8 +238,8 @@ class Spans:
         """Free the frames of an empty span, in the segment first."""
         column = self.columns[span]
         persistent = column >= CLASSES
-        if self._filling[column] == span:
-            self._filling[column] = -1
+        if self.filling[column] == span:
+            self.filling[column] = -1
         elif self._closed[persistent] == span:
             self._closed[persistent] = -1
         else:
@@ -327,9 +355,9 @@ class Spans:
         for span in spans:
             column = self.columns[span]
             group = _GROUP_OF[column % CLASSES][self.taken[span].bit_count()]
-            if group != _FULL and span not in self._closed and span not in self._filling:
+            if group != _FULL and span not in self._closed and span not in self.filling:
                 wanted.setdefault(column * _GROUPS + group, []).append(span)
-        for column, span in enumerate(self._filling):
+        for column, span in enumerate(self.filling):
             if span >= 0 and self.columns[span] != column:
                 _fail(f"span {span} of column {self.columns[span]} is filled for {column}")
         for at, head in enumerate(self._heads):

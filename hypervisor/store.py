@@ -175,9 +175,7 @@ class Store(Reclaim):
                     first * PAGE_BYTES : (first + count) * PAGE_BYTES
                 ]
             else:
-                for number in range(first, first + count):
-                    slots[start : start + PAGE_BYTES] = self.contents.read(number)
-                    start += PAGE_BYTES
+                self.contents.read_run(first, count, slots[start:])
             bitmap |= _MASKS[count] << at
         return bitmap
 
@@ -287,36 +285,37 @@ class Store(Reclaim):
         else:
             at = 0
             while at < count:
-                if encode >> at & 1:
+                kind = encode >> at & 1
+                end = at + 1
+                while end < count and encode >> end & 1 == kind:
+                    end += 1
+                if kind:
                     self._put_encoded(
                         member,
                         target,
                         leaf_number,
                         leaf,
                         place + at,
+                        end - at,
                         slots,
                         slot + at,
                         flags,
                         key,
-                        count - at - 1 + remaining,
+                        count - end + remaining,
                     )
-                    at += 1
-                    continue
-                end = at + 1
-                while end < count and not encode >> end & 1:
-                    end += 1
-                self._put_raw(
-                    member,
-                    target,
-                    leaf_number,
-                    leaf,
-                    place + at,
-                    end - at,
-                    slots,
-                    slot + at,
-                    flags,
-                    key,
-                )
+                else:
+                    self._put_raw(
+                        member,
+                        target,
+                        leaf_number,
+                        leaf,
+                        place + at,
+                        end - at,
+                        slots,
+                        slot + at,
+                        flags,
+                        key,
+                    )
                 at = end
         if member.sampler is not None and key & SAMPLE_MASK < member.sampler.threshold:
             member.sampler.put(key, first_place, count)
@@ -375,20 +374,26 @@ class Store(Reclaim):
         leaf_number: int,
         leaf: array[int],
         place: int,
+        count: int,
         slots: memoryview,
         slot: int,
         flags: int,
         key: int,
         remaining: int,
     ) -> None:
-        # Copied out once: what is looked at below must be what is stored.
-        page = bytes(slots[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES])
-        state = self.sequence << SEQUENCE_SHIFT | member.state_bits | flags
-        index = leaf_number * LEAF_PAGES + place
-        number = self.contents.put(member, page, target.number, index, state, remaining)
-        leaf[place] = number
+        numbers = self.contents.put_run(
+            member,
+            slots[slot * PAGE_BYTES :],
+            count,
+            target.number,
+            leaf_number * LEAF_PAGES + place,
+            self.sequence << SEQUENCE_SHIFT | member.state_bits | flags,
+            remaining,
+        )
+        leaf[place : place + count] = array("i", numbers)
         if member.policy is not None:
-            member.policy.inserted(number, 1, key, place, flags)
+            for at, length, first in self._runs(leaf[place : place + count]):
+                member.policy.inserted(first, length, key, place + at, flags)
 
     def _index_run(self, index: int, length: int) -> array[int]:
         if index + length <= len(self._indexes):

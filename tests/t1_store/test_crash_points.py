@@ -42,8 +42,8 @@ assert FRAMES >= FRAMES_MIN
 
 
 class Rig:
-    """A machine recovered from an arena, two guests that compress and share, and one that does
-    neither."""
+    """A machine recovered from an arena; `a` and `b` compress and share, `c` does neither, `e`
+    compresses and shares with nobody."""
 
     def __init__(self, arena: Arena) -> None:
         group = {"compress": True, "sharing": Sharing.GROUP, "group": "g"}
@@ -55,7 +55,12 @@ class Rig:
             arena,
             scheduling="static",
             lends=True,
-            settings={"a": Settings(**group), "b": Settings(**group), "c": Settings()},  # type: ignore[arg-type]
+            settings={
+                "a": Settings(**group),  # type: ignore[arg-type]
+                "b": Settings(**group),  # type: ignore[arg-type]
+                "c": Settings(),
+                "e": Settings(compress=True),
+            },
             grants=grants,
             secret=b"seed",
         )
@@ -179,6 +184,18 @@ def prepared(*, full: bool = False, sparse: bool = False) -> bytes:
     return mapping[:]
 
 
+def prepared_unshared() -> bytes:
+    """The bytes of an arena in which nobody shares anything."""
+    mapping = mmap.mmap(-1, ARENA_BYTES)
+    rig = Rig(format_arena(mapping))
+    rig.join("e")
+    for pool in (E, P):
+        rig.put("e", pool, 1, 60, *mixed(10 * pool + 100))
+        rig.put("e", pool, 2, 5, raw(pool))
+    check(rig.machine)
+    return mapping[:]
+
+
 def restored(image: bytes) -> Arena:
     """A copy of an arena."""
     mapping = mmap.mmap(-1, len(image))
@@ -288,10 +305,17 @@ SPARSE: dict[str, list[Step]] = {
     "compact": [compact],
     "compact what was recompressed": [recompress, compact],
 }
+UNSHARED: dict[str, list[Step]] = {
+    "put an extent of one that shares with nobody": [put("e", P, 5, 62, *mixed(1))],
+    "replace pages of one that shares with nobody": [put("e", P, 1, 60, *reversed(mixed(1)))],
+    "get an ephemeral extent of one that shares with nobody": [call("e", Op.GET_PAGE, E, 1, 60, 8)],
+    "flush an extent of one that shares with nobody": [call("e", Op.FLUSH_PAGE, P, 1, 61, 6)],
+}
 ACTIONS: dict[str, tuple[Callable[[], bytes], list[Step]]] = {
     **{name: (prepared, steps) for name, steps in ROOMY.items()},
     **{name: (lambda: prepared(full=True), steps) for name, steps in FULL.items()},
     **{name: (lambda: prepared(sparse=True), steps) for name, steps in SPARSE.items()},
+    **{name: (prepared_unshared, steps) for name, steps in UNSHARED.items()},
 }
 
 
