@@ -420,7 +420,8 @@ class Machine:
     ) -> Answer:
         """Entries in order, each as a call of one page; the status is that of the first failure.
 
-        Puts of neighbours are done as one extent: to whoever sent them it is the same."""
+        Puts and flushes of neighbours are done as one extent: to whoever sent them it is all one.
+        """
         entries = decode_batch(window.read_table(count), op)
         self.store.begin_call()
         calls = account.calls
@@ -430,23 +431,25 @@ class Machine:
         while at < count:
             pool_id, index, slot, flags, oid, token = entries[at]
             length = 1
-            if op == Op.PUT_BATCH:
+            if op != Op.GET_BATCH:
+                step = int(op == Op.PUT_BATCH)
                 while at + length < count and entries[at + length] == (
                     pool_id,
                     index + length,
-                    slot + length,
+                    slot + step * length,
                     flags,
                     oid,
                     token,
                 ):
                     length += 1
+            if op == Op.PUT_BATCH:
                 answer = self._put(
                     client, account, pool_id, oid, index, length, window, slot, flags, token
                 )
             elif op == Op.GET_BATCH:
                 answer = self._get(client, account, pool_id, oid, index, 1, window, slot, flags)
             else:
-                answer = self._flush(client, account, pool_id, oid, index, 1, token)
+                answer = self._flush(client, account, pool_id, oid, index, length, token)
             bitmap |= answer[2] << at
             at += length
             if answer[0] != _DONE and result is None:
