@@ -10,6 +10,10 @@ memory, what is not is on the disk.  Without that a full tmem is of no use to a 
 swapping (zcache had nothing to show for its memory there).  It costs one copy more for each page
 that goes to the disk, and no disk access more: a page is written either way.
 
+A slot that can't be written is retired, and the page stays where it was.  That the disk has no room
+(a swap file with holes, on a host whose disk is full) says nothing about the slot: it is set aside
+and tried again `RETRY_SECONDS` later, and a person is told once.
+
 Without frontswap this is an ordinary swap disk, and without a disk there is no swap.
 """
 
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
@@ -32,6 +37,9 @@ log = logging.getLogger(__name__)
 _USERS_MAX: Final = 0xFFFF
 READAHEAD_PAGES_MAX: Final = 8
 """Linux's page-cluster of 3."""
+RETRY_SECONDS: Final = 1.0
+"""After the disk had no room: others make it, so it takes a while."""
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 class SwapCounters:
@@ -53,7 +61,12 @@ class SwapCounters:
 class Swap:
     """The slots of a guest and what stands in them."""
 
-    def __init__(self, disk: SwapDisk, frontswap: Frontswap | None = None) -> None:
+    def __init__(
+        self,
+        disk: SwapDisk,
+        frontswap: Frontswap | None = None,
+        now_seconds: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.disk = disk
         self.frontswap = frontswap
         self.counters = SwapCounters()
@@ -63,6 +76,11 @@ class Swap:
         """Whether the oldest pages make room for newer ones in frontswap."""
         self.exclusive = True
         """Whether a page that is loaded leaves frontswap."""
+        self._now_seconds = now_seconds
+        self._retry_at = 0.0
+        """Until then the disk has no room, as far as is known."""
+        self._refused: set[int] = set()
+        """Slots that it had no room for, until one of them is written."""
         self._users = array("H")
         self._hits = 0
         self._last_slot = 0
@@ -76,13 +94,13 @@ class Swap:
     @property
     def free_pages(self) -> int:
         """Slots that nobody uses."""
-        return self.disk.free_slots
+        return self.disk.free_slots + self.disk.aside_slots
 
     @property
     def is_short(self) -> bool:
-        """More than half is in use: a slot is not kept for a page that is in memory (Linux's
-        vm_swap_full)."""
-        return self.free_pages * 2 < self.total_pages
+        """More than half is in use, or the disk is full: a slot is not kept for a page that is in
+        memory (Linux's vm_swap_full)."""
+        return bool(self._refused) or self.free_pages * 2 < self.total_pages
 
     # --- slots
 
@@ -122,15 +140,36 @@ class Swap:
         For each page its slot, or None if it could not be brought anywhere; fewer than `pages` when
         the slots run out.
         """
+        failed: dict[int, int] = {}
+        while slots := self._allocate(pages):
+            data = gather(len(slots))
+            # Tmem is offered them once.  It does not matter to it which slots they have.
+            kept = set() if failed else self._offer(slots, data)
+            failed = self._write(slots, data, kept)
+            if len(failed) < len(slots):
+                return [None if slot in failed else slot for slot in slots]
+            # Not one of them could be written, and elsewhere on the disk they may.
+        return [] if failed else self._store_without_disk(pages, gather)
+
+    def _store_without_disk(
+        self, pages: int, gather: Callable[[int], memoryview]
+    ) -> list[int | None]:
+        """While the disk has no room tmem may have some; it needs slots as names."""
+        slots = self.disk.take_aside(pages) if self.frontswap is not None else []
+        kept = self._offer(slots, gather(len(slots))) if slots else set()
+        for slot in slots:
+            if slot not in kept:
+                self.disk.set_aside(slot)
+        return [slot if slot in kept else None for slot in slots]
+
+    def _allocate(self, pages: int) -> list[int]:
+        if self.disk.aside_slots and not self._is_full():
+            self.disk.bring_back()
         slots = self.disk.allocate(pages)
-        if not slots:
-            return []
         slots.sort()  # which page gets which slot is all the same
-        self._users.extend([0] * (slots[-1] + 1 - len(self._users)))
-        data = gather(len(slots))
-        kept = self._offer(slots, data)
-        failed = self._write(slots, data, kept)
-        return [None if slot in failed else slot for slot in slots]
+        if slots:
+            self._users.extend([0] * (slots[-1] + 1 - len(self._users)))
+        return slots
 
     def _offer(self, slots: list[int], data: memoryview) -> set[int]:
         """Which pages frontswap has taken."""
@@ -153,21 +192,42 @@ class Swap:
             and front.pages > 0
         )
 
-    def _write(self, slots: list[int], data: memoryview, kept: set[int]) -> set[int]:
-        """Write what was not kept to the disk; the slots that can't be written, retired."""
-        failed: set[int] = set()
+    def _write(self, slots: list[int], data: memoryview, kept: set[int]) -> dict[int, int]:
+        """Write what was not kept to the disk; the slots that can't be written, given up, and
+        errno."""
+        failed: dict[int, int] = {}
         for run, pages in _runs_without(slots, data, kept):
-            failed.update(self.disk.write(run, pages))
-        for slot in failed:
-            log.error("swap event=write-error slot=%d", slot)
+            failed |= self.disk.write(run, pages)
+        for slot, why in failed.items():
             if self.frontswap is not None:
                 self.frontswap.invalidate(slot)
-            self.disk.retire(slot)
-        written = len(slots) - len(kept) - len(failed)
+            if why in _NO_ROOM:
+                self.disk.set_aside(slot)
+            else:
+                log.error("swap event=write-error slot=%d", slot)
+                self.disk.retire(slot)
+        self._note_written([slot for slot in slots if slot not in kept], failed)
+        return failed
+
+    def _note_written(self, slots: list[int], failed: dict[int, int]) -> None:
+        """These were to be written, and those of them could not be."""
+        written = len(slots) - len(failed)
         self.counters.pages_out += written
         self.counters.lost_writes += len(failed)
         self.note_cost(written)
-        return failed
+        refused = [slot for slot, why in failed.items() if why in _NO_ROOM]
+        if refused:
+            self._retry_at = self._now_seconds() + RETRY_SECONDS
+            if not self._refused:
+                log.error("swap event=disk-full why=the host's disk has no room for the swap file")
+            self._refused.update(refused)
+        elif not self._refused.isdisjoint(slots) and not failed:
+            # Slots that were written before have room at any time, so others prove nothing.
+            log.info("swap event=disk-has-room")
+            self._refused.clear()
+
+    def _is_full(self) -> bool:
+        return self._now_seconds() < self._retry_at
 
     def write_back(self, pages: int) -> int:
         """Bring the pages that are in frontswap for the longest to the disk; how many."""
@@ -175,26 +235,24 @@ class Swap:
         if front is None:
             return 0
         done = 0
-        while done < pages:
+        while done < pages and not self._is_full():
             slots = sorted(front.oldest(min(TRANSFER_PAGES, pages - done)))
             pages_there = front.look_at(slots) if slots else None
             if pages_there is None:
                 break
             with pages_there:  # no view is left when a call finds out that the window is gone
-                failed = set(self.disk.write(slots, pages_there))
+                failed = self.disk.write(slots, pages_there)
             for slot in slots:
                 if slot not in failed:
                     front.invalidate(slot)
             front.flush()
             moved = len(slots) - len(failed)
-            self.counters.pages_out += moved
             self.counters.written_back += moved
-            self.note_cost(moved)
+            self._note_written(slots, failed)
             done += moved
             if failed:
-                # Their slots are bad, and their pages are well where they are.
+                # Their slots are bad, or the disk is full, and their pages are well where they are.
                 front.postpone(sorted(failed))
-                self.counters.lost_writes += len(failed)
                 break
         return done
 

@@ -11,9 +11,11 @@ what is written together lies together, and a reader that comes back for one pag
 others in the same readahead window.
 
 Invariants
-  I1  A slot is free, used, or out of use for good (header, bad page of the header, retired).
+  I1  A slot is free, used, set aside until `bring_back`, or out of use for good (header, bad page
+      of the header, retired).
   I2  `free_slots` and the figures by cluster are what counting the slots would give.
-  I3  `allocate` gives a slot out once until it is freed, and never one that is out of use.
+  I3  `allocate` gives a slot out once until it is freed, and never one that is set aside or out of
+      use.
 
 Differs from Linux: one current cluster and not one for each CPU, since a guest has one thread; no
 count of users of a slot, which is the address spaces' business; a write error takes the one slot
@@ -41,6 +43,7 @@ CLUSTER_SLOTS: Final = 256
 _FREE: Final = 0
 _USED: Final = 1
 _OUT_OF_USE: Final = 2
+_ASIDE: Final = 3
 _ROOM_MAX: Final = CLUSTER_SLOTS.bit_length()
 
 
@@ -92,6 +95,7 @@ class SwapDisk:
         # The bit length of the same number: clusters with alike room are found with one `find`.
         self._room = bytearray(free.bit_length() for free in self._free_in_cluster)
         self.slots = self.free_slots = sum(self._free_in_cluster)
+        self._aside: list[int] = []
         self._cluster = len(self._room) - 1
         self._next = self._cluster_end = self._end
 
@@ -110,8 +114,13 @@ class SwapDisk:
 
     @property
     def used_slots(self) -> int:
-        """Slots that were given out and not freed or retired since."""
-        return self.slots - self.free_slots
+        """Slots that were given out and not freed, set aside or retired since."""
+        return self.slots - self.free_slots - len(self._aside)
+
+    @property
+    def aside_slots(self) -> int:
+        """Slots that are set aside."""
+        return len(self._aside)
 
     # --- slots
 
@@ -167,7 +176,7 @@ class SwapDisk:
         self._add_free(slot, 1)
 
     def retire(self, slot: int) -> None:
-        """Never give this slot out again, used or free as it is; a second time changes nothing.
+        """Never give this slot out again, whatever it is now; a second time changes nothing.
 
         A used one counts as given back by this: it is not to be freed as well.
         """
@@ -179,11 +188,35 @@ class SwapDisk:
         self._states[slot] = _OUT_OF_USE
         if state == _FREE:
             self._add_free(slot, -1)
+        elif state == _ASIDE:
+            self._aside.remove(slot)
         self.slots -= 1
         self.counters.retired_slots += 1
 
+    def set_aside(self, slot: int) -> None:
+        """As `free`, but the slot is not given out before `bring_back`."""
+        if not self.is_used(slot):
+            raise ValueError(f"slot {slot} is not in use and can't be set aside")
+        self._states[slot] = _ASIDE
+        self._aside.append(slot)
+
+    def take_aside(self, count: int) -> list[int]:
+        """Up to `count` slots that are set aside, ascending; they are used from now on."""
+        slots = sorted(self._aside[-count:]) if count > 0 else []
+        del self._aside[len(self._aside) - len(slots) :]
+        for slot in slots:
+            self._states[slot] = _USED
+        return slots
+
+    def bring_back(self) -> None:
+        """Free all slots that are set aside."""
+        for slot in self._aside:
+            self._states[slot] = _FREE
+            self._add_free(slot, 1)
+        self._aside.clear()
+
     def is_used(self, slot: int) -> bool:
-        """Whether the slot was given out and neither freed nor retired."""
+        """Whether the slot was given out and not freed, set aside or retired since."""
         return 0 < slot < self._end and self._states[slot] == _USED
 
     def window(self, slot: int, pages: int) -> range:
@@ -199,44 +232,45 @@ class SwapDisk:
 
     # --- pages
 
-    def write(self, slots: Sequence[int], pages: memoryview) -> list[int]:
-        """Write page i of `pages` to `slots[i]`; the slots that could not be written.
+    def write(self, slots: Sequence[int], pages: memoryview) -> dict[int, int]:
+        """Write page i of `pages` to `slots[i]`; the slots that could not be written, and errno.
 
         Those hold nothing now.  They stay as they are until the caller, when it has found another
-        place for their pages, retires them.
+        place for their pages, retires them or sets them aside.
         """
         if pages.nbytes != len(slots) * BLOCK_BYTES:
             raise error(errno.EINVAL, f"{len(slots)} slots and {pages.nbytes} bytes")
-        failed: list[int] = []
+        failed: dict[int, int] = {}
         for run in runs(slots):
             self._check(run.block, run.length)
             at = run.position * BLOCK_BYTES
-            failed += self._write_run(run, pages[at : at + run.length * BLOCK_BYTES])
+            failed |= self._write_run(run, pages[at : at + run.length * BLOCK_BYTES])
         self.counters.write_errors += len(failed)
         return failed
 
-    def _write_run(self, run: Run, data: memoryview) -> list[int]:
-        if self._write_call(run.block, run.length, data):
-            return []
+    def _write_run(self, run: Run, data: memoryview) -> dict[int, int]:
+        why = self._write_call(run.block, run.length, data)
+        if not why:
+            return {}
         if run.length == 1:
-            return [run.block]
+            return {run.block: why}
         # One bad block fails the whole call; which one it was, only single pages can tell.
-        return [
-            run.block + number
-            for number in range(run.length)
-            if not self._write_call(
-                run.block + number, 1, data[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
-            )
-        ]
+        failed = {}
+        for number in range(run.length):
+            slot, at = run.block + number, number * BLOCK_BYTES
+            if why := self._write_call(slot, 1, data[at : at + BLOCK_BYTES]):
+                failed[slot] = why
+        return failed
 
-    def _write_call(self, slot: int, count: int, data: memoryview) -> bool:
+    def _write_call(self, slot: int, count: int, data: memoryview) -> int:
+        """0, or errno."""
         try:
             self._device.write(slot, count, data)
-        except OSError:
-            return False
+        except OSError as reason:
+            return reason.errno or errno.EIO
         self.counters.writes += 1
         self.counters.write_pages += count
-        return True
+        return 0
 
     def read(self, slot: int, count: int, into: memoryview) -> None:
         """Read `count` neighbouring slots; OSError says nothing about which of them is bad."""

@@ -83,7 +83,7 @@ class Userland:
             disk = open_swap(swap_path, uuid=swap_uuid, stack=stack, direct=direct)
             if attachment is not None and frontswap:
                 self.frontswap = Frontswap(attachment, now_seconds, wait)
-            self.swap = Swap(disk, self.frontswap)
+            self.swap = Swap(disk, self.frontswap, now_seconds)
         self.pressure = Pressure(lambda: int(now_seconds() * 1e9), lambda: len(self.processes) > 1)
         self.anonymous = AnonymousMemory(memory, self.swap, self.pressure.stalled)
         total = memory.budget.total + (self.swap.total_pages if self.swap is not None else 0)
@@ -209,8 +209,8 @@ class Userland:
     def _swap(self) -> dict[str, int]:
         swap = self.swap
         if swap is None:
-            names = ("in", "out", "written_back", "lost_writes", "retired", "total", "free")
-            calls = ("cached_pages", "read_calls", "write_calls")
+            names = ("in", "out", "written_back", "lost_writes", "retired", "refused")
+            calls = ("total_pages", "free_pages", "cached_pages", "read_calls", "write_calls")
             return dict.fromkeys((*(f"{name}_pages" for name in names), *calls), 0)
         return {
             "in_pages": swap.counters.pages_in,
@@ -218,6 +218,7 @@ class Userland:
             "written_back_pages": swap.counters.written_back,
             "lost_writes_pages": swap.counters.lost_writes,
             "retired_pages": swap.disk.counters.retired_slots,
+            "refused_pages": swap.disk.aside_slots,
             "total_pages": swap.total_pages,
             "free_pages": swap.free_pages,
             "cached_pages": self.anonymous.cached_pages,

@@ -15,10 +15,12 @@ import pytest
 
 from fs.block.device import BlockDevice
 from fs.block.faulty import FaultyDevice
-from guests.attachment import RETRY_SECONDS
+from guests.attachment import RETRY_SECONDS as REATTACH_SECONDS
 from guests.kernel import Kernel
 from guests.process import Process, ProcessKilled
+from guests.swap import RETRY_SECONDS
 from guests.swapdisk import make_swap
+from hypervisor.administration import Administration
 from ipc.local import Fault
 from tests.t4_guest.worlds import (
     PAGE,
@@ -181,7 +183,7 @@ def test_programs_over_a_hypervisor_that_dies(
             if not number % 50:
                 check_programs(kernel, hypervisor)
         world.trouble = 0.0
-        time.seconds += RETRY_SECONDS
+        time.seconds += REATTACH_SECONDS
         world.look()
         check_programs(kernel, hypervisor)
         front = kernel.counters()["frontswap"]
@@ -209,13 +211,13 @@ def test_pages_survive_restarts_and_none_is_zero(
             if number % 40 == 39:
                 hypervisor.kill()
                 hypervisor.start()
-                time.seconds += RETRY_SECONDS
+                time.seconds += REATTACH_SECONDS
         assert kernel.counters()["frontswap"]["curr_pages"] > 50
         for number in rng.sample(range(pages), pages):
             if number % 40 == 39:
                 hypervisor.kill()
                 hypervisor.start()
-                time.seconds += RETRY_SECONDS
+                time.seconds += REATTACH_SECONDS
             assert process.read(address + number * PAGE, PAGE) == content[number]
         assert not kernel.userland.processes.kills
 
@@ -269,7 +271,7 @@ def test_a_swap_disk_with_bad_blocks(
         process = kernel.userland.processes.spawn("program")
         pages = 2 * kernel.memory.budget.frames
         address = process.map(pages * PAGE)
-        bad = set(range(10, 20))
+        bad = set(range(10, 80))  # more than a batch
         if kind == "write":
             devices[0].bad_writes |= bad
         for number in range(pages):
@@ -284,6 +286,93 @@ def test_a_swap_disk_with_bad_blocks(
                 page = process.read(address + number * PAGE, PAGE)
                 assert page == number.to_bytes(4, "little") * 1024
             assert kernel.counters()["swap"]["retired_pages"] == len(bad)
+            assert not kernel.userland.processes.kills
         check_programs(kernel)
         write_file(kernel, "/f", b"the guest lives")
         assert read_file(kernel, "/f") == b"the guest lives"
+
+
+@pytest.mark.parametrize("tmem", [False, True])
+def test_a_full_disk_of_the_host(
+    image: Path,
+    tmp_path: Path,
+    tmem: bool,
+    expect_warning: Callable[[str], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Pages stay where they are or go where there is room; a person is told once; when the disk has
+    room again all slots are as good as before."""
+    expect_warning("event=(disk-full|killed why=Out of memory)")
+    devices: list[FaultyDevice] = []
+    time = Time()
+
+    def stack(device: BlockDevice) -> BlockDevice:
+        devices.append(FaultyDevice(device, random.Random(0)))
+        return devices[0]
+
+    hypervisor = LocalHypervisor(1 << 19) if tmem else None
+    with running_kernel(
+        image, hypervisor, time=time, swap=swap_file(tmp_path), swap_stack=stack
+    ) as kernel:
+        processes = kernel.userland.processes
+        content = bytearray()
+
+        def grow(pages: int) -> None:
+            number = len(content) // PAGE
+            for page in range(number, number + pages):
+                content.extend(random.Random(page).randbytes(PAGE))
+                process.write(address + page * PAGE, content[-PAGE:])
+
+        process = processes.spawn("program")
+        address = process.map(600 * PAGE)
+        # Of a file with holes those pages have room that were written before.
+        devices[0].no_room = set(range(1, SWAP_PAGES + 1)) - set(range(300, 500 if tmem else 400))
+        grow(kernel.memory.budget.frames + (100 if tmem else 60))
+        assert process.read(address, len(content)) == content
+        swap = kernel.counters()["swap"]
+        assert swap["lost_writes_pages"] > 30 and swap["out_pages"] > 30
+        assert not swap["retired_pages"] and not processes.kills
+        other = processes.spawn("other")
+        other.oom_score_adj = 1000
+        with pytest.raises(ProcessKilled, match="Out of memory"):
+            other.write(other.map(400 * PAGE), bytes(400 * PAGE))
+        assert process.read(address, len(content)) == content
+        assert sum("disk-full" in record.message for record in caplog.records) == 1
+
+        devices[0].no_room.clear()
+        time.seconds += RETRY_SECONDS
+        grow(100)
+        assert process.read(address, len(content)) == content
+        swap = kernel.counters()["swap"]
+        assert swap["refused_pages"] == swap["retired_pages"] == 0
+        assert len(processes.kills) == 1
+        check_programs(kernel, hypervisor)
+
+
+def test_tmem_has_room_while_the_disk_has_none(
+    image: Path, tmp_path: Path, hypervisor: LocalHypervisor, expect_warning: Callable[[str], None]
+) -> None:
+    """It needs slots only as names: those that the disk has refused will do."""
+    expect_warning("event=(disk-full|killed why=Out of memory)")
+
+    def stack(device: BlockDevice) -> BlockDevice:
+        faulty = FaultyDevice(device, random.Random(0))
+        faulty.no_room = set(range(1, SWAP_PAGES + 1))
+        return faulty
+
+    with running_kernel(image, hypervisor, swap=swap_file(tmp_path), swap_stack=stack) as kernel:
+        administration = Administration(hypervisor.machine)
+        size = (kernel.memory.budget.frames + 40) * PAGE
+        administration.answer({"verb": "freeze", "guest": "guest"})
+        victim = kernel.userland.processes.spawn("victim")
+        with pytest.raises(ProcessKilled):
+            victim.write(victim.map(size), bytes(size))
+        assert kernel.counters()["swap"]["refused_pages"] == SWAP_PAGES
+        administration.answer({"verb": "thaw", "guest": "guest"})
+        content = random.Random(1).randbytes(size)
+        process = kernel.userland.processes.spawn("program")
+        address = process.map(len(content))
+        process.write(address, content)
+        assert process.read(address, len(content)) == content
+        assert kernel.counters()["frontswap"]["succ_stores"] > 30
+        check_programs(kernel, hypervisor)

@@ -95,15 +95,31 @@ def test_recognised_by_file_blkid_and_swaplabel(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_slots_against_a_set(seed: int) -> None:
-    """Random allocations, frees and retirements; the figures are what counting gives."""
+    """Random allocations, frees and retirements, and slots that are set aside for a while; the
+    figures are what counting gives."""
     rng = random.Random(seed)
     bad = tuple(rng.sample(range(1, 700), 20))
     disk = SwapDisk.open(area(rng.choice([700, 768, 1000]), bad_pages=bad))
     free = set(range(1, disk.slots + len(bad) + 1)) - set(bad)
     used: set[int] = set()
+    aside: set[int] = set()
     for _ in range(1500):
         action = rng.random()
-        if action < 0.4:
+        if action < 0.02:
+            disk.bring_back()
+            free |= aside
+            aside.clear()
+        elif action < 0.05:
+            got = disk.take_aside(rng.choice([0, 1, 8]))
+            assert aside.issuperset(got), seed
+            aside.difference_update(got)
+            used.update(got)
+        elif action < 0.1:
+            for slot in rng.sample(sorted(used), min(len(used), 8)):
+                disk.set_aside(slot)
+                used.remove(slot)
+                aside.add(slot)
+        elif action < 0.4:
             count = rng.choice([0, 1, 2, 32, 300])
             got = disk.allocate(count)
             assert len(got) == len(set(got)) == min(count, len(free)), seed
@@ -115,13 +131,14 @@ def test_slots_against_a_set(seed: int) -> None:
                 disk.free(slot)
                 used.remove(slot)
                 free.add(slot)
-        elif free | used:
-            slot = rng.choice(sorted(free | used))
+        elif free | used | aside:
+            slot = rng.choice(sorted(free | used | aside))
             disk.retire(slot)
-            free.discard(slot)
-            used.discard(slot)
-        assert (disk.free_slots, disk.slots) == (len(free), len(free) + len(used)), seed
-        assert disk.used_slots == len(used), seed
+            for slots in (free, used, aside):
+                slots.discard(slot)
+        assert disk.slots == len(free | used | aside), seed
+        assert (disk.free_slots, disk.used_slots) == (len(free), len(used)), seed
+        assert disk.aside_slots == len(aside), seed
     assert {slot for slot in range(-1, 1001) if disk.is_used(slot)} == used, seed
     assert sorted(disk.allocate(1001)) == sorted(free), seed
     assert disk.allocate(1) == [], seed
@@ -271,7 +288,7 @@ def test_neighbours_in_one_call() -> None:
     slots = [5, 6, 7, 20, 9, 8, 10, 11]
     pages = b"".join(page_of(slot) for slot in slots)
 
-    assert disk.write(slots, memoryview(pages)) == []
+    assert disk.write(slots, memoryview(pages)) == {}
     assert (device.writes, device.write_pages) == (5, 8)
     assert (disk.counters.writes, disk.counters.write_pages) == (5, 8)
 
@@ -279,7 +296,7 @@ def test_neighbours_in_one_call() -> None:
     disk.read(5, 7, memoryview(into))
     assert into == b"".join(map(page_of, range(5, 12)))
     assert (device.reads - reads, disk.counters.reads, disk.counters.read_pages) == (1, 1, 7)
-    assert disk.write([], memoryview(b"")) == []
+    assert disk.write([], memoryview(b"")) == {}
 
 
 def test_header_and_outside_are_never_written() -> None:
