@@ -19,6 +19,7 @@ call is unknown.  `reconnect` comes back, as the same process, to the same pools
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from types import TracebackType
@@ -59,6 +60,11 @@ _WHY: Final = {
     Reason.TOO_MANY_SHARERS: "the pool has as many members as there may be",
     Reason.NOT_WRITER: "this program may only get from the pool",
 }
+
+
+class DamagedPage(OSError):
+    """A page of a persistent pool is not what was put: the memory that held it has changed by
+    itself.  It is lost; a put or a flush ends this."""
 
 
 class NoSuchPool(Exception):
@@ -294,6 +300,8 @@ class Pool:
             raise NoSuchPool(f"pool {self.number}")
         if reply.status == Status.EPERM:
             raise NotAllowed(self.number, Reason(reply.reason))
+        if reply.status == Status.EIO:
+            raise DamagedPage(errno.EIO, f"a page of pool {self.number} is damaged, and lost")
         return reply
 
 

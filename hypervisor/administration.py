@@ -13,6 +13,11 @@
     flush {guest?, size_bytes}         drop ephemeral pages and give the memory back to the host
     auth {action, guest?, uuid?, role?}  allow, deny, list: who may share which pool
     destroy {guest, pool?}             drop a guest's pools, persistent ones too
+    page {oid, index, guest?}          who put this page into each pool that has it, when, and under
+                                       which token
+    quarantine {guest, also_deny?}     nobody may have the ephemeral pages that a guest has put into
+                                       shared pools until now; their memory comes back in slices
+    quarantined                        what of that is done
 
 A record is answered by a record; what can't be done by {"error": text}.  One answer does a bounded
 amount of work: `flush` does a slice and says whether there is `more`.
@@ -30,6 +35,7 @@ from hypervisor.auth import Role
 from hypervisor.balance import MODES
 from hypervisor.machine import Machine
 from hypervisor.pools import Client, Settings
+from hypervisor.provenance import pages_of, parse_oid
 from hypervisor.sharing import Sharing
 from hypervisor.snapshot import (
     arena_record,
@@ -77,6 +83,9 @@ class Administration:
             "flush": self._flush,
             "auth": self._auth,
             "destroy": self._destroy,
+            "page": self._page,
+            "quarantine": self._quarantine,
+            "quarantined": lambda _record: self._quarantined(),
         }
 
     @property
@@ -121,6 +130,17 @@ class Administration:
                 if any(id(member.client) in guests for member in pool.members.values())
             ]
         }
+
+    def _page(self, record: Record) -> Record:
+        oid = parse_oid(record.get("oid"))
+        index = _whole(record, "index", 0, (1 << 32) - 1)
+        guests = {id(client) for client in self._guests(record)}
+        pools = [
+            pool
+            for pool in self._machine.memberships.all_pools(self._machine.clients)
+            if any(id(member.client) in guests for member in pool.members.values())
+        ]
+        return {"pages": pages_of(self._machine, pools, oid, index)}
 
     # --- settings
 
@@ -269,17 +289,61 @@ class Administration:
             grants.allow(uuid, guest, Role(role))
         elif not grants.deny(uuid, guest):
             raise OperatorError(f"guest {guest} has no grant for {uuid.hex()}")
+        self._apply_grants(guest, uuid)
+        self._changed()
+        return {"grants": list(self._grants(None, uuid))}
+
+    def _apply_grants(self, guest: str, uuid: bytes) -> None:
         client = self._machine.clients.get(guest)
         for member in list(client.members.values()) if client is not None else []:
             if member.pool.shared and member.pool.uuid == uuid:
                 self._machine.memberships.apply_grant(member)
-        self._changed()
-        return {"grants": list(self._grants(None, uuid))}
 
     def _grants(self, guest: object, uuid: bytes | None) -> Iterator[dict[str, str]]:
         for one_uuid, name, role in self._machine.memberships.grants:
             if guest in (None, name) and uuid in (None, one_uuid):
                 yield {"uuid": one_uuid.hex(), "guest": name, "role": role.value}
+
+    def _quarantine(self, record: Record) -> Record:
+        """Of a name, as grants are: a guest that has gone may have left pages.  Its private pools
+        are left alone, nobody else reads them; persistent pages that it has put into shared pools
+        stay, for others may have nothing but these, and are told."""
+        name = record.get("guest")
+        if not isinstance(name, str) or not is_guest_name(name):
+            raise OperatorError("quarantine needs a guest")
+        memberships = self._machine.memberships
+        pages = persistent_pages = pools = 0
+        for pool in list(memberships.shared.values()):
+            for member in pool.members.values():
+                if member.origin[0] != name or not member.pages:
+                    continue
+                if pool.persistent:
+                    persistent_pages += member.pages
+                else:
+                    pages += member.pages
+                    pools += 1
+                    self._machine.store.disown(member)
+        denied = self._deny_all(name) if record.get("also_deny") else []
+        return {
+            "pages": pages,
+            "pools": pools,
+            "persistent_pages": persistent_pages,
+            "denied": denied,
+        }
+
+    def _deny_all(self, name: str) -> list[str]:
+        """Take back every grant of a guest; the uuids."""
+        grants = self._machine.memberships.grants
+        uuids = [uuid for uuid, guest, _ in grants if guest == name]
+        for uuid in uuids:
+            grants.deny(uuid, name)
+            self._apply_grants(name, uuid)
+        self._changed()
+        return [uuid.hex() for uuid in uuids]
+
+    def _quarantined(self) -> Record:
+        store = self._machine.store
+        return {"pages": dict(store.quarantined), "more": store.is_sweeping}
 
     def _destroy(self, record: Record) -> Record:
         client = self._guest(record.get("guest"))

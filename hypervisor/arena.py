@@ -1,9 +1,10 @@
 """The arena: one shared-memory segment with the pages and all that is needed to find them again.
 
-  header | guest, pool, member records | frame columns | page frames | object columns
-                                          state  u64                    word u32
-                                          object u32                    oid  24 bytes
-                                          index  u32
+  header | guest, pool, member records, origins | frame columns | page frames | object columns
+                                                   state  u64                    word u32
+                                                   object u32                    oid  24 bytes
+                                                   index  u32          | columns beside: token u64
+                                                                                         sum   u32
 
 A *frame* of 4 KiB holds one raw page, or serves pages that need less than a frame: then it is a
 table of 128 *entries*, part of a slab, or content that entries refer to; or it is lent to a guest
@@ -17,6 +18,11 @@ described alike: object number, page index, and a state word that is 0 if there 
   pool      flags, uuid, and whose it is, or of a shared pool its highest fencing token (`tokens`)
   member    a guest in a shared pool: word and guest, pool record, pool id, slot
             (a private pool has one member, its pool record says whom)
+  origin    of a member record: who put the pages of its slot, whoever pays for them now, and up to
+            which sequence they are disowned (`quarantine`)
+  token     fencing token of a put into a shared ephemeral pool (`provenance`)
+  sum       checksum of a page (`checksums`), in an arena that was made with them
+  header    also moments: at this time the sequence was that (`provenance`)
 
 Invariants (they let the hypervisor be killed at any instruction and started again)
   A1  A page is live if and only if its state is not 0.  State is written last when a page is put,
@@ -32,13 +38,16 @@ Invariants (they let the hypervisor be killed at any instruction and started aga
   A6  What an entry's location names (slab place, content frame) is written before the location, and
       the location changes by one aligned store to another copy of the same bytes.  What no live
       entry names is free: occupancy of slabs and counts of references are not in the segment.
+  A7  What stands beside a page (token, checksum) is written before its state, an origin before its
+      member word; to raise an origin's sequence disowns pages by one aligned store, like A4.
 
 What a killed process stored is in memory up to the instruction it died at, in program order, so A1
 needs no fence.  Slices of up to 64 state words go through memcpy, which moves an aligned span of at
 most 512 bytes in whole 8-byte words; no word is ever torn.
 
-The object columns come last and fill from the bottom up, so that an arena of large files never
-allocates most of them.  Xen kept all of this in a heap that died with the hypervisor.
+The object columns come after the pages and fill from the bottom up, so that an arena of large files
+never allocates most of them; the columns beside come last and take memory only where they are used.
+Xen kept all of this in a heap that died with the hypervisor.
 """
 
 from __future__ import annotations
@@ -76,9 +85,15 @@ HELD: Final = 1
 LIVE: Final = 1
 DEAD: Final = 1 << 31
 
-_MAGIC: Final = b"TMEMARN3"
-_HEADER: Final = struct.Struct("<8sIIQ")
-"""magic, frames, generation, segment bytes."""
+_MAGIC: Final = b"TMEMARN4"
+_HEADER: Final = struct.Struct("<8sIIQI")
+"""magic, frames, generation, segment bytes, flags."""
+_CHECKSUMS: Final = 1
+"""Flag: there is a column of checksums."""
+_MOMENTS_OFFSET: Final = 64
+_MOMENT_BYTES: Final = 16
+"""sequence (0 free), ns since 1970."""
+MOMENTS_MAX: Final = (PAGE_BYTES - _MOMENTS_OFFSET) // _MOMENT_BYTES
 _GENERATION_OFFSET: Final = 12
 _GUEST: Final = struct.Struct("<IIQI4x32s8x")
 """word (0 free, LIVE), pid, process start (clock ticks), uid, name."""
@@ -95,13 +110,20 @@ _MEMBER: Final = struct.Struct("<IIIHH")
 HEIR: Final = 2
 """A member word: the guest has only inherited the charges of one that left."""
 
+_ORIGIN: Final = struct.Struct("<32sI4xQ")
+"""name, pid of who put a slot's pages; sequence up to which they are disowned."""
+_ORIGIN_WORDS: Final = 6
+
 _HEADER_BYTES: Final = PAGE_BYTES
 _FRAME_COLUMN_BYTES: Final = 8 + 4 + 4
 _OBJECT_COLUMN_BYTES: Final = 4 + OID_BYTES
+_TOKEN_BYTES: Final = 8
+_SUM_BYTES: Final = 4
 
 assert _GUEST.size == 64
 assert _POOL.size == 32
 assert _MEMBER.size == 16
+assert _ORIGIN.size == 8 * _ORIGIN_WORDS
 assert GUEST_NAME_CHARACTERS_MAX < 32
 
 
@@ -139,6 +161,14 @@ class MemberRecord(NamedTuple):
     slot: int
 
 
+class Origin(NamedTuple):
+    """Who put the pages of a member's slot, and the sequence up to which nobody may have them."""
+
+    name: str
+    pid: int
+    disowned: int = 0
+
+
 class Layout(NamedTuple):
     """Offsets into a segment of `frames` frames, in bytes."""
 
@@ -146,41 +176,60 @@ class Layout(NamedTuple):
     guests: int
     pools: int
     members: int
+    origins: int
     state_column: int
     object_column: int
     index_column: int
     data: int
     object_word: int
     object_oid: int
+    token: int
+    sum: int
     end: int
 
 
-def layout(frames: int) -> Layout:
+def layout(frames: int, *, checksums: bool = False) -> Layout:
     """Where everything is in a segment of this many frames; columns first, then pages."""
     guests = _HEADER_BYTES
     pools = guests + GUESTS_MAX * _GUEST.size
     members = pools + POOLS_MAX * _POOL.size
-    state = members + MEMBERS_MAX * _MEMBER.size
+    origins = members + MEMBERS_MAX * _MEMBER.size
+    state = origins + MEMBERS_MAX * _ORIGIN.size
     object_ = state + 8 * frames
     index = object_ + 4 * frames
     data = -(-(index + 4 * frames) // PAGE_BYTES) * PAGE_BYTES
     object_word = data + PAGE_BYTES * frames
     object_oid = object_word + 4 * frames
-    end = object_oid + OID_BYTES * frames
+    token = -(-(object_oid + OID_BYTES * frames) // 8) * 8
+    sum_ = token + _TOKEN_BYTES * frames
     return Layout(
-        frames, guests, pools, members, state, object_, index, data, object_word, object_oid, end
+        frames=frames,
+        guests=guests,
+        pools=pools,
+        members=members,
+        origins=origins,
+        state_column=state,
+        object_column=object_,
+        index_column=index,
+        data=data,
+        object_word=object_word,
+        object_oid=object_oid,
+        token=token,
+        sum=sum_,
+        end=sum_ + checksums * _SUM_BYTES * frames,
     )
 
 
-def frames_that_fit(arena_bytes: int) -> int:
+def frames_that_fit(arena_bytes: int, *, checksums: bool = False) -> int:
     """The most frames whose whole segment is at most `arena_bytes`; raises OperatorError below
     FRAMES_MIN."""
-    per_frame = PAGE_BYTES + _FRAME_COLUMN_BYTES + _OBJECT_COLUMN_BYTES
+    per_frame = PAGE_BYTES + _FRAME_COLUMN_BYTES + _OBJECT_COLUMN_BYTES + _TOKEN_BYTES
+    per_frame += checksums * _SUM_BYTES
     frames = max(0, arena_bytes - layout(0).end) // per_frame
-    while frames and layout(frames).end > arena_bytes:
+    while frames and layout(frames, checksums=checksums).end > arena_bytes:
         frames -= 1
     if frames < FRAMES_MIN:
-        least = layout(FRAMES_MIN).end
+        least = layout(FRAMES_MIN, checksums=checksums).end
         raise OperatorError(
             f"an arena of {arena_bytes} bytes is too small; it needs at least {least}",
             ExitCode.BAD_CONFIG,
@@ -193,19 +242,20 @@ class Arena:
     the rules A1 to A5, `recovery` relies on them."""
 
     def __init__(self, mapping: mmap.mmap) -> None:
-        magic, frames, generation, segment_bytes = _HEADER.unpack_from(mapping, 0)
-        if magic != _MAGIC or segment_bytes != len(mapping) or layout(frames).end > len(mapping):
+        magic, frames, generation, segment_bytes, flags = _HEADER.unpack_from(mapping, 0)
+        self.checksums = bool(flags & _CHECKSUMS)
+        where = layout(frames, checksums=self.checksums)
+        if magic != _MAGIC or segment_bytes != len(mapping) or where.end > len(mapping):
             raise OperatorError(
                 "the segment is no arena of this version; remove it with 'tmem clean'",
                 ExitCode.BAD_CONFIG,
             )
         self.mapping = mapping
-        self.layout = layout(frames)
+        self.layout = where
         self.frames_count: int = frames
         self.generation: int = generation
         self.bytes = len(mapping)
         view = memoryview(mapping)
-        where = self.layout
         self._view = view
         self.data = view[where.data : where.object_word]
         self.words = self.data.cast("Q")
@@ -213,8 +263,13 @@ class Arena:
         self.object = view[where.object_column : where.index_column].cast("I")
         self.index = view[where.index_column : where.index_column + 4 * frames].cast("I")
         self.object_word = view[where.object_word : where.object_oid].cast("I")
+        self.token = view[where.token : where.sum].cast("Q")
+        self.sum = view[where.sum : where.end].cast("I")
+        """Of no length without checksums."""
         self._pool_words = view[where.pools : where.members].cast("Q")
-        self._member_words = view[where.members : where.state_column].cast("Q")
+        self._member_words = view[where.members : where.origins].cast("Q")
+        self._origin_words = view[where.origins : where.state_column].cast("Q")
+        self._moment_words = view[_MOMENTS_OFFSET:_HEADER_BYTES].cast("Q")
 
     def punch(self, first: int, count: int) -> int:
         """Give the memory of free frames back to the host; bytes given.  They read as zeros then.
@@ -321,7 +376,7 @@ class Arena:
 
     def read_members(self) -> list[MemberRecord]:
         """All member records that are not free."""
-        table = self._view[self.layout.members : self.layout.state_column]
+        table = self._view[self.layout.members : self.layout.origins]
         records = []
         for number, word in enumerate(array("Q", table.tobytes())[::2]):
             if word:
@@ -330,6 +385,36 @@ class Arena:
                     MemberRecord(number, kind == HEIR, GuestId(guest), pool, PoolId(pool_id), slot)
                 )
         return records
+
+    def publish_origin(self, number: int, name: str, pid: int) -> None:
+        """Of a member record that is about to be published for the first time."""
+        offset = self.layout.origins + number * _ORIGIN.size
+        _ORIGIN.pack_into(self.mapping, offset, name.encode(), pid, 0)
+
+    def read_origin(self, number: int) -> Origin:
+        """Of a member record that is not free."""
+        offset = self.layout.origins + number * _ORIGIN.size
+        name, pid, disowned = _ORIGIN.unpack_from(self.mapping, offset)
+        return Origin(name.rstrip(b"\0").decode("ascii", "replace"), pid, disowned)
+
+    def disown(self, number: int, sequence: int) -> None:
+        """Nobody may have the pages of this member record that were put up to this sequence."""
+        self._origin_words[number * _ORIGIN_WORDS + _ORIGIN_WORDS - 1] = sequence
+
+    # --- moments
+
+    def publish_moment(self, at: int, sequence: int, now_ns: int) -> None:
+        """Replace one of `MOMENTS_MAX`; sequence 0 for none."""
+        words = self._moment_words
+        words[2 * at] = 0
+        words[2 * at + 1] = now_ns
+        words[2 * at] = sequence
+
+    def read_moments(self) -> list[tuple[int, int, int]]:
+        """(place, sequence, ns) of all that are not free."""
+        words = self._moment_words.tolist()
+        pairs = zip(words[::2], words[1::2], strict=True)
+        return [(at, sequence, now) for at, (sequence, now) in enumerate(pairs) if sequence]
 
     # --- guests
 
@@ -369,21 +454,26 @@ class Arena:
             self.object,
             self.index,
             self.object_word,
+            self.token,
+            self.sum,
             self._pool_words,
             self._member_words,
+            self._origin_words,
+            self._moment_words,
             self._view,
         ):
             view.release()
         self.mapping.close()
 
 
-def format_arena(mapping: mmap.mmap) -> Arena:
+def format_arena(mapping: mmap.mmap, *, checksums: bool = False) -> Arena:
     """Make an arena of a zero-filled mapping of any size that holds FRAMES_MIN frames."""
-    frames = frames_that_fit(len(mapping))
-    _HEADER.pack_into(mapping, 0, _MAGIC, frames, 0, len(mapping))
+    frames = frames_that_fit(len(mapping), checksums=checksums)
+    flags = checksums * _CHECKSUMS
+    _HEADER.pack_into(mapping, 0, _MAGIC, frames, 0, len(mapping), flags)
     return Arena(mapping)
 
 
-def private_arena(arena_bytes: int) -> Arena:
+def private_arena(arena_bytes: int, *, checksums: bool = False) -> Arena:
     """An arena in this process alone, for tests, simulation and fuzzing."""
-    return format_arena(mmap.mmap(-1, arena_bytes))
+    return format_arena(mmap.mmap(-1, arena_bytes), checksums=checksums)

@@ -272,6 +272,10 @@ class Entries:
             found += [first + at for at, state in enumerate(states.tolist()) if state]
         return found
 
+    def has_block(self, block: int) -> bool:
+        """Whether there is a table of this block."""
+        return block in self._frame_of
+
     def blocks(self) -> list[int]:
         """All tables, by block."""
         return list(self._frame_of)

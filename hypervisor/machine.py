@@ -34,6 +34,7 @@ from hypervisor.balance import Balance
 from hypervisor.lending import Lending
 from hypervisor.limits import may_hold, may_replace
 from hypervisor.membership import Memberships
+from hypervisor.moments import Moments
 from hypervisor.objects import NO_PAGE
 from hypervisor.pages import LeafKey, StoreOptions, leaf_key
 from hypervisor.pools import Client, Member, Settings
@@ -116,6 +117,7 @@ class Machine:
         self.pressure = Pressure(self.clients, clock_ns)
         self._found_no_room = False
         """The put that is being served, or some of it."""
+        self.moments = Moments(arena)
         self.departed = Account()
         self.witness: Callable[[Client, str, str, str], None] = _look_away
         """Told of (guest, event, reason, detail) when a guest breaks a rule or is denied."""
@@ -248,10 +250,30 @@ class Machine:
         account.done += got
         if got == count:
             return _DONE, 0, bitmap, 0, 0
+        if self.store.damaged:
+            return self._damaged(client, account, bitmap, count - got)
         account.missed += count - got
         if was_empty:
             return Status.EEMPTY, Reason.POOL_EMPTY, 0, 0, 0
         return _MISS, 0, bitmap, 0, 0
+
+    def _damaged(self, client: Client, account: OpCount, bitmap: int, absent: int) -> Answer:
+        """Pages that were asked for are not what was put: a persistent one is an error, an
+        ephemeral one a miss."""
+        damaged = self.store.damaged.copy()
+        self.store.damaged.clear()
+        lost = 0
+        for owner, index, putter, _ in damaged:
+            pool = owner.pool
+            lost += pool.persistent
+            where = f"{pool.kind} {pool.number} {owner.oid.rstrip(bytes(1)).hex()}:{index}"
+            reason = Reason.DAMAGED.name.lower()
+            self.witness(client, "checksum", reason, f"{where} put by {putter}")
+        account.missed += absent - lost
+        if not lost:
+            return _MISS, 0, bitmap, 0, 0
+        account.refuse(Reason.DAMAGED, lost)
+        return Status.EIO, Reason.DAMAGED, bitmap, 0, 0
 
     def _put(
         self,
@@ -277,6 +299,7 @@ class Machine:
                 return self._stale(member, account, oid, count, token, needed)
             if token > needed:
                 member.tokens.see(oid, token)
+            self.store.beside.token = token
         try:
             if not member.may_put:
                 if not member.writer:

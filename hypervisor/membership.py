@@ -115,6 +115,7 @@ class Memberships:
             self.shared[uuid] = pool = self.shared_pool(number, flags, uuid)
         pool_id = _free_id(client)
         member = Member(pool, client, slot, pool_id, record=self.free_records.pop())
+        self._arena.publish_origin(member.record, *member.origin)
         self._publish(member)
         self._enter(member)
         self.apply_grant(member)

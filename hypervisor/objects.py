@@ -42,7 +42,7 @@ class TmemObject:
     """The pages of one object id.  A `doomed` one was flushed, or its pool was destroyed, and waits
     to be reaped; nobody finds it by its oid any more."""
 
-    __slots__ = ("_low", "_rest", "doomed", "number", "oid", "pages", "pool")
+    __slots__ = ("_low", "_rest", "doomed", "number", "oid", "pages", "pool", "salt")
 
     def __init__(self, number: int, pool: Pool, oid: bytes) -> None:
         self.number = number
@@ -50,6 +50,8 @@ class TmemObject:
         self.oid = oid
         self.pages = 0
         self.doomed = False
+        self.salt = 0
+        """What its checksums begin with; 0 before the first one."""
         self._low: array[int] | None = None
         self._rest: dict[int, dict[int, array[int]]] | None = None
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from hypervisor.arena import HINTS_MASK, SLOT_SHIFT, Arena
+from hypervisor.beside import Beside
 from hypervisor.entries import Entries
 from hypervisor.eviction import make_policy
 from hypervisor.eviction.links import Links
@@ -79,6 +80,7 @@ class Pages:
         self.contents = Inventory(arena, self.frames, self.entries, options.secret, options.now_ns)
         self.contents.member_at = self._member_at
         self._entry_base = self.entries.base
+        self.beside = Beside(arena)
         self.policy_name = options.policy
         self.admission = options.admission
         # Refuses a wrong name now.
@@ -102,6 +104,7 @@ class Pages:
             member.keyed = member.policy.wants_keys or member.sampler is not None
             self.victims.add(member)
         self.contents.admit(member)
+        self.beside.open_pool(member.pool)
         member.pool.members[member.slot] = member
         if not member.pool.shared:
             member.pool.only = member

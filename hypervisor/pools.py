@@ -58,6 +58,7 @@ class Pool:
         "flags",
         "leaves",
         "members",
+        "notes",
         "number",
         "objects",
         "only",
@@ -67,6 +68,7 @@ class Pool:
         "shared",
         "tokens",
         "uuid",
+        "vets",
     )
 
     def __init__(self, number: int, flags: int, uuid: bytes) -> None:
@@ -86,6 +88,10 @@ class Pool:
         self.only: Member | None = None
         self.tokens: Tokens | None = None
         """Of a shared ephemeral pool."""
+        self.notes = False
+        """Something is to be written beside its pages (`beside`)."""
+        self.vets = False
+        """A page may be one that nobody may have: gets look at each."""
 
     @property
     def kind(self) -> str:
@@ -114,12 +120,14 @@ class Member:
     __slots__ = (
         "client",
         "cost_bytes",
+        "disowned",
         "foreign",
         "heir",
         "keyed",
         "may_get",
         "may_put",
         "number",
+        "origin",
         "pages",
         "policy",
         "pool",
@@ -149,6 +157,10 @@ class Member:
         self.record = record
         """Number of its record in the segment; -1 for a private pool, whose pool record does."""
         self.state_bits = slot << SLOT_SHIFT
+        self.origin = client.name, client.pid
+        """Who put its pages, whoever pays for them."""
+        self.disowned = 0
+        """Sequence up to which nobody may have its pages (`quarantine`)."""
         self.heir = False
         self.foreign = False
         """An heir's, whose pages another guest put."""

@@ -15,7 +15,7 @@ The cost is one pass over the columns, about half a microsecond a raw page and s
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from hypervisor.arena import (
     CONTENT_FRAME,
@@ -36,6 +36,8 @@ from hypervisor.pools import RAW_COST_BYTES, Client, Member, Pool
 from hypervisor.store import Store
 from ipc.abi import GuestId, PoolFlag, PoolId
 from ipc.errors import InvariantError
+
+_BELOW_SEQUENCE: Final = (1 << SEQUENCE_SHIFT) - 1
 
 
 class Recovered(NamedTuple):
@@ -134,6 +136,8 @@ def _recover_members(
         heir = record.heir or name is None
         client = sharers[0].client if name is None else machine.clients[name]
         member = Member(pool, client, record.slot, record.pool_id, record=record.number)
+        origin = machine.store.arena.read_origin(record.number)
+        member.origin, member.disowned = (origin.name, origin.pid), origin.disowned
         memberships.free_records.remove(record.number)
         machine.store.open_member(member)
         if heir:
@@ -226,6 +230,8 @@ class _Pages:
             state = store.entries.state(number)
             self._states[number] = state
             self._claim(number, state, object_number, index)
+        if store.beside.sums:
+            self._vet()
         self._charge_raw()
         self._adopt_entries(contents)
         raw = zip(self._raw_states, owners, strict=True)
@@ -249,7 +255,9 @@ class _Pages:
         store = self._store
         known = object_number < len(store.objects)
         owner = store.objects[object_number] if known else None
-        if owner is None or (state >> SLOT_SHIFT & HINTS_MASK) not in owner.pool.members:
+        slot = state >> SLOT_SHIFT & HINTS_MASK
+        member = None if owner is None else owner.pool.members.get(slot)
+        if owner is None or member is None or state >> SEQUENCE_SHIFT <= member.disowned:
             self._drop(number)
             return
         place = index & (LEAF_PAGES - 1)
@@ -270,6 +278,29 @@ class _Pages:
             self._drop(number)
             return
         leaf[place] = number
+
+    def _vet(self) -> None:
+        """Look at every raw page that lives: of those that are not what was put the ephemeral ones
+        go, persistent ones stay to be told.  Only now: a damaged page may be the younger of two,
+        and then the older one is nothing to be had either."""
+        store, arena = self._store, self._arena
+        owners, indexes = arena.object.tolist(), arena.index.tolist()
+        for frame, state in enumerate(self._raw_states):
+            if not state or not _is_raw(owners[frame]):
+                continue
+            owner = store.objects[owners[frame]]
+            assert owner is not None
+            if store.is_right(owner, frame, indexes[frame]):
+                continue
+            store.damaged_pages += 1
+            if owner.pool.persistent:
+                # Its sequence may be anything, and the next put's has to be above it.
+                self._raw_states[frame] = 1 << SEQUENCE_SHIFT | state & _BELOW_SEQUENCE
+                arena.state[frame] = self._raw_states[frame]
+                store.beside.spoil(owner, frame, indexes[frame])
+            else:
+                self._drop(frame)
+                store.forget(owner, indexes[frame])
 
     def _state(self, number: int) -> int:
         return (

@@ -48,7 +48,7 @@ _CALLS_PER_CPU_READING: Final = 256
 _ROUNDS_MAX: Final = 16
 """Rounds over the rings between two looks at everything else when nothing came from there."""
 _AUDITED: Final = frozenset(
-    ("freeze", "thaw", "set", "schedule", "flush", "auth", "destroy", "balloon")
+    ("freeze", "thaw", "set", "schedule", "flush", "auth", "destroy", "balloon", "quarantine")
 )
 """Verbs that change something."""
 _IDLE_CPU_NS: Final = 20_000_000
@@ -92,6 +92,7 @@ class Server:
         self._cpu_read_ns = time.process_time_ns()
         self._cpu_overhead_ns = self._cpu_read_ns
         self._started = time.monotonic()
+        machine.moments.note(machine.store.sequence, time.time_ns())
         # First the administrator's door: who has attached may be asked about at once.
         self._administration = Administration(
             machine, is_attached=self._is_attached, changed=changed
@@ -278,6 +279,7 @@ class Server:
             self._detach_offenders()
         self._machine.store.contents.compact(_IDLE_SLICE_PAGES)
         self._divide_cpu()
+        self._machine.moments.note(self._machine.store.sequence, time.time_ns())
         self.sessions.expire()
         self._rings.part_with_idlers()
 
@@ -316,6 +318,8 @@ class Server:
             fields = {key: value for key, value in record.items() if key != "verb"}
             done = "error" if "error" in answer else "done"
             self._audit.record("administrator", str(verb), result=done, detail=fields)
+            if verb == "quarantine" and "error" not in answer:
+                self._audit.record(str(record["guest"]), "quarantined", **answer)
         return answer
 
     def close(self) -> None:

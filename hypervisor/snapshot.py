@@ -33,6 +33,9 @@ def snapshot(machine: Machine, is_attached: Callable[[Client], bool]) -> Record:
             for client in machine.clients.values()
         },
         "departed": machine.departed.record(),
+        "quarantined_pages": dict(store.quarantined),
+        "checksums": store.beside.sums,
+        "damaged_pages": store.damaged_pages,
     }
 
 
@@ -155,6 +158,6 @@ def freeable_bytes(machine: Machine) -> dict[str, int]:
 def metadata_bytes(layout: Layout, objects: int) -> int:
     """Bytes of the segment that hold no page: everything before the frames, and the object records
     that were ever used (the rest of that table was never touched, so it takes no memory)."""
-    per_object = (layout.end - layout.object_word) // layout.frames
+    per_object = (layout.token - layout.object_word) // layout.frames
     pages = -(-objects * per_object // PAGE_BYTES)
     return layout.data + pages * PAGE_BYTES

@@ -21,8 +21,8 @@ from hypervisor.frames import EPHEMERAL, PERSISTENT
 from hypervisor.objects import LEAF_PAGES, NO_PAGES, TmemObject
 from hypervisor.pages import REMOVED, TAKEN, Run, StoreOptions
 from hypervisor.pools import RAW_COST_BYTES, Member, Pool
-from hypervisor.reclaim import Reclaim
 from hypervisor.reuse import SAMPLE_MASK, ReuseSampler
+from hypervisor.vetting import Vetting
 from ipc.abi import EXTENT_PAGES_MAX, PAGE_BYTES, CallFlag
 from ipc.window import Window
 
@@ -31,7 +31,7 @@ _MASKS: Final = tuple((1 << n) - 1 for n in range(EXTENT_PAGES_MAX + 1))
 _KEEP: Final = int(CallFlag.KEEP)
 
 
-class Store(Reclaim):
+class Store(Vetting):
     """The whole store; `pages` says how it is layered."""
 
     def __init__(self, arena: Arena, options: StoreOptions) -> None:
@@ -59,7 +59,7 @@ class Store(Reclaim):
         if leaf is None or place >= len(leaf):
             return False
         number = leaf[place]
-        if number < 0:
+        if number < 0 or (pool.vets and not self._passes(found, number, index)):
             return False
         slots = window.slots
         if number < self._entry_base:
@@ -104,7 +104,10 @@ class Store(Reclaim):
         self.sequence = sequence = self.sequence + 1
         self._object_column[frame] = target.number
         self._index_column[frame] = index
-        self._state_column[frame] = sequence << SEQUENCE_SHIFT | member.state_bits | flags
+        state = sequence << SEQUENCE_SHIFT | member.state_bits | flags
+        if pool.notes:
+            self.beside.note(target, frame, 1, index, state)
+        self._state_column[frame] = state
         old = leaf[place]
         leaf[place] = frame
         member.pages += 1
@@ -155,6 +158,8 @@ class Store(Reclaim):
             leaf = None if found is None else found.leaf(leaf_number)
             if leaf is not None and found is not None:
                 runs = self._runs(leaf[place : place + wanted])
+                if pool.vets and runs:
+                    runs = self._passing(found, leaf_number, place, runs)
                 bitmap |= self._copy_out(runs, window.slots, slot + at) << at
                 if exclusive and runs:
                     self._remove(found, leaf_number, leaf, place, runs, TAKEN, key)
@@ -349,6 +354,8 @@ class Store(Reclaim):
             data[first * PAGE_BYTES : (first + length) * PAGE_BYTES] = slots[
                 slot * PAGE_BYTES : (slot + length) * PAGE_BYTES
             ]
+            if target.pool.notes:
+                self.beside.note(target, first, length, index, state)
             if length == 1:
                 self._object_column[first] = number
                 self._index_column[first] = index

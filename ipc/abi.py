@@ -55,7 +55,7 @@ from typing import Final, NamedTuple, NewType
 SPEC_VERSION: Final = 1
 """Xen's TMEM_SPEC_VERSION: 1 is the one with 192-bit object ids."""
 
-ABI_REVISION: Final = 4
+ABI_REVISION: Final = 5
 """Counts changes of this document; answered by VERSION and checked when a guest attaches."""
 
 PAGE_BYTES: Final = 4096
@@ -134,6 +134,7 @@ class Op(IntEnum):
     DONE: all of them.
     MISS: the first one whose bit is clear was not there.
     EEMPTY: POOL_EMPTY, the pool has no page at all.
+    EIO: DAMAGED, of a persistent pool; the other pages whose bits are clear may not be there.
     ENODEV: NO_SUCH_POOL.
     """
     FLUSH_PAGE = 6
@@ -204,6 +205,7 @@ class Status(IntEnum):
     DONE = 1  # served whole
     MISS = 0  # a page, or the pool to destroy, is not there
     EPERM = -1  # not allowed, or more than a guest may have
+    EIO = -5  # the page is there, but it is not what was put
     ENOMEM = -12  # no room
     ENODEV = -19  # no such pool
     EINVAL = -22  # fault: a rule of this document was broken
@@ -234,6 +236,7 @@ class Reason(IntEnum):
     KIND_DIFFERS = 13  # of an ephemeral and a persistent pool with one uuid the second one asked
     STALE_TOKEN = 14  # the object was put or flushed under a newer fencing token
     LENDING_OFF = 15  # guests of this hypervisor have their RAM for themselves
+    DAMAGED = 16  # the memory that holds the page has changed by itself; it is lost
     # The guest broke a rule: these come with ReplyFlag.FAULT.
     BAD_LENGTH = 64  # a request has 64 bytes
     UNKNOWN_OP = 65  # no such operation

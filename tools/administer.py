@@ -13,7 +13,9 @@ A guest may also be called by its number, as Xen's hands do; a guest of that nam
 
 from __future__ import annotations
 
+import datetime
 import os
+import time
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
@@ -25,6 +27,7 @@ from tools.rundir import ClusterDirectory, ClusterRecord
 from tools.units import PAGE_BYTES, format_size
 from tools.uuids import format_uuid
 
+_LOOK_SECONDS: Final = 0.02
 _FRUITLESS_SLICES_MAX: Final = 100
 """Slices of a flush in a row that may free nothing; each drops pages that share a frame."""
 
@@ -95,6 +98,13 @@ class Administrator:
                 break
         return Flushed(pages, freed_bytes, released_bytes)
 
+    def quarantine(self, guest: str, *, also_deny: bool) -> Record:
+        """Disown what a guest has put into shared pools, and wait until its memory is free."""
+        answer = self.ask("quarantine", guest=guest, also_deny=also_deny)
+        while self.ask("quarantined")["more"]:
+            time.sleep(_LOOK_SECONDS)
+        return answer
+
 
 def ask_politely(directory: ClusterDirectory, question: Record, exit_code: ExitCode) -> Record:
     """The hypervisor's answer; its "error" becomes an OperatorError with this exit code."""
@@ -153,6 +163,18 @@ POOLS_HEADER: Final = (
     "COST",
     "TARGET",
 )
+PAGES_HEADER: Final = (
+    "POOL",
+    "TYPE",
+    "UUID",
+    "PUT BY",
+    "PID",
+    "NOT BEFORE",
+    "NOT AFTER",
+    "TOKEN",
+    "STORED",
+    "STATE",
+)
 BALLOON_HEADER: Final = ("NAME", "TARGET")
 GRANTS_HEADER: Final = ("UUID", "GUEST", "ROLE")
 LEGEND: Final = (
@@ -203,6 +225,40 @@ def pools_table(answer: Record) -> list[tuple[str, ...]]:
         for pool in answer["pools"]
         for member in pool["members"]
     ]
+
+
+def pages_table(answer: Record) -> list[tuple[str, ...]]:
+    """A row for each pool that has the page of a `page` answer."""
+    return [
+        (
+            str(page["pool"]),
+            page["type"],
+            format_uuid(page["uuid"]) or "-",
+            page["guest"] + (" (left)" if page["left"] else ""),
+            str(page["pid"]),
+            _moment(page["after_ns"]),
+            _moment(page["before_ns"]),
+            "-" if page["token"] is None else f"{page['token']:#x}",
+            page["stored"],
+            _page_state(page),
+        )
+        for page in answer["pages"]
+    ]
+
+
+def _page_state(page: Record) -> str:
+    if page["disowned"]:
+        return "quarantined"
+    if page["right"] is False:
+        return "damaged"
+    return "verified" if page["right"] else "-"
+
+
+def _moment(since_epoch_ns: int) -> str:
+    if not since_epoch_ns:
+        return "-"
+    time_ = datetime.datetime.fromtimestamp(since_epoch_ns / 1e9, datetime.UTC)
+    return time_.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def balloon_table(answer: Record, names: list[str]) -> list[tuple[str, ...]]:

@@ -76,6 +76,59 @@ class Player(Playing):
             uuid_of(uuid).hex(), uuid
         )
 
+    def do_quarantine(self, words: list[str]) -> Iterator[str]:
+        guest, *deny = words
+        answer = self._ask(verb="quarantine", guest=guest, also_deny=bool(deny))
+        if "error" in answer:
+            yield answer["error"]
+            return
+        kept = answer["persistent_pages"]
+        denied = len(answer["denied"])
+        yield (
+            f"{guest}: {answer['pages']} pages in {answer['pools']} pools"
+            + f", {kept} persistent ones stay" * bool(kept)
+            + f", {denied} grants taken back" * bool(denied)
+        )
+
+    def do_quarantined(self, _words: list[str]) -> Iterator[str]:
+        answer = self._ask(verb="quarantined")
+        freed = [f"{name} {pages}" for name, pages in sorted(answer["pages"].items())]
+        yield f"freed: {', '.join(freed) or 'nothing'}{', more' * answer['more']}"
+
+    def do_whence(self, words: list[str]) -> Iterator[str]:
+        """Who put a page, when and under which token."""
+        label, where = words
+        oid, _, index = where.partition(":")
+        client, member = self._client(guest_of(label)), None
+        member = client.members[self._id(label)]
+        for page in self._ask(
+            verb="page", guest=client.name, oid=oid_from_int(int(oid)).hex(), index=int(index)
+        )["pages"]:
+            if page["pool"] != member.pool.number:
+                continue
+            token = "" if page["token"] is None else f" token {page['token']}"
+            after, before = (page[f"{end}_ns"] / 1e9 for end in ("after", "before"))
+            yield (
+                f"{label} {where} put by {page['guest']}{' (left)' * page['left']}, "
+                f"{after:g} s to {f'{before:g} s' if before else 'now'},{token} {page['stored']}"
+                + ", quarantined" * page["disowned"]
+                + ", damaged" * (page["right"] is False)
+            )
+            return
+        yield f"{label} {where} is not there"
+
+    def do_rot(self, words: list[str]) -> Iterator[str]:
+        """A bit of a page flips where the page lies, raw."""
+        label, where = words
+        oid, _, index = where.partition(":")
+        pool = self._client(guest_of(label)).members[self._id(label)].pool
+        found = pool.objects.get(oid_from_int(int(oid)))
+        assert found is not None
+        frame = found.find(int(index))
+        assert frame < self.machine.store.entries.base, "a raw page"
+        self.machine.store.arena.data[frame * PAGE_BYTES] ^= 1
+        yield f"{label} {where} rots"
+
     def do_grants(self, _words: list[str]) -> Iterator[str]:
         for grant in self._ask(verb="auth", action="list")["grants"]:
             name = bytes.fromhex(grant["uuid"]).rstrip(b"\0").decode()

@@ -106,8 +106,9 @@ class Playing:
 
     def _format(self) -> None:
         frames = int(self.options.get("frames", "64"))
-        self.mapping = mmap.mmap(-1, layout(frames).end)
-        format_arena(self.mapping)
+        self.checksums = self.options.get("checksums") == "on"
+        self.mapping = mmap.mmap(-1, layout(frames, checksums=self.checksums).end)
+        format_arena(self.mapping, checksums=self.checksums)
         self._boot()
 
     def _boot(self) -> str:
@@ -140,6 +141,7 @@ class Playing:
     def do_wait(self, words: list[str]) -> Iterator[str]:
         """Seconds go by."""
         self.now_ns += round(float(words[0]) * 1e9)
+        self.machine.moments.note(self.machine.store.sequence, self.now_ns)
         yield f"{words[0]} s later"
 
     def do_restart(self, words: list[str]) -> Iterator[str]:

@@ -23,7 +23,7 @@ for several pages is numbered: `put a/e 7:0+3 x` puts x0, x1 and x2.  Words name
 (shrinks more, the harder one tries), and any other is a text.  What was evicted by a command
 follows it, indented.
 
-    machine frames=N policy=P scheduling=S admission=off lend=on   first, if at all
+    machine frames=N policy=P scheduling=S admission=off lend=on checksums=on   first, if at all
     guest G / depart G
     pool G/P ephemeral|persistent [shared=UUID] [priority=low|high]
     put G/P H W... [hints=low,active] [token=T] / get G/P H [keep]
@@ -34,6 +34,7 @@ follows it, indented.
     call G OP field=value... / message G BYTES / version G
     set G|G/P key=value... / freeze [G] / thaw [G] / schedule S
     allow G UUID [reader] / deny G UUID / grants
+    quarantine G [deny] / quarantined / whence G/P OBJECT:INDEX / rot G/P OBJECT:INDEX
     host-flush [G] PAGES / host-destroy G[/P] / freeable
     balloon [G PAGES] / window G / writeback G / wait SECONDS
     restart / reap [PAGES] / compact / recompress

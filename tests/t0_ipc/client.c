@@ -24,7 +24,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE_BYTES = 4096, EXTENT_PAGES = 64, ABI_REVISION = 4, SPEC_VERSION = 1 };
+enum { PAGE_BYTES = 4096, EXTENT_PAGES = 64, ABI_REVISION = 5, SPEC_VERSION = 1 };
 
 enum op {
     NEW_POOL = 1,

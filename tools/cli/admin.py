@@ -1,5 +1,5 @@
-"""list, pools, freeze, thaw, set, balloon, schedule, freeable, flush, auth, destroy: the
-administrator's.
+"""list, pools, freeze, thaw, set, balloon, schedule, freeable, flush, auth, quarantine, destroy:
+the administrator's.
 
 Xen's spellings of them (`tmem-list -a` and so on) are in `tools.cli.xen`.
 """
@@ -45,6 +45,7 @@ def register(app: typer.Typer) -> None:
         ("schedule", schedule),
         ("freeable", freeable),
         ("flush", flush),
+        ("quarantine", quarantine),
         ("destroy", destroy),
     ):
         app.command(name, rich_help_panel=PANEL)(command)
@@ -90,18 +91,50 @@ def list_guests(
     return ExitCode.OK
 
 
-def pools(guest: OneGuestArgument = None, run: RunOption = None, json: JsonOption = False) -> int:
+def pools(
+    guest: OneGuestArgument = None,
+    page: Annotated[
+        str | None,
+        typer.Option(
+            help="Say instead who put this page, when, and under which token. OID is hex digits as "
+            "in the audit log, or INODE.GENERATION of a file.",
+            metavar="OID:INDEX",
+        ),
+    ] = None,
+    run: RunOption = None,
+    json: JsonOption = False,
+) -> int:
     """List pools, a line for each guest in each of them."""
     from tools import administer as view
 
     admin = administrator(run)
-    answer = admin.ask("pools", guest=None if guest is None else admin.guest(guest))
+    name = None if guest is None else admin.guest(guest)
+    if page is not None:
+        return _show_page(admin, name, page, json=json)
+    answer = admin.ask("pools", guest=name)
     if json:
         print_json(answer)
     else:
         print_table(view.POOLS_HEADER, view.pools_table(answer))
         print(view.TYPES)
     return ExitCode.OK
+
+
+def _show_page(admin: Administrator, name: str | None, page: str, *, json: bool) -> int:
+    """Exit code 1 if no pool has this page."""
+    from tools import administer as view
+
+    oid, _, index = page.rpartition(":")
+    if not oid or not index.isdecimal() or int(index) >= 1 << 32:
+        raise OperatorError(
+            f"--page {page}: say OID:INDEX, for example 2a:0 or 42.1:0", ExitCode.USAGE
+        )
+    answer = admin.ask("page", guest=name, oid=oid, index=int(index))
+    if json:
+        print_json(answer)
+    else:
+        print_table(view.PAGES_HEADER, view.pages_table(answer))
+    return ExitCode.OK if answer["pages"] else ExitCode.VIOLATED
 
 
 def freeze(
@@ -283,6 +316,39 @@ def flush(
         left = "persistent or reserved" if guest == "all" else "persistent"
         print(
             f"tmem: that is less than {format_size(size_bytes)}: all that is left is {left}",
+            file=sys.stderr,
+        )
+    return ExitCode.OK
+
+
+def quarantine(
+    guest: GuestArgument,
+    also_deny: Annotated[
+        bool, typer.Option("--also-deny", help="Take back all its grants, so it can put no more.")
+    ] = False,
+    run: RunOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Drop all ephemeral pages that a guest has put into shared pools until now.
+
+    From now on nobody gets one of them; their memory comes back slice by slice. Its private pools
+    stay, and so do persistent pages in shared pools: others may have nothing but these.
+    """
+    admin = administrator(run)
+    name = admin.guest(guest)
+    answer = admin.quarantine(name, also_deny=also_deny)
+    if json:
+        print_json(answer)
+        return ExitCode.OK
+    print(
+        f"{name}: {answer['pages']:,} pages in {answer['pools']} shared pools can't be had any more"
+    )
+    if answer["denied"]:
+        print(f"{name}: {len(answer['denied'])} grants taken back")
+    if answer["persistent_pages"]:
+        print(
+            f"tmem: {answer['persistent_pages']:,} persistent pages of it in shared pools stay; "
+            f"'tmem destroy' of these pools would drop them",
             file=sys.stderr,
         )
     return ExitCode.OK

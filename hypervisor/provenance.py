@@ -1,0 +1,93 @@
+"""Where a page comes from: who put it, when, and under which fencing token.
+
+Asked for by the administrator who wants to know how a wrong page came into a shared pool; nothing
+here is on a page's way.  All of it is in the segment, so that a restart forgets nothing:
+
+  who     the slot in the page's state word, and the origin of that slot's member record: the guest
+          that put it, also when it has gone and another one pays
+  when    the sequence in the state word, between two `moments`
+  token   the column beside the page (`beside`)
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Final
+
+from hypervisor.arena import SEQUENCE_SHIFT
+from hypervisor.entries import FILLED, KIND_MASK, SLAB
+from hypervisor.machine import Machine
+from hypervisor.pools import Pool
+from ipc.abi import OID_BYTES
+from ipc.errors import OperatorError
+
+_INODE: Final = struct.Struct("<QI")
+
+
+def parse_oid(text: object) -> bytes:
+    """An object id as a person writes it: the hex digits of its bytes, zeros at the end left out,
+    as the audit log has them; or INODE.GENERATION of a file, in decimal."""
+    if isinstance(text, str) and text.count(".") == 1:
+        inode, _, generation = text.partition(".")
+        if inode.isdecimal() and generation.isdecimal():
+            numbers = int(inode), int(generation)
+            if numbers[0] < 1 << 64 and numbers[1] < 1 << 32:
+                return _INODE.pack(*numbers).ljust(OID_BYTES, b"\0")
+    try:
+        oid = bytes.fromhex(text) if isinstance(text, str) else None
+    except ValueError:
+        oid = None
+    if oid is None or len(oid) > OID_BYTES:
+        raise OperatorError(
+            f"{text!r} is no object id: use the hex digits of its bytes, as in the audit log, or "
+            "INODE.GENERATION of a file"
+        )
+    return oid.ljust(OID_BYTES, b"\0")
+
+
+def format_oid(oid: bytes) -> str:
+    """As `parse_oid` takes it."""
+    return oid.rstrip(b"\0").hex() or "00"
+
+
+def pages_of(machine: Machine, pools: list[Pool], oid: bytes, index: int) -> list[dict[str, Any]]:
+    """What is known of the page of this handle in each of these pools that has one."""
+    store = machine.store
+    found = []
+    for pool in pools:
+        owner = pool.objects.get(oid)
+        number = -1 if owner is None else owner.find(index)
+        if owner is None or number < 0:
+            continue
+        state = store.state(number)
+        member = store.member_of(pool, number)
+        after_ns, before_ns = machine.moments.around(state >> SEQUENCE_SHIFT)
+        raw = number < store.entries.base
+        name, pid = member.origin
+        found.append(
+            {
+                "pool": pool.number,
+                "type": pool.kind,
+                "uuid": pool.uuid.hex() if pool.shared else "",
+                "guest": name,
+                "pid": pid,
+                "payer": member.client.name,
+                "left": member.heir,
+                "sequence": state >> SEQUENCE_SHIFT,
+                "after_ns": after_ns,
+                "before_ns": before_ns,
+                "token": store.arena.token[number] if raw and pool.tokens is not None else None,
+                "needed_token": None if pool.tokens is None else pool.tokens.needed(oid),
+                "stored": "raw" if raw else _stored(store.entries.location(number)),
+                "disowned": state >> SEQUENCE_SHIFT <= member.disowned,
+                "right": store.beside.is_right(owner, number, index)
+                if raw and store.beside.sums
+                else None,
+            }
+        )
+    return found
+
+
+def _stored(location: int) -> str:
+    kind = location & KIND_MASK
+    return "filled" if kind == FILLED else "compressed" if kind == SLAB else "shared"
