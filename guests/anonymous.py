@@ -125,6 +125,16 @@ class AnonymousMemory:
         """Frames whose bytes a slot has, too (SwapCached)."""
         return len(self._slots)
 
+    def usage(self) -> dict[str, int]:
+        """Of all frames, in pages, with the names of Linux's memory reports."""
+        reclaim = self._memory.reclaim
+        rows: dict[str, int] = {}
+        for name, lists in (("anon", self.lists), ("file", reclaim.file_lists)):
+            active = lists.active_pages if lists is not None else 0
+            rows[f"active_{name}"] = active
+            rows[f"inactive_{name}"] = (len(lists) if lists is not None else 0) - active
+        return rows | {"free": self._memory.free_pages}
+
     # --- what programs do
 
     def read(self, table: PageTable, page: int) -> memoryview | None:

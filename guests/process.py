@@ -28,6 +28,7 @@ from typing import Final, NamedTuple, TypeVar
 from fs.block.device import Bytes
 from fs.errors import error
 from guests.anonymous import AnonymousMemory, PageTable
+from guests.oom import report
 from ipc.abi import PAGE_BYTES
 
 log = logging.getLogger(__name__)
@@ -55,15 +56,20 @@ class Kill(NamedTuple):
     pid: int
     name: str
     why: str
+    mapped_pages: int
     resident_pages: int
     swapped_pages: int
+    table_bytes: int
+    oom_score_adj: int
 
     def __str__(self) -> str:
-        """In the words of Linux's out-of-memory killer."""
+        """In the words of Linux's out-of-memory killer, and what was in swap."""
         kib = PAGE_BYTES // 1024
         return (
             f"{self.why}: Killed process {self.pid} ({self.name}) "
-            f"anon-rss:{self.resident_pages * kib}kB, swapped:{self.swapped_pages * kib}kB"
+            f"total-vm:{self.mapped_pages * kib}kB, anon-rss:{self.resident_pages * kib}kB, "
+            f"file-rss:0kB, shmem-rss:0kB, UID:0 pgtables:{self.table_bytes // 1024}kB "
+            f"oom_score_adj:{self.oom_score_adj} swapped:{self.swapped_pages * kib}kB"
         )
 
 
@@ -259,7 +265,16 @@ class Processes:
     def kill(self, process: Process, why: str) -> None:
         """End a process, with a record."""
         table = process.table
-        kill = Kill(process.pid, process.name, why, table.resident_pages, table.swapped_pages)
+        kill = Kill(
+            process.pid,
+            process.name,
+            why,
+            process.maps.pages,
+            table.resident_pages,
+            table.swapped_pages,
+            table.bytes,
+            process.oom_score_adj,
+        )
         process.killed = kill
         process.exit()
         self.kills = [*self.kills[-KILLS_MAX + 1 :], kill]
@@ -272,6 +287,8 @@ class Processes:
         if worst is None or not worst.table.resident_pages + worst.table.swapped_pages:
             return False
         self.oom_kills += 1
+        for line in report(self.memory, list(self), worst):
+            log.info("oom %s", line)
         self.kill(worst, "Out of memory")
         return True
 

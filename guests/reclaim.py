@@ -168,6 +168,11 @@ class Reclaim:
         self._files = files or self._files
         self._anonymous = anonymous or self._anonymous
 
+    @property
+    def file_lists(self) -> PageLists | None:
+        """Pages of files, if there are any."""
+        return self._files.lists if self._files is not None else None
+
     def note_cost(self, *, files: int = 0, anonymous: int = 0) -> None:
         """The disk had to move so many pages that had better stayed, or that went dirty."""
         self._file_cost += files

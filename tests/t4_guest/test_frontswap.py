@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -200,9 +201,12 @@ def test_a_hypervisor_that_does_not_come_back(
     check_programs(kernel)
 
 
-def test_who_is_killed(image: Path, expect_warning: Callable[[str], None]) -> None:
+def test_who_is_killed(
+    image: Path, expect_warning: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
     """The one that has most, unless the scores say otherwise; one is never taken."""
     expect_warning("event=killed why=Out of memory")
+    caplog.set_level(logging.INFO, "guests.process")
     with running_kernel(image) as kernel:
         processes = kernel.userland.processes
         frames = kernel.memory.budget.frames
@@ -216,8 +220,18 @@ def test_who_is_killed(image: Path, expect_warning: Callable[[str], None]) -> No
         assert big.is_alive and holy.is_alive and late.is_alive
         assert str(processes.kills[0]) == (
             f"Out of memory: Killed process {small.pid} (small) "
-            f"anon-rss:{frames // 4 * 4}kB, swapped:0kB"
+            f"total-vm:{frames // 4 * 4}kB, anon-rss:{frames // 4 * 4}kB, file-rss:0kB, "
+            "shmem-rss:0kB, UID:0 pgtables:4kB oom_score_adj:500 swapped:0kB"
         )
+        lines = [one.message.removeprefix("oom ") for one in caplog.records if "oom" in one.message]
+        rows = [line.split() for line in lines if line.startswith("[      ")]
+        assert [(row[-1], int(row[5]), int(row[-2])) for row in rows] == [
+            ("big", frames // 3, 0),
+            ("small", frames // 4, 500),
+            ("holy", frames // 3 - 8, OOM_SCORE_ADJ_MIN),
+            ("late", frames - sum(int(row[5]) for row in rows[:3]), 0),
+        ]
+        assert lines[-1].endswith(f"task=small,pid={small.pid},uid=0")
         for process in (big, late):
             process.oom_score_adj = OOM_SCORE_ADJ_MIN
         last = processes.spawn("last")
