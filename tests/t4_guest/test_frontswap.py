@@ -223,7 +223,9 @@ def test_who_is_killed(
             f"total-vm:{frames // 4 * 4}kB, anon-rss:{frames // 4 * 4}kB, file-rss:0kB, "
             "shmem-rss:0kB, UID:0 pgtables:4kB oom_score_adj:500 swapped:0kB"
         )
-        lines = [one.message.removeprefix("oom ") for one in caplog.records if "oom" in one.message]
+        lines = [
+            one.message.removeprefix("oom ") for one in caplog.records if one.message[:4] == "oom "
+        ]
         rows = [line.split() for line in lines if line.startswith("[      ")]
         assert [(row[-1], int(row[5]), int(row[-2])) for row in rows] == [
             ("big", frames // 3, 0),
