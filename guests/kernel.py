@@ -13,12 +13,13 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from fs.block.counting import CountingDevice
 from fs.block.device import BlockDevice
-from fs.block.direct import DirectFileDevice
+from fs.block.direct import DirectFileDevice, Waits
 from fs.block.file import FileDevice
 from fs.hooks import FileKey, NoHooks, PageHooks
 from fs.mount import mount_image
@@ -108,6 +109,10 @@ class Kernel:
         self.name = spec.name
         self._now_seconds = now_seconds
         self._sleep = sleep
+        self._disk_waits = Waits()
+        self._open_device: Callable[..., BlockDevice] = FileDevice
+        if spec.direct:
+            self._open_device = partial(DirectFileDevice, waits=self._disk_waits)
         self.node: Node | None = None
         if spec.node is not None:
             self.node = Node(spec.node, spec.image, spec.run_directory)
@@ -132,7 +137,7 @@ class Kernel:
                     attachment=self.attachment,
                     frontswap=spec.frontswap,
                     stack=swap_stack,
-                    direct=spec.direct,
+                    open_device=self._open_device,
                 )
                 if self.attachment is not None:
                     self.attachment.attach(refusal_is_fatal=True)
@@ -185,8 +190,7 @@ class Kernel:
         def open_device(path: Path, *, read_only: bool) -> BlockDevice:
             if node is not None:
                 return KeptDevice(node.device)
-            kind = DirectFileDevice if spec.direct else FileDevice
-            return kind(path, read_only=read_only)
+            return self._open_device(path, read_only=read_only)
 
         self.fs = mount_image(
             spec.image,
@@ -350,6 +354,8 @@ class Kernel:
             "disk_read_calls": device.reads,
             "disk_writes_pages": device.write_pages,
             "disk_write_calls": device.writes,
+            # Of image and swap area together; known only if they are direct.
+            "disk_wait_seconds": self._disk_waits.total_ns / 1e9,
             **self.findings.record(),
             "seconds": self._seconds + running,
             "page_cache": self._page_cache(),

@@ -31,7 +31,6 @@ from collections.abc import Callable, Sequence
 from typing import Final, Self
 
 from fs.block.device import BLOCK_BYTES, BlockDevice
-from fs.block.direct import DirectFileDevice
 from fs.block.file import FileDevice
 from fs.errors import ImageError, error
 from fs.runs import Run, runs
@@ -299,14 +298,14 @@ def open_swap(
     *,
     uuid: bytes | None = None,
     stack: Callable[[BlockDevice], BlockDevice] = lambda device: device,
-    direct: bool = False,
+    open_device: Callable[..., BlockDevice] = FileDevice,
 ) -> SwapDisk:
     """The swap area in the file `path`, on the devices that `stack` puts on it.
 
-    `direct`: around the host's page cache.  Raises ImageError; the file is locked until the area
-    is closed.
+    `open_device(path, made_by=...)` opens the file.  Raises ImageError; the file is locked until
+    the area is closed.
     """
-    device = (DirectFileDevice if direct else FileDevice)(path, made_by=MADE_BY)
+    device = open_device(path, made_by=MADE_BY)
     try:
         return SwapDisk.open(stack(device), uuid=uuid)
     except ImageError as reason:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fs.block.device import BlockDevice
+from fs.block.file import FileDevice
 from guests.anonymous import AnonymousMemory
 from guests.attachment import Attachment
 from guests.balloon import Balloon
@@ -63,11 +64,11 @@ class Userland:
         attachment: Attachment | None = None,
         frontswap: bool = True,
         stack: Callable[[BlockDevice], BlockDevice] = lambda device: device,
-        direct: bool = False,
+        open_device: Callable[..., BlockDevice] = FileDevice,
     ) -> None:
         """`wait` lets time pass while a page is waited for; without an attachment there is no
-        `frontswap`; `stack` puts devices on the swap area, which the host's page cache has
-        nothing of if it is `direct`."""
+        `frontswap`; `open_device(path, made_by=...)` opens the swap area, and `stack` puts
+        devices on it."""
         self.swap: Swap | None = None
         self.frontswap: Frontswap | None = None
         self._memory = memory
@@ -80,7 +81,7 @@ class Userland:
         self._to_write_back = 0
         self._wished_pages = self._own_target_pages = memory.budget.total
         if swap_path is not None:
-            disk = open_swap(swap_path, uuid=swap_uuid, stack=stack, direct=direct)
+            disk = open_swap(swap_path, uuid=swap_uuid, stack=stack, open_device=open_device)
             if attachment is not None and frontswap:
                 self.frontswap = Frontswap(attachment, now_seconds, wait)
             self.swap = Swap(disk, self.frontswap, now_seconds)

@@ -14,6 +14,8 @@ Invariants: those of every `BlockDevice`, and
       device was opened has been written and dropped;
   D2  a file system that can't keep D1 is refused when the device is opened.
 
+Time in requests is added up (`Waits`), so that a program's time can be told from its disk's.
+
 O_DIRECT is not durability: the disk may have a cache of its own, and the size and blocks of the
 file are metadata of the host's, so `flush` is fdatasync as before.
 """
@@ -24,6 +26,8 @@ import ctypes
 import errno
 import mmap
 import os
+import time
+from collections.abc import Callable
 from typing import Final
 
 from fs.block.device import BLOCK_BYTES, Bytes, check_extent
@@ -35,14 +39,38 @@ BOUNCE_BLOCKS: Final = 32
 """As long as the longest extent of a guest."""
 
 
+class Waits:
+    """Time that one or more devices took for reads, writes and flushes."""
+
+    def __init__(self, now_ns: Callable[[], int] = time.perf_counter_ns) -> None:
+        self._now_ns = now_ns
+        self._began_ns = 0
+        self.total_ns = 0
+
+    def __enter__(self) -> None:
+        self._began_ns = self._now_ns()
+
+    def __exit__(self, *exception: object) -> None:
+        self.total_ns += self._now_ns() - self._began_ns
+
+
 class DirectFileDevice(FileDevice):
-    """`FileDevice` around the host's page cache; raises ImageError also where that can't be."""
+    """`FileDevice` around the host's page cache; raises ImageError also where that can't be.
+
+    `waits` may be shared with other devices of the same thread.
+    """
 
     open_flags = FileDevice.open_flags | os.O_DIRECT
 
     def __init__(
-        self, path: str | os.PathLike[str], *, read_only: bool = False, made_by: str = "mke2fs"
+        self,
+        path: str | os.PathLike[str],
+        *,
+        read_only: bool = False,
+        made_by: str = "mke2fs",
+        waits: Waits | None = None,
     ) -> None:
+        self._waits = waits or Waits()
         super().__init__(path, read_only=read_only, made_by=made_by)
         # Not counted as a guest's RAM: the host's block layer would have it.
         self._bounce = memoryview(
@@ -86,7 +114,8 @@ class DirectFileDevice(FileDevice):
     def _read(self, block: int, into: memoryview) -> None:
         done = 0
         while done < into.nbytes:
-            step = os.preadv(self._fd, [into[done:]], block * BLOCK_BYTES + done)
+            with self._waits:
+                step = os.preadv(self._fd, [into[done:]], block * BLOCK_BYTES + done)
             if step < BLOCK_BYTES:
                 raise error(
                     errno.EIO,
@@ -114,10 +143,16 @@ class DirectFileDevice(FileDevice):
     def _write(self, block: int, data: memoryview) -> None:
         done = 0
         while done < data.nbytes:
-            step = os.pwrite(self._fd, data[done:], block * BLOCK_BYTES + done)
+            with self._waits:
+                step = os.pwrite(self._fd, data[done:], block * BLOCK_BYTES + done)
             if step < BLOCK_BYTES:
                 raise error(errno.EIO, f"image {self.path} takes no more at block {block}")
             done += step - step % BLOCK_BYTES
+
+    def flush(self) -> None:
+        """`fdatasync` of the image."""
+        with self._waits:
+            super().flush()
 
 
 def is_aligned(view: memoryview) -> bool:

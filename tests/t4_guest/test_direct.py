@@ -14,7 +14,7 @@ import pytest
 
 from fs.block import direct, hostcache
 from fs.block.device import BLOCK_BYTES
-from fs.block.direct import BOUNCE_BLOCKS, DirectFileDevice, is_aligned
+from fs.block.direct import BOUNCE_BLOCKS, DirectFileDevice, Waits, is_aligned
 from fs.errors import ImageError
 from guests.swapheader import make_swap, owner_uuid
 from tests.support.tools import need_tool
@@ -140,6 +140,20 @@ def test_writes_are_durable_as_before(
     assert synced == [device._fd]
 
 
+def test_time_in_requests_is_added_up(disk: Path) -> None:
+    """Each read, write and flush; what the program does between them is its own."""
+    seconds = iter(range(0, 1000, 5))
+    waits = Waits(lambda: next(seconds))
+    device = DirectFileDevice(disk, waits=waits)
+    before = waits.total_ns
+    device.read(0, 2, buffer(2, offset=0))
+    device.write(0, BOUNCE_BLOCKS + 1, bytes((BOUNCE_BLOCKS + 1) * BLOCK_BYTES))
+    assert waits.total_ns - before == 5 + 2 * 5
+    device.flush()
+    assert waits.total_ns - before == 20
+    device.close()
+
+
 @pytest.mark.parametrize("kernel_counts", [True, False])
 def test_a_file_system_in_memory_is_refused(
     monkeypatch: pytest.MonkeyPatch, *, kernel_counts: bool
@@ -192,6 +206,7 @@ def test_a_guest_leaves_nothing_in_the_hosts_cache(tmp_path: Path, disk: Path) -
         counters = kernel.counters()
         assert counters["swap"]["in_pages"] > 100
         assert counters["disk_reads_pages"] > 200
+        assert counters["disk_wait_seconds"] > 0
         assert in_host_cache(image) == in_host_cache(swap) == 0
     assert in_host_cache(image) == in_host_cache(swap) == 0
     assert_clean(image)
@@ -200,8 +215,9 @@ def test_a_guest_leaves_nothing_in_the_hosts_cache(tmp_path: Path, disk: Path) -
 def test_a_guest_that_is_not_told_uses_the_hosts_cache(tmp_path: Path) -> None:
     """The measure above can tell the two apart."""
     image = make_image(tmp_path / "image")
-    with running_kernel(image):
+    with running_kernel(image) as kernel:
         assert in_host_cache(image) > 0
+        assert kernel.counters()["disk_wait_seconds"] == 0
 
 
 def test_where_a_file_is(tmp_path: Path) -> None:

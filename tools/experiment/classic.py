@@ -11,10 +11,11 @@ over all of them.
                 So 1 is none, whatever the mode, and at 2 the guests need all memory that there is
     seconds     of the slowest guest, measured.  That says little about disks, because the images
                 are files in the host's page cache, and much about what else the machine does
-                (`direct`: the disk below, around that cache)
     hdd, ssd    modelled, again of the slowest: the CPU time of its process and of the hypervisor
                 for it, measured, and its accesses to both its disks, counted, times 8 ms and
                 100 us.  So long it would take with a core and disks for itself
+    direct      with `--direct`, when no disk is in the host's page cache: the same CPU time and
+                the time that the guest waited in its accesses, measured on the disk below
 
 All figures are counted from when the work begins to when the last guest is done.
 """
@@ -71,6 +72,7 @@ MEASURES: Final = (
     "verified_bytes",
 )
 """Figures of a run; a point has the median of each over its runs."""
+DIRECT_MEASURE: Final = "direct_seconds"
 
 
 @dataclass(frozen=True)
@@ -300,15 +302,14 @@ def fresh_disks(
 def _point(plan: Plan, mode: str, jobs: int, found: list[Record]) -> Record:
     """What the runs of one mode and level say together."""
     runs = [run for run in found if (run["mode"], run["jobs"]) == (mode, jobs)]
+    measures = (*MEASURES, *([DIRECT_MEASURE] if plan.direct else []))
     spread = {
         measure: [min(run[measure] for run in runs), max(run[measure] for run in runs)]
-        for measure in MEASURES
+        for measure in measures
     }
-    point = {measure: median(run[measure] for run in runs) for measure in MEASURES}
+    point = {measure: median(run[measure] for run in runs) for measure in measures}
     # None of these may hide behind a median.
     point |= {name: max(run[name] for run in runs) for name in ("mismatches", "oom_kills")}
-    if plan.direct:
-        point["direct_seconds"] = point["seconds"]
     return {
         "mode": mode,
         "pressure": plan.pressure(jobs),

@@ -15,7 +15,6 @@ from typing import Any, Final
 from tools.experiment.classic_report import (
     BASE,
     GOAL_MODE,
-    clocks,
     comparison,
     goal_lines,
     header_row,
@@ -34,7 +33,8 @@ _PLOTS: Final = (
     ("Swap I/O", "pages in and out", pages_swapped),
     ("Time with a hard disk (modelled)", "seconds", lambda point: point["hdd_seconds"]),
     ("Time with an SSD (modelled)", "seconds", lambda point: point["ssd_seconds"]),
-    ("Time ({seconds})", "seconds", lambda point: point["seconds"]),
+    ("Time with this disk (O_DIRECT)", "seconds", lambda point: point.get("direct_seconds")),
+    ("Time (measured)", "seconds", lambda point: point["seconds"]),
     ("Hypervisor CPU", "seconds", lambda point: point["hypervisor_cpu_seconds"]),
     ("For a migration", "MiB", lambda point: point["migration_bytes"] / 2**20),
     ("Killed for memory", "programs", lambda point: point["oom_kills"]),
@@ -104,15 +104,16 @@ def page(found: Mapping[str, Any]) -> str:
             _html_list(ksm_lines(found)),
         ]
     rows = list(rows_of(found["points"]))
-    parts += ["<h2>All points</h2>", _html_table(header_row(found), rows, grouped=True)]
+    parts += ["<h2>All points</h2>", _html_table(header_row(found["points"]), rows, grouped=True)]
     return "\n".join([*parts, "</body></html>"])
 
 
 def _plots(found: Mapping[str, Any], modes: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The plots, and titles of those that would be nothing but zeros."""
+    """The plots of what was measured, and titles of those that would be nothing but zeros."""
     plots, nothing = [], []
-    for form, unit, value in _PLOTS:
-        title = form.format(**clocks(found))
+    for title, unit, value in _PLOTS:
+        if any(value(point) is None for point in found["points"]):
+            continue
         lines = {
             mode: [
                 (point["pressure"], float(value(point)))

@@ -141,7 +141,9 @@ class Run:
             served_ns = _cpu_ns(stats, name) - _cpu_ns(stats_before, name)
             cpu[name] += served_ns / 1e9
         guests = {
-            name: _worked(before[name], self._counters(name), cpu[name], access_seconds)
+            name: _worked(
+                before[name], self._counters(name), cpu[name], access_seconds, self._host.direct
+            )
             for name in self._host.guests
         }
         return {
@@ -292,7 +294,11 @@ def _free(counters: Record) -> int:
 
 
 def _worked(
-    before: Record, after: Record, cpu_seconds: float, access_seconds: Mapping[str, float]
+    before: Record,
+    after: Record,
+    cpu_seconds: float,
+    access_seconds: Mapping[str, float],
+    direct: bool,
 ) -> Record:
     """What a guest did between two looks; `cpu_seconds` is its own and the hypervisor's for it."""
 
@@ -326,6 +332,7 @@ def _worked(
             f"{disk}_seconds": cpu_seconds + accesses * each
             for disk, each in access_seconds.items()
         },
+        **({"direct_seconds": cpu_seconds + grown("disk_wait_seconds")} if direct else {}),
     }
 
 

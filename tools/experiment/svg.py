@@ -103,11 +103,15 @@ def _axis(values: Sequence[float]) -> _Axis:
     most = max(values, default=1.0)
     least = min((value for value in values if value > 0), default=most)
     if least > 0 and most / least > LOG_RATIO:
-        last = math.ceil(math.log10(most) - 1e-9)
+        last = math.floor(math.log10(most) + 1e-9)
         first = max(math.floor(math.log10(least)), last - _DECADES_MOST)
+        top = next(factor * 10.0**last for factor in (1, 2, 5, 10) if factor * 10.0**last >= most)
         # Zero has a place of its own, a decade below the first.
-        steps = last - first + 1
-        decades = [(10.0**power, f"{10.0**power:,.10g}") for power in range(first, last + 1)]
+        steps = math.log10(top) - first + 1
+        marks = [10.0**power for power in range(first, last + 1)]
+        decades = [
+            (mark, f"{mark:,.10g}") for mark in (*marks, *([top] if top > marks[-1] else []))
+        ]
 
         def place_log(value: float) -> float:
             if value <= 0:
