@@ -40,8 +40,10 @@ def _meminfo(kernel: Kernel) -> str:
     swap_total = swap.total_pages if swap is not None else 0
     active_files, active_anon = pages.active_pages, anonymous.lists.active_pages
     files, anon = pages.cached_pages, anonymous.pages
+    # What the balloon took is not the guest's, as with Linux's balloon drivers.
+    total = budget.total - budget.frames + memory.used_pages + memory.free_pages
     rows = {
-        "MemTotal": budget.total,
+        "MemTotal": total,
         "MemFree": memory.free_pages,
         "MemAvailable": memory.free_pages + files - pages.dirty_pages,
         "Buffers": budget.buffers,
@@ -53,17 +55,23 @@ def _meminfo(kernel: Kernel) -> str:
         "Inactive(anon)": anon - active_anon,
         "Active(file)": active_files,
         "Inactive(file)": files - active_files,
+        "Unevictable": 0,
+        "Mlocked": 0,
         "SwapTotal": swap_total,
         "SwapFree": swap.free_pages if swap is not None else 0,
         "Dirty": pages.dirty_pages,
+        "Writeback": 0,
         "AnonPages": anon,
-        "CommitLimit": budget.frames + swap_total,
+        "Mapped": 0,
+        "Shmem": 0,
+        "CommitLimit": total // 2 + swap_total,
         "Committed_AS": userland.processes.committed_pages,
+        "Balloon": budget.total - total,
         "Transfer": budget.transfer,
         "TmemWindow": budget.window,
     }
     kib = PAGE_BYTES // 1024
-    return "".join(f"{name + ':':<15} {count * kib:>9} kB\n" for name, count in rows.items())
+    return "".join(f"{name + ':':<16}{count * kib:>8} kB\n" for name, count in rows.items())
 
 
 def _vmstat(kernel: Kernel) -> str:

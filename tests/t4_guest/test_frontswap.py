@@ -309,6 +309,7 @@ def test_linuxs_files(kernel: Kernel) -> None:
     assert rows["SwapTotal"] - rows["SwapFree"] == used * 4 + rows["SwapCached"]
     parts = ("MemFree", "Cached", "AnonPages", "Buffers", "Transfer", "TmemWindow")
     assert sum(rows[name] for name in parts) == rows["MemTotal"]
+    assert rows["CommitLimit"] == rows["MemTotal"] // 2 + rows["SwapTotal"]
     swaps = (virtual_file(kernel, "/proc/swaps") or b"").decode().splitlines()[1].split()
     assert int(swaps[3]) == rows["SwapTotal"] - rows["SwapFree"]
     vmstat = dict(
@@ -317,3 +318,30 @@ def test_linuxs_files(kernel: Kernel) -> None:
     assert int(vmstat["frontswap_stores"]) == kernel.counters()["frontswap"]["succ_stores"]
     assert virtual_file(kernel, "/sys/kernel/debug/frontswap/loads") == b"0\n"
     assert (virtual_file(kernel, "/proc/pressure/memory") or b"").startswith(b"some avg10=")
+
+
+def meminfo(kernel: Kernel) -> list[str]:
+    """Its lines."""
+    return (virtual_file(kernel, "/proc/meminfo") or b"").decode().splitlines()
+
+
+def test_meminfo_is_written_as_linux_writes_it(kernel: Kernel) -> None:
+    """The same names in the same order, and the same columns; what a balloon has is not there."""
+    host = [line for line in Path("/proc/meminfo").read_text().splitlines() if "kB" in line]
+    for line in host + meminfo(kernel):
+        name, value, _ = line.split()
+        assert line == f"{name:16}{value:>8} kB"
+    names = [line.split(":")[0] for line in meminfo(kernel)]
+    hosts = [line.split(":")[0] for line in host]
+    # Two are ours, and one is of young Linuxes.
+    assert set(names) - set(hosts) <= {"Transfer", "TmemWindow", "Balloon"}
+    common = [name for name in names if name in hosts]
+    assert common == [name for name in hosts if name in common]
+
+    def row(name: str) -> int:
+        return next(int(line.split()[1]) for line in meminfo(kernel) if line.startswith(name))
+
+    total, free = row("MemTotal:"), row("MemFree:")
+    assert kernel.memory.give_back(5) == 5
+    assert (row("MemTotal:"), row("MemFree:")) == (total - 20, free - 20)
+    assert row("Balloon:") == 20

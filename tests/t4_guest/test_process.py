@@ -266,7 +266,7 @@ def test_guest_is_answering_while_it_works(spec: GuestSpec) -> None:
     with running_guest(spec) as guest:
         guest.work("log", lines=1_000_000, rotate_bytes=50_000)
         done = [guest.ask("status")["done"] for _ in range(5)]
-        assert guest.exec("cat", "/proc/meminfo").startswith(b"MemTotal:            1024 kB")
+        assert guest.exec("cat", "/proc/meminfo").startswith(b"MemTotal:           1024 kB")
         assert sorted(done) == done
         assert guest.ask("status")["state"] == "running"
         assert guest.stop() == 0
