@@ -33,7 +33,8 @@ def ask(path: Path, question: Record, *, timeout_seconds: float = 10.0) -> Recor
                 frame = encode({**question, "files": list(files)} if files else question)
                 # A frame may be longer than the socket takes at once.
                 sent = socket.send_fds(connection, [frame], list(files.values()))
-                connection.sendall(frame[sent:])
+                if sent < len(frame):  # even of nothing, sending fails when it is answered already
+                    connection.sendall(frame[sent:])
             answer = receive_record(connection)
     except TimeoutError:
         raise Disconnected(f"{path.name}: no answer in {timeout_seconds:g} s") from None
