@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 from ipc.codec import Record
-from ipc.errors import ExitCode, OperatorError
+from ipc.errors import Disconnected, ExitCode, OperatorError
 from tools.config import ClusterConfig
 from tools.control import ask
 from tools.rundir import ClusterDirectory, ClusterRecord
@@ -28,6 +28,7 @@ from tools.units import PAGE_BYTES, format_size
 from tools.uuids import format_uuid
 
 _LOOK_SECONDS: Final = 0.02
+_GUEST_SECONDS: Final = 2.0
 _FRUITLESS_SLICES_MAX: Final = 100
 """Slices of a flush in a row that may free nothing; each drops pages that share a frame."""
 
@@ -97,6 +98,21 @@ class Administrator:
             if not answer["more"]:
                 break
         return Flushed(pages, freed_bytes, released_bytes)
+
+    def balloons(self, names: list[str]) -> dict[str, Record]:
+        """What those guests that answer say of their balloons, in pages."""
+        found: dict[str, Record] = {}
+        for name in names:
+            try:
+                status = ask(
+                    self._directory.guest_socket(name),
+                    {"verb": "status"},
+                    timeout_seconds=_GUEST_SECONDS,
+                )
+            except Disconnected:
+                continue
+            found[name] = status["counters"]["balloon"]
+        return found
 
     def quarantine(self, guest: str, *, also_deny: bool) -> Record:
         """Disown what a guest has put into shared pools, and wait until its memory is free."""
@@ -175,7 +191,7 @@ PAGES_HEADER: Final = (
     "STORED",
     "STATE",
 )
-BALLOON_HEADER: Final = ("NAME", "TARGET")
+BALLOON_HEADER: Final = ("NAME", "RAM", "TARGET", "LEAST", "MOST")
 GRANTS_HEADER: Final = ("UUID", "GUEST", "ROLE")
 LEGEND: Final = (
     "RAM: lent out of the arena; EPH, PERS: pages; COST: bytes of the arena that it pays for; "
@@ -262,9 +278,16 @@ def _moment(since_epoch_ns: int) -> str:
 
 
 def balloon_table(answer: Record, names: list[str]) -> list[tuple[str, ...]]:
-    """A row for each of these guests, of a `balloon` answer."""
-    targets = answer["balloon_bytes"]
-    return [(name, _bound(targets.get(name, 0))) for name in names]
+    """A row for each of these guests, of a `balloon` answer and what guests said themselves."""
+
+    def row(name: str) -> tuple[str, ...]:
+        said = answer["guests"].get(name, {})
+        size, least, most = (
+            _bound(said.get(f"{key}_pages", 0) * PAGE_BYTES) for key in ("size", "floor", "maximum")
+        )
+        return name, size, _bound(answer["balloon_bytes"].get(name, 0)), least, most
+
+    return [row(name) for name in names]
 
 
 def grants_table(answer: Record) -> list[tuple[str, ...]]:
@@ -309,7 +332,16 @@ def balloon_line(name: str, answer: Record) -> str:
     target_bytes = answer["balloon_bytes"].get(name)
     if target_bytes is None:
         return f"{name}: no balloon target"
-    return f"{name}: balloon target {format_size(target_bytes)}"
+    line = f"{name}: balloon target {format_size(target_bytes)}"
+    said = answer["guests"].get(name)
+    if said is None:
+        return f"{line}; it does not answer"
+    least_bytes, most_bytes = (said[f"{key}_pages"] * PAGE_BYTES for key in ("floor", "maximum"))
+    if target_bytes < least_bytes:
+        return f"{line}; it keeps {format_size(least_bytes)}, less it can't have"
+    if target_bytes > most_bytes:
+        return f"{line}; it has {format_size(most_bytes)} at most"
+    return line
 
 
 def pool_line(name: str, guest: Record, pool_id: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.clusters import LiveGuests, left_behind, tmem, wait_until, write_tree
+from tests.support.clusters import LiveGuests, left_behind, tmem, tmem_here, wait_until, write_tree
 
 pytestmark = pytest.mark.cluster
 
@@ -110,6 +110,16 @@ def test_ram_goes_to_the_host_and_comes_back(guests: Guests) -> None:
     wait_until(lambda: guests.counters("green")["balloon"]["size_pages"] == 512, "the target")
     # The interpreter has a life of its own, of some hundred pages.
     assert before - guests.resident_pages("green") > 1000
+    said = tmem_here("balloon", "green", "10K", cwd=guests.folder).stdout
+    least = guests.counters("green")["balloon"]["floor_pages"]
+    assert (
+        said == f"green: balloon target 8.0 KiB; it keeps {least * 4:.1f} KiB, less it can't have\n"
+    )
+    said = tmem_here("balloon", "green", "9M", cwd=guests.folder).stdout
+    assert said == "green: balloon target 9.0 MiB; it has 8.0 MiB at most\n"
+    header, row = tmem_here("balloon", "green", cwd=guests.folder).stdout.splitlines()
+    assert header.split() == ["NAME", "RAM", "TARGET", "LEAST", "MOST"]
+    assert row.endswith(f"9.0 MiB  {least * 4:.1f} KiB  8.0 MiB")
     assert tmem("balloon", "green", "none", cwd=guests.folder).returncode == 0
     wait_until(lambda: guests.counters("green")["balloon"]["size_pages"] == 2048, "its full size")
 

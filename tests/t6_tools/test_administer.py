@@ -108,7 +108,7 @@ def test_json_is_the_answer(hypervisor: Standin, capsys: pytest.CaptureFixture[s
         (["freeable"], FREEABLE),
         (["auth", "list"], GRANTED),
         (["set", "alpha", "--weight", "3"], {"guest": GUESTS["alpha"]}),
-        (["balloon"], {"balloon_bytes": {"bravo": 8 << 20}}),
+        (["balloon"], {"balloon_bytes": {"bravo": 8 << 20}, "guests": {}}),
     ):
         assert tmem(*words, "--json") == 0
         assert json.loads(capsys.readouterr().out) == answer
@@ -281,12 +281,16 @@ def test_commands_ask_for_what_was_said(
         (["tmem-freeable"], "5\n"),
         (["tmem-freeze", "-a"], ""),
         (["destroy", "alpha", "--yes"], "destroyed 3 pools of alpha\n"),
-        (["balloon", "alpha", "6400K"], "alpha: balloon target 6.2 MiB\n"),
+        (["balloon", "alpha", "6400K"], "alpha: balloon target 6.2 MiB; it does not answer\n"),
         (["balloon", "bravo", "none"], "bravo: no balloon target\n"),
-        (["balloon", "bravo"], "NAME    TARGET\nbravo  8.0 MiB\n"),
         (
             ["balloon"],
-            "NAME    TARGET\nalpha        -\nbravo  8.0 MiB\ncarol        -\n",
+            (
+                "NAME   RAM   TARGET  LEAST  MOST\n"
+                "alpha    -        -      -     -\n"
+                "bravo    -  8.0 MiB      -     -\n"
+                "carol    -        -      -     -\n"
+            ),
         ),
         (
             ["set", "alpha", "--pool", "2", "--weight", "100"],

@@ -236,19 +236,23 @@ def balloon(
     run: RunOption = None,
     json: JsonOption = False,
 ) -> int:
-    """Tell a guest how much RAM it should have; it shrinks or grows to that when it can."""
+    """Tell a guest how much RAM it should have; it shrinks or grows to that when it can.
+
+    Without a size: what guests have, what they were told, and between which bounds they can go.
+    """
     from tools import administer as view
 
     size_bytes = None if size is None else _target_of(size)
     admin = administrator(run)
     name = None if guest is None else admin.guest(guest)
+    names = admin.names() if name is None else [name]
     answer = admin.ask("balloon", guest=None if size is None else name, size_bytes=size_bytes)
+    answer["guests"] = admin.balloons(names)
     if json:
         print_json(answer)
     elif name is not None and size is not None:
         print(view.balloon_line(name, answer))
     else:
-        names = admin.names() if name is None else [name]
         print_table(view.BALLOON_HEADER, view.balloon_table(answer, names))
     return ExitCode.OK
 
