@@ -1,4 +1,4 @@
-"""A guest as a process: boot, serve the control socket, work, stop.
+"""A guest as a process: boot, jail, serve the control socket, work, stop.
 
 Start with `run(spec)` in a process of its own.  It is ready when its control socket is there.
 
@@ -30,7 +30,9 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from fs.errors import ImageError
+from guests import adversary
 from guests.control import Answers, Control, socket_path
+from guests.jail import GuestJail
 from guests.kernel import GuestSpec, Kernel
 from guests.node import Fenced
 from ipc import attach
@@ -59,13 +61,14 @@ class FencedNode(Exception):
 def run(spec: GuestSpec) -> None:
     """Be this guest until told to stop.  Exits with an `ExitCode`."""
     log_to(spec.run_directory / "log" / f"{spec.name}.log")
-    report = spec.run_directory / f"guest-{spec.name}.error"
+    report = spec.run_directory.absolute() / f"guest-{spec.name}.error"
     report.unlink(missing_ok=True)
     try:
         _serve(spec)
     except (ImageError, OperatorError) as error:
         log.error("event=not-started why=%s", error)
-        report.write_text(f"{error}\n")
+        with contextlib.suppress(PermissionError):
+            report.write_text(f"{error}\n")
         sys.stderr.write(f"guest {spec.name}: {error}\n")
         code = error.exit_code if isinstance(error, OperatorError) else ExitCode.NO_INPUT
         sys.exit(code)
@@ -78,6 +81,10 @@ def run(spec: GuestSpec) -> None:
 
 
 def _serve(spec: GuestSpec) -> None:
+    jail = GuestJail(spec)
+    jail.step_down()
+    spec = jail.spec
+    code = adversary.load(spec.adversary) if spec.adversary is not None else None
     kernel = Kernel(
         spec,
         clock_ns=time.time_ns,
@@ -86,10 +93,15 @@ def _serve(spec: GuestSpec) -> None:
         detach=_detach,
     )
     try:
+        if spec.adversary is not None and code is not None:
+            kernel.workloads[adversary.WORKLOAD] = adversary.workload(
+                spec.adversary, code, kernel, spec
+            )
         answers = Answers(kernel)
         control = Control(socket_path(spec.run_directory, spec.name), answers.answer)
         try:
             with _ends_watched(spec, control, answers):
+                jail.shut()
                 _loop(kernel, control, answers)
         finally:
             control.close()

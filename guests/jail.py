@@ -7,6 +7,271 @@ spec (`guests.adversary` is the interface, with an example):
     GuestSpec(..., jail=JailSpec("auto"), adversary="guests.adversaries.flood")
     ask(guest socket, {"verb": "run", "workload": "adversary", "seed": 1, "parameters": {...}})
     ask(guest socket, {"verb": "status"})["report"]
+
+In two steps, since a guest first has to open its disk, its swap and its sockets:
+
+    step_down   working folder: the run directory.  As root: another user id, one for each guest,
+                and of all capabilities only the one to open files for the time being.
+    shut        no capability, no new privileges, Landlock, sizes, not dumpable, the filter.
+
+What a guest still needs afterwards, and how it comes by it:
+
+* Its disk, swap, log and listening socket are open.  No other file can be opened (but see nodes).
+* The door of a hypervisor that was started again: `connect`, by a path relative to the working
+  folder, because another user may not pass through the folders above it.  Sockets are of the door's
+  type only, SEQPACKET: the administrator's sockets are streams, and refuse it (EPROTOTYPE).
+* Its new queues: `mq_open`, never with O_CREAT.  Their names are told and can't be guessed.
+* Files of the host that a workload reads or writes come open with the question (`guests.control`),
+  and what it reads of itself in /proc is kept open (`guests.keptfiles`).
+* Modules: all are imported before, and so are the text encodings that Python sources may name.
+
+A *node* (a guest that mounts a volume with others) needs more: streams to the other nodes, and to
+kill one that was stopped in the middle of a write (`fs.block.reservations`), which is what fencing
+means.  So it may read /proc, to be sure of whom it kills, and send SIGKILL, to whom user ids allow:
+nodes of one volume have one *real* user id beside their own, by which that is decided; nobody
+else's process is among them.  Where nobody has an id of his own, that is any process of the user.
 """
 
 from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import ipc.jail.warmup  # noqa: F401
+from guests import keptfiles
+from guests.kernel import GuestSpec
+from ipc.jail import cgroup, check_strict, landlock, limits, missing_parts, seccomp
+from ipc.jail.landlock import Access, Rule
+from ipc.jail.seccomp import Argument, Call
+
+log = logging.getLogger(__name__)
+
+OVERHEAD_BYTES: Final = 256 * 2**20
+"""Address space beyond what is mapped when the jail is shut (the RAM is)."""
+OVERHEAD_SHARE: Final = 4
+"""And for the tables: a byte for each 4 of RAM, which is several times what they take, ..."""
+SWAP_OVERHEAD_SHARE: Final = 64
+"""... and one for each 64 of swap."""
+FILES_MAX: Final = 256
+"""Descriptors: queues, window, disk, swap, log, 16 of the control socket, 2 for each other node."""
+FILE_BYTES_MIN: Final = 64 * 2**20
+"""No file is made longer than this, or than the disk and the swap are."""
+
+_WORD: Final = 0xFFFF_FFFF
+_CLOEXEC_AND_NONBLOCK: Final = socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+_SOCKET_TYPE: Final = _WORD & ~_CLOEXEC_AND_NONBLOCK
+_TCGETS: Final = 0x5401
+_FIONBIO: Final = 0x5421
+_FIOCLEX: Final = 0x5451
+_PROT_EXEC: Final = 4
+_ANY_WRITING: Final = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC
+
+CALLS: Final = (
+    Call("read", "its sockets"),
+    Call("write", "its log, its wakeup socket"),
+    Call("readv", "one disk request into several frames"),
+    Call("writev", "the same the other way"),
+    Call("pread64", "its disk and its swap"),
+    Call("pwrite64", "its disk and its swap"),
+    Call("preadv", "its disk and its swap, several frames at once"),
+    Call("pwritev", "its disk and its swap, several frames at once"),
+    Call("preadv2", "the same, as the interpreter has it"),
+    Call("pwritev2", "the same, as the interpreter has it"),
+    Call("lseek", "a file object finds out where it stands"),
+    Call("fstat", "the size of what is open"),
+    Call("newfstatat", "fstat of newer C libraries; the time zone's file, once a log line"),
+    Call("close", "what it has open"),
+    Call("fsync", "what it has written is on the disk"),
+    Call("fdatasync", "the same without the times"),
+    Call("sync_file_range", "a part of the disk's image is on its way"),
+    Call("fallocate", "blocks that are free are holes in the image"),
+    Call("ftruncate", "its log is cut"),
+    Call("fcntl", "flags of a descriptor; locks on the bytes of a shared image"),
+    Call("flock", "the lock of a node's socket is given back"),
+    Call("ioctl", "a file object asks whether it is a terminal", (Argument(1, _WORD, _TCGETS),)),
+    Call("ioctl", "a socket does not block", (Argument(1, _WORD, _FIONBIO),)),
+    Call("ioctl", "a descriptor is not inherited", (Argument(1, _WORD, _FIOCLEX),)),
+    Call("dup", "a file object of its own for a descriptor"),
+    Call("brk", "memory of the interpreter"),
+    Call("mmap", "memory; the window; never to be executed", (Argument(2, _PROT_EXEC, 0),)),
+    Call("mprotect", "memory of the C library; never executed", (Argument(2, _PROT_EXEC, 0),)),
+    Call("munmap", "memory given back"),
+    Call("mremap", "a large object grows"),
+    Call("madvise", "RAM goes back to the host (balloon), or may be merged (KSM)"),
+    Call("futex", "locks of the interpreter; the fence of the ring"),
+    Call("sched_yield", "the ring waits a moment for its answer"),
+    Call("rt_sigaction", "SIGTERM is heard"),
+    Call("rt_sigprocmask", "the C library, around what must not be interrupted"),
+    Call("rt_sigreturn", "the end of a signal handler"),
+    Call("sigaltstack", "a report of a crash has a stack"),
+    Call("restart_syscall", "a wait goes on after SIGSTOP and SIGCONT"),
+    Call("poll", "its sockets"),
+    Call("ppoll", "the same on aarch64"),
+    Call("select", "the same, for the C library"),
+    Call("epoll_create1", "the sockets of a node's mesh"),
+    Call("epoll_ctl", "the sockets of a node's mesh"),
+    Call("epoll_wait", "the sockets of a node's mesh"),
+    Call("epoll_pwait", "the same on aarch64"),
+    Call("clock_gettime", "time, where it is no matter of memory"),
+    Call("clock_getres", "how fine a clock is"),
+    Call("clock_nanosleep", "waiting"),
+    Call("nanosleep", "waiting"),
+    Call("getrusage", "its own CPU time"),
+    Call("getpid", "who it is"),
+    Call("gettid", "who it is"),
+    Call("getppid", "who it is"),
+    Call("getuid", "who it is"),
+    Call("geteuid", "who it is"),
+    Call("getgid", "who it is"),
+    Call("getegid", "who it is"),
+    Call("uname", "which machine this is: whether the ring may be used"),
+    Call("getrandom", "seeds of the interpreter, keys of a mesh"),
+    Call(
+        "socket",
+        "the door of a hypervisor that was started again",
+        (
+            Argument(0, _WORD, socket.AF_UNIX),
+            Argument(1, _SOCKET_TYPE, socket.SOCK_SEQPACKET),
+        ),
+    ),
+    Call("connect", "the same door"),
+    Call("accept4", "its control socket"),
+    Call("accept", "its control socket"),
+    Call("sendto", "answers"),
+    Call("recvfrom", "questions"),
+    Call("sendmsg", "answers, messages to other nodes"),
+    Call("recvmsg", "questions with the files that they need, and the window"),
+    Call("shutdown", "a connection ends"),
+    Call("getsockopt", "why a connection failed"),
+    Call("setsockopt", "how long a connection waits"),
+    Call("getsockname", "an accepted socket is looked at by its object"),
+    Call("getpeername", "an accepted socket is looked at by its object"),
+    Call(
+        "mq_open",
+        "the queues of a new attachment, none of its own making",
+        (Argument(1, os.O_CREAT, 0),),
+    ),
+    Call("mq_timedsend", "calls to the hypervisor"),
+    Call("mq_timedreceive", "its answers"),
+    Call("mq_getsetattr", "the size of a queue"),
+    Call("exit", "the end"),
+    Call("exit_group", "the end"),
+)
+"""All that a guest may ask of the host's kernel."""
+
+NODE_CALLS: Final = (
+    Call(
+        "socket",
+        "streams to the other nodes",
+        (Argument(0, _WORD, socket.AF_UNIX), Argument(1, _SOCKET_TYPE, socket.SOCK_STREAM)),
+    ),
+    Call("pidfd_open", "a node that was stopped in the middle of a write is found"),
+    Call("pidfd_send_signal", "and killed", (Argument(1, _WORD, signal.SIGKILL),)),
+    Call(
+        "openat",
+        "/proc/PID/stat: it is that process and no later one",
+        (Argument(2, _ANY_WRITING, os.O_RDONLY),),
+    ),
+)
+"""And a node beyond that."""
+
+
+class GuestJail:
+    """The way into the jail of one guest; `spec` is its boot spec, with paths that fit inside."""
+
+    def __init__(self, spec: GuestSpec) -> None:
+        self.spec = spec
+        self.missing: list[str] = []
+        """Parts that a promise rests on and this machine can't give."""
+        self._jail = spec.jail
+        self._queues: int | None = None
+
+    def step_down(self) -> None:
+        """Before files are opened.  OperatorError if the jail can't be as it must."""
+        jail, spec = self._jail, self.spec
+        if not jail.shut:
+            return
+        self.missing = missing_parts()
+        if jail.uid is None and os.geteuid() == 0:
+            self.missing.append("user id of its own")
+        if jail.mode == "strict":
+            check_strict(self.missing)
+        self._queues = landlock.open_queues()
+        if jail.group is not None:
+            cgroup.enter(jail.group)
+        os.chdir(spec.run_directory)
+        self.spec = replace(
+            spec,
+            image=spec.image.absolute(),
+            swap=None if spec.swap is None else spec.swap.absolute(),
+            run_directory=Path(),
+        )
+        if jail.uid is not None and jail.gid is not None:
+            real_uid = jail.uid if jail.real_uid is None else jail.real_uid
+            keep = frozenset({limits.Capability.DAC_OVERRIDE})
+            limits.become(jail.uid, jail.gid, keep, real_uid)
+
+    def shut(self) -> None:
+        """Once everything is open; no way back."""
+        jail = self._jail
+        if not jail.shut:
+            return
+        is_node = self.spec.node is not None
+        without = "; ".join(landlock.second_locks_missing()) or "nothing"
+        keptfiles.hold()
+        limits.keep_capabilities()
+        limits.no_new_privileges()
+        limits.limit(self._sizes())
+        if self._queues is not None:
+            rules = [
+                Rule(Path(), Access.RESOLVE_UNIX),
+                Rule(self._queues, Access.READ_FILE | Access.WRITE_FILE),
+            ]
+            if is_node:
+                rules.append(Rule(Path("/proc"), Access.READ_FILE))
+            landlock.enter(rules, signals_out=is_node)
+            os.close(self._queues)
+        limits.forbid_dump()
+        seccomp.enter((*CALLS, *NODE_CALLS) if is_node else CALLS)
+        log.info(
+            "event=jail mode=%s uid=%d missing=%s without=%s",
+            jail.mode,
+            os.geteuid(),
+            "; ".join(self.missing) or "nothing",
+            without,
+        )
+
+    def _sizes(self) -> dict[int, int]:
+        spec = self.spec
+        files = [_size_of(path) for path in (spec.image, spec.swap)]
+        return {
+            resource.RLIMIT_AS: limits.mapped_bytes() + overhead_bytes(spec),
+            resource.RLIMIT_FSIZE: max(FILE_BYTES_MIN, *files),
+            resource.RLIMIT_NOFILE: FILES_MAX,
+            # Of this user id, this process included; of its own making none.
+            resource.RLIMIT_NPROC: 1,
+            resource.RLIMIT_MSGQUEUE: 0,
+            resource.RLIMIT_MEMLOCK: 0,
+            resource.RLIMIT_CORE: 0,
+        }
+
+
+def overhead_bytes(spec: GuestSpec) -> int:
+    """What a guest may take beyond its RAM."""
+    swap_bytes = _size_of(spec.swap)
+    tables = spec.memory_bytes // OVERHEAD_SHARE + swap_bytes // SWAP_OVERHEAD_SHARE
+    return OVERHEAD_BYTES + tables
+
+
+def _size_of(path: Path | None) -> int:
+    """Whoever opens it says what is wrong with it."""
+    try:
+        return 0 if path is None else path.stat().st_size
+    except OSError:
+        return 0

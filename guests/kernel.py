@@ -115,7 +115,9 @@ class Kernel:
             self._open_device = partial(DirectFileDevice, waits=self._disk_waits)
         self.node: Node | None = None
         if spec.node is not None:
-            self.node = Node(spec.node, spec.image, spec.run_directory)
+            # Nodes with user ids of their own have a group in common.
+            mode = 0o600 if spec.jail.gid is None else 0o660
+            self.node = Node(spec.node, spec.image, spec.run_directory, socket_mode=mode)
         try:
             if self.node is not None:
                 self.node.join()

@@ -104,6 +104,7 @@ class Node:
         image: Path,
         run_directory: Path,
         *,
+        socket_mode: int = 0o600,
         clock_ns: Callable[[], int] = lambda: time.clock_gettime_ns(time.CLOCK_BOOTTIME),
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
@@ -127,6 +128,7 @@ class Node:
         self._leaving = False
         self._clock_ns = clock_ns
         names = dict(enumerate(spec.names))
+        sockets = {n: f"{run_directory}/node-{name}.sock" for n, name in names.items()}
         generation = int.from_bytes(random_bytes(8), "little") | 1
         layout = read_layout(image)
         if spec.number >= layout.slots or len(spec.names) > layout.slots:
@@ -142,7 +144,7 @@ class Node:
             self.mesh = Mesh(
                 spec.number,
                 spec.key,
-                {n: UnixAddress(f"{run_directory}/node-{name}.sock") for n, name in names.items()},
+                {n: UnixAddress(path, socket_mode) for n, path in sockets.items()},
                 now_ns=clock_ns,
                 random_bytes=random_bytes,
                 cluster=spec.volume,

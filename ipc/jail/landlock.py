@@ -19,8 +19,10 @@ Not used: 7 (what is written to the kernel's log), 8 (a jail for all threads; we
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import stat
 from collections.abc import Iterable
 from enum import IntFlag
 from pathlib import Path
@@ -51,6 +53,11 @@ class Access(IntFlag):
     RESOLVE_UNIX = 1 << 16
 
 
+QUEUES: Final = Path("/dev/mqueue")
+"""Where message queues are seen."""
+_CLOEXEC: Final = 1
+"""FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC."""
+_FSCONFIG_CREATE: Final = 6
 _OF_FILES: Final = (
     Access.EXECUTE
     | Access.WRITE_FILE
@@ -73,18 +80,18 @@ _SIGNALS: Final = 2
 _VERSION_FLAG: Final = 1
 _RULE_PATH_BENEATH: Final = 1
 _WORDS: Final = (
-    (3, "truncation by Landlock (Linux 6.2)"),
-    (4, "TCP by Landlock (Linux 6.7)"),
-    (5, "device calls by Landlock (Linux 6.10)"),
-    (6, "signals and abstract sockets by Landlock (Linux 6.12)"),
-    (9, "named sockets by Landlock (Linux 7.1)"),
+    (3, "truncation (Linux 6.2)"),
+    (4, "TCP (Linux 6.7)"),
+    (5, "device calls (Linux 6.10)"),
+    (6, "signals and abstract sockets (Linux 6.12)"),
+    (9, "named sockets (Linux 7.1)"),
 )
 
 
 class Rule(NamedTuple):
-    """What is allowed on a file, or on a folder and everything below."""
+    """What is allowed on a file, or on a folder and everything below; a descriptor of one does."""
 
-    path: Path
+    path: Path | int
     access: Access
 
 
@@ -120,15 +127,36 @@ def handled(at: int) -> Access:
 
 def missing(at: int | None = None) -> str | None:
     """Why there are no rules for files here; None if there are."""
-    if (level() if at is None else at) > 0:
-        return None
-    return "Landlock (Linux 5.13 or newer, and landlock among the kernel's lsm=)"
+    if (level() if at is None else at) == 0:
+        return "Landlock (Linux 5.13 or newer, and landlock among the kernel's lsm=)"
+    queues = open_queues()
+    if queues is None:
+        return f"Landlock (queues could not be opened in it: mount -t mqueue none {QUEUES})"
+    os.close(queues)
+    return None
+
+
+def open_queues() -> int | None:
+    """The folder of all message queues, as a place for a rule; None if it can't be had.
+
+    mq_open(3) goes by no path, but the queue has one, on a mount of the kernel's own, and Landlock
+    looks at that.  A rule is for a folder wherever it is mounted, so any other mount of it does:
+    one that is there, or, for root, one that appears nowhere.
+    """
+    with contextlib.suppress(OSError):
+        system = call("fsopen", b"mqueue", _CLOEXEC)
+        try:
+            call("fsconfig", system, _FSCONFIG_CREATE, None, None, 0)
+            return call("fsmount", system, _CLOEXEC, 0)
+        finally:
+            os.close(system)
+    return os.open(QUEUES, os.O_PATH | os.O_CLOEXEC) if os.path.ismount(QUEUES) else None
 
 
 def second_locks_missing(at: int | None = None) -> list[str]:
     """What newer kernels refuse in here, and this one leaves to other parts of the jail."""
     here = level() if at is None else at
-    return [] if here == 0 else [words for since, words in _WORDS if here < since]
+    return [] if here == 0 else [f"Landlock on {words}" for since, words in _WORDS if here < since]
 
 
 def enter(rules: Iterable[Rule], *, signals_out: bool = False) -> str | None:
@@ -160,15 +188,19 @@ def _bytes_of_ruleset(at: int) -> int:
 
 def _allow(ruleset: int, rule: Rule, rights: Access) -> None:
     try:
-        fd = os.open(rule.path, os.O_PATH | os.O_CLOEXEC)
+        fd = os.dup(rule.path) if isinstance(rule.path, int) else _open(rule.path)
     except FileNotFoundError:
         return
     try:
         access = rule.access & rights
-        if not rule.path.is_dir():
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
             access &= _OF_FILES
         if access:
             beneath = _PathBeneath(access, fd)
             call("landlock_add_rule", ruleset, _RULE_PATH_BENEATH, ctypes.pointer(beneath), 0)
     finally:
         os.close(fd)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_PATH | os.O_CLOEXEC)

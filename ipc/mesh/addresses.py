@@ -29,6 +29,8 @@ class UnixAddress(NamedTuple):
     """A socket in the file system."""
 
     path: str
+    mode: int = 0o600
+    """Who may connect."""
 
     def __str__(self) -> str:
         return f"unix:{self.path}"
@@ -100,7 +102,7 @@ class Listener:
             if isinstance(address, TcpAddress):
                 self.address = TcpAddress(address.host, self._socket.getsockname()[1])
             else:
-                Path(address.path).chmod(0o600)
+                Path(address.path).chmod(address.mode)
         except OSError as error:
             self.close()
             in_use = error.errno in (errno.EADDRINUSE, errno.EAGAIN)
