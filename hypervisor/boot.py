@@ -1,4 +1,4 @@
-"""The hypervisor as a process: find or make the arena, recover, serve, leave nothing behind.
+"""The hypervisor as a process: find or make the arena, recover, go to jail, serve, clean up.
 
 The file `arena` in the run directory holds the segment's name.  It is written once the segment is
 formatted and removed before the segment goes, so a hypervisor that is started again after SIGKILL
@@ -12,15 +12,17 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hypervisor.arena import Arena, format_arena
+from hypervisor.jail import HypervisorJail
 from hypervisor.machine import Machine
 from hypervisor.recovery import recover
 from hypervisor.server import FAULTS_MAX, Server
 from hypervisor.settings import load, save
 from ipc.errors import ExitCode, OperatorError
+from ipc.jail import JailSpec
 from ipc.logfile import log_to
 from ipc.names import Registry, object_name
 from ipc.ring import memory_order_suffices
@@ -48,6 +50,8 @@ class HypervisorSpec:
     """The guests' RAM comes out of the arena, too."""
     faults_max: int = FAULTS_MAX
     """Broken rules after which a guest is detached."""
+    jail: JailSpec = field(default_factory=JailSpec)
+    """Its `gid` is the group of all guests."""
 
 
 def run(spec: HypervisorSpec) -> None:
@@ -65,6 +69,7 @@ def run(spec: HypervisorSpec) -> None:
 
 
 def _serve(spec: HypervisorSpec) -> None:
+    jail = HypervisorJail(spec.jail, spec.run_directory)
     ring = _choose_transport(spec.transport)
     registry = Registry(spec.run_directory)
     registry.add_process(os.getpid())
@@ -95,6 +100,7 @@ def _serve(spec: HypervisorSpec) -> None:
         administered.scheduling = machine.balance.mode
         save(spec.run_directory, administered)
 
+    jail.shut()
     server = Server(
         machine,
         spec.run_directory,
@@ -104,8 +110,10 @@ def _serve(spec: HypervisorSpec) -> None:
         supervisor_pid=spec.supervisor_pid,
         faults_max=spec.faults_max,
         changed=keep,
+        guests_gid=spec.jail.gid,
     )
     try:
+        jail.filter()
         server.run()
     finally:
         server.close()

@@ -76,6 +76,7 @@ class Server:
         supervisor_pid: int | None = None,
         faults_max: int = FAULTS_MAX,
         changed: Callable[[], None] = lambda: None,
+        guests_gid: int | None = None,
     ) -> None:
         self._machine = machine
         self._faults_max = faults_max
@@ -109,6 +110,7 @@ class Server:
             now_seconds=time.monotonic,
             random_bytes=os.urandom,
             refused=self._note_refusal,
+            guests_gid=guests_gid,
         )
         self._supervisor_pidfd = -1
         if supervisor_pid is not None:

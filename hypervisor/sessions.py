@@ -98,6 +98,7 @@ class Sessions:
         now_seconds: Callable[[], float],
         random_bytes: Callable[[int], bytes],
         refused: Callable[[str, str], None],
+        guests_gid: int | None = None,
     ) -> None:
         self._machine = machine
         self._run_directory = run_directory
@@ -117,7 +118,7 @@ class Sessions:
         """Process id and start of guests that were expelled."""
         self._barred_tokens: dict[str, bytes] = {}
         """By name; as many as were ever enrolled."""
-        self._listener = attach.listen(run_directory)
+        self._listener = attach.listen(run_directory, guests_gid)
         self._watch(self._listener.fileno(), self._accept)
         machine.pressure.notify = self.notify
         for client in list(machine.clients.values()):
@@ -223,7 +224,7 @@ class Sessions:
         window = create_window()
         try:
             kind = RingPair if hello.ring and self._rings is not None else QueuePair
-            session.pair = kind(self._cluster, self._registry, window, self._random_bytes)
+            session.pair = kind(self._cluster, self._registry, window, self._random_bytes, peer.uid)
         except OperatorError:
             window.close()
             raise

@@ -151,14 +151,18 @@ def is_enrolled(run_directory: Path, hello: Hello, uid: int) -> bool:
 # --- the hypervisor's half ----------------------------------------------------------------------
 
 
-def listen(run_directory: Path) -> socket.socket:
-    """The listening attach socket, non-blocking; a stale socket file is replaced."""
+def listen(run_directory: Path, guests_gid: int | None = None) -> socket.socket:
+    """The listening attach socket, non-blocking; a stale socket file is replaced.  Only this user
+    may knock, and who is in the guests' group if they have one."""
     path = run_directory / ATTACH_SOCKET
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
         listener.bind(os.fspath(path))
         path.chmod(0o600)
+        if guests_gid is not None:
+            os.chown(path, -1, guests_gid)
+            path.chmod(0o660)
         listener.listen(64)
         listener.setblocking(False)
     except OSError as error:

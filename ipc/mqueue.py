@@ -2,11 +2,12 @@
 
 Identity is the queue that a message came from, so no guest can speak for another, and a guest that
 floods fills its own queue only.  Queues have random names that are removed once both sides hold
-them.  A queue tells nobody that the other side died; the attach socket does (`attach`), and the
-guest looks at it whenever a reply takes longer than `PATIENCE_SECONDS`.
+them, and belong to the guest's user.  A queue tells nobody that the other side died; the attach
+socket does (`attach`), and the guest looks at it whenever a reply takes longer than
+`PATIENCE_SECONDS`.
 
 WELCOME tells both names.  The guest opens the request queue for writing and the reply queue for
-reading (mode 0600, the hypervisor's user) before it sends CONFIRM, which removes the names.
+reading (mode 0600, the guest's user) before it sends CONFIRM, which removes the names.
 Messages have priority 0.  A call: write the window, send REQUEST, wait for a REPLY of the same
 sequence, drop others (answers to calls that the guest gave up).  The hypervisor never waits for a
 guest: a reply that finds the reply queue full is dropped.
@@ -19,6 +20,7 @@ guest's handlers set a flag and raise nothing.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 from collections.abc import Callable
@@ -53,8 +55,11 @@ class QueuePair:
         registry: Registry,
         window: Window,
         random_bytes: Callable[[int], bytes],
+        uid: int | None = None,
     ) -> None:
+        """`uid` is the guest's user, None for our own."""
         self.window = window
+        self._uid = uid
         self._registry = registry
         self._named: list[str] = []
         self.request_name = object_name(cluster, "q", random_bytes)
@@ -89,6 +94,8 @@ class QueuePair:
                 f"in all clusters together (ulimit -q, fs.mqueue.queues_max); kernel said: {error}",
                 ExitCode.UNAVAILABLE,
             ) from None
+        if self._uid not in (None, os.geteuid()):
+            os.fchown(queue.mqd, self._uid, -1)
         return queue
 
     def forget_names(self) -> None:

@@ -2,10 +2,11 @@
 
 A cluster's *run directory* holds `registry/`, one empty file per kernel object or process:
 
-    segment:NAME    queue:NAME    process:PID:START
+    segment:NAME    queue:NAME    process:PID:START    group:PATH
 
 An entry is made before the object and removed after it is gone, so whatever was killed in between
 is listed and `clean` can remove it: by the registry, never by guessing from a process's name.
+PATH is that of a control group, with its slashes as %2F.
 START is the process's start time in clock ticks (field 22 of /proc/PID/stat), so that a process
 id that was used again is left alone.
 
@@ -20,8 +21,11 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import posix_ipc
+
+from ipc.jail.cgroup import remove
 
 NAME_PREFIX = "tmem-"
 
@@ -43,7 +47,7 @@ def process_start(pid: int) -> int | None:
 
 
 class Leftover(NamedTuple):
-    """A registry entry: kind `segment`, `queue` or `process`, and its name (or PID:START)."""
+    """A registry entry: kind `segment`, `queue`, `process` or `group`, and what is behind it."""
 
     kind: str
     name: str
@@ -86,6 +90,8 @@ class Registry:
                 existed = _kill(entry.name)
             elif entry.kind == "queue":
                 existed = unlink_queue(f"/{entry.name}")
+            elif entry.kind == "group":
+                existed = remove(Path(unquote(entry.name)))
             else:
                 existed = unlink_segment(f"/{entry.name}")
             self.remove(entry.kind, entry.name)

@@ -113,8 +113,9 @@ class RingPair(QueuePair):
         registry: Registry,
         window: Window,
         random_bytes: Callable[[int], bytes],
+        uid: int | None = None,
     ) -> None:
-        super().__init__(cluster, registry, window, random_bytes)
+        super().__init__(cluster, registry, window, random_bytes, uid)
         self.seen = 0
         """The last `posted` that was taken for a call."""
         self.mark = 0
