@@ -24,12 +24,13 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
 from guests.boot import GuestSpec
 from guests.boot import run as run_guest
+from guests.jail import overhead_bytes
 from guests.node import JOIN_DEAD_TIMES, NodeSpec
 from hypervisor.boot import HypervisorSpec
 from hypervisor.boot import run as run_hypervisor
@@ -37,12 +38,14 @@ from ipc.abi import TOKEN_BYTES
 from ipc.attach import enrol
 from ipc.codec import Record
 from ipc.errors import Disconnected, ExitCode, OperatorError
+from ipc.jail import Mode
 from ipc.limits import explain_queue_limit, read_queue_limits
 from ipc.names import Registry, process_start
 from ipc.segment import available_memory_bytes, explain_segment_limit
 from tools.administer import ask_politely
 from tools.control import ask
 from tools.interrupts import Interrupts
+from tools.jails import Jails, without
 from tools.processes import ProcessFactory
 from tools.rundir import ClusterDirectory, ClusterRecord, GuestRecord
 from tools.units import format_size
@@ -74,6 +77,8 @@ class GuestPlan:
     frontswap: bool = True
     ksm: bool = False
     direct: bool = False
+    adversary: str | None = None
+    """The module that its workload `adversary` runs (`guests.adversary`)."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ class ClusterPlan:
     """Fields of `HypervisorSpec` that shall not have their defaults."""
     questions: Sequence[Record] = ()
     """What the hypervisor is told before guests start (`tools.administer.questions`)."""
+    jail: Mode = "auto"
+    """Of all guests and of the hypervisor."""
 
 
 class Cluster:
@@ -123,11 +130,20 @@ class Cluster:
     # --- start
 
     def _start(self) -> None:
+        self._jails = Jails(
+            self.plan.jail,
+            {
+                guest.name: None if guest.node is None else guest.node.volume
+                for guest in self.plan.guests
+            },
+        )
         self.directory.make()
+        self._jails.prepare(self.directory.path)
         self._registry = Registry(self.directory.path)
         self._registry.add_process(os.getpid())
         self.directory.write(self._record())
         self._open_log()
+        self._log_jails()
         self._factory = ProcessFactory(self.directory.door, self.directory.log("console"))
         for pid in self._factory.start():
             self._registry.add_process(pid)
@@ -165,6 +181,17 @@ class Cluster:
         log.addHandler(self._log_file)
         log.setLevel(logging.INFO)
 
+    def _log_jails(self) -> None:
+        """What this machine can't give is named once, at the start."""
+        jails = self._jails
+        if jails.mode != "off":
+            log.info(
+                "event=jail mode=%s missing=%s without=%s",
+                jails.mode,
+                "; ".join(jails.missing) or "nothing",
+                "; ".join(without()) or "nothing",
+            )
+
     def _start_hypervisor(self) -> None:
         assert self.plan.arena_bytes is not None
         spec = HypervisorSpec(
@@ -172,6 +199,7 @@ class Cluster:
             run_directory=self.directory.door,
             arena_bytes=self.plan.arena_bytes,
             supervisor_pid=os.getpid(),
+            jail=self._jails.of_hypervisor(),
             **self.plan.hypervisor,
         )
         self._hypervisor = self._factory.spawn(run_hypervisor, spec, HYPERVISOR)
@@ -192,7 +220,7 @@ class Cluster:
 
     def _start_guest(self, guest: GuestPlan) -> None:
         token = os.urandom(TOKEN_BYTES)
-        enrol(self.directory.path, guest.name, token, os.getuid())
+        enrol(self.directory.path, guest.name, token, self._jails.uid(guest.name))
         spec = GuestSpec(
             name=guest.name,
             image=guest.image,
@@ -208,7 +236,15 @@ class Cluster:
             direct=guest.direct,
             cleancache=guest.cleancache,
             frontswap=guest.frontswap,
+            adversary=guest.adversary,
         )
+        group = self._jails.make_group(
+            self.plan.name,
+            guest.name,
+            guest.memory_bytes + overhead_bytes(spec),
+            self._registry,
+        )
+        spec = replace(spec, jail=self._jails.of_guest(guest.name, group))
         process = self._factory.spawn(run_guest, spec, guest.name)
         self._guests[guest.name] = process
         self._registry.add_process(process.pid)
@@ -334,6 +370,7 @@ class Cluster:
             self._end([self._hypervisor])
         if hasattr(self, "_factory"):
             self._factory.close()
+        self._jails.remove_groups(self._registry)
         self._registry.remove_process(os.getpid())
         for leftover in self.directory.sweep():
             log.info("event=leftover %s", leftover)

@@ -2,6 +2,7 @@
 
     name = "web"                 # part of the names of kernel objects
     seed = 1
+    jail = "auto"                # off | auto (what this machine can) | strict (or not at all)
 
     [hypervisor]
     arena = "16M"                # bytes, or a text with K, M or G (binary)
@@ -259,6 +260,7 @@ class ClusterConfig(_Strict):
 
     name: str = Field(default="tmem", pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
     seed: int = Field(default=1, ge=0)
+    jail: Literal["off", "auto", "strict"] = "auto"
     hypervisor: HypervisorConfig = HypervisorConfig()
     guest: list[GuestConfig] = Field(min_length=1)
     shared_pool: list[SharedPoolConfig] = []

@@ -27,11 +27,13 @@ from fs.mount import mount_image
 from guests.node import NodeSpec, read_layout
 from ipc.codec import Record
 from ipc.errors import Disconnected, ExitCode, OperatorError
+from ipc.jail import check_strict
 from tools.administer import questions
 from tools.cluster import Cluster, ClusterPlan, GuestPlan, check_limits
 from tools.config import ClusterConfig, GuestConfig, VolumeConfig
 from tools.image import build_image, copy_image
 from tools.interrupts import Interrupts
+from tools.jails import missing_here
 from tools.rundir import ClusterDirectory
 from tools.swapfile import Swap, prepare_swap
 from tools.topology import phases as default_phases
@@ -83,6 +85,8 @@ class Disk:
 
 def check_cluster(config: ClusterConfig, directory: ClusterDirectory) -> None:
     """Raise OperatorError if this machine or this directory can't hold the cluster."""
+    if config.jail == "strict":
+        check_strict(missing_here())
     guests = config.guests()
     directory.check()
     check_limits(len(guests), config.memory_beside_bytes, config.hypervisor.arena)
@@ -170,9 +174,10 @@ def plan_cluster(
             )
         )
     if mode == "off":
-        return ClusterPlan(config.name, guests, None)
+        return ClusterPlan(config.name, guests, None, jail=config.jail)
     told = [*questions(config), *_grants(config, disks)]
-    return ClusterPlan(config.name, guests, arena, config.hypervisor.options(), told)
+    options = config.hypervisor.options()
+    return ClusterPlan(config.name, guests, arena, options, told, config.jail)
 
 
 def _nodes(volume: VolumeConfig) -> Iterator[tuple[str, NodeSpec]]:

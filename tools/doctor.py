@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Final
 
 from ipc.errors import ExitCode, OperatorError
+from ipc.jail import landlock, limits, seccomp
+from ipc.jail.cgroup import MemoryGroups
 from ipc.limits import explain_queue_limit, queue_bytes_needed, read_queue_limits
 from ipc.mqueue import QueuePair
 from ipc.names import Registry
 from ipc.segment import SHARED_MEMORY_DIRECTORY, available_memory_bytes
 from ipc.window import create_window
 from tools.image import find_program
+from tools.jails import IDS_FIRST
 from tools.units import format_size
 
 _GUESTS: Final = 4
@@ -52,6 +55,10 @@ def examine() -> list[Finding]:
         _disk,
         _files,
         _peer_pidfd,
+        _jail_files,
+        _jail_calls,
+        _jail_users,
+        _jail_memory,
         lambda: _program("mke2fs", "images can't be made", "missing"),
         lambda: _program("e2fsck", "images can't be checked", "warning"),
         lambda: _program("debugfs", "tests of the file system are skipped", "warning"),
@@ -140,6 +147,39 @@ def _peer_pidfd() -> Finding:
     if version < (5, 3):
         return Finding("kernel", release, "missing", "pidfd_open(2) needs Linux 5.3 or newer")
     return Finding("kernel", release, "ok")
+
+
+def _jail_files() -> Finding:
+    level = landlock.level()
+    missing = landlock.missing(level)
+    if missing is not None:
+        fix = "guests are jailed without it; --jail strict does not start"
+        return Finding("jail: files", f"no {missing}", "warning", fix)
+    later = landlock.second_locks_missing(level)
+    less = f", without {', '.join(later)}" if later else ""
+    return Finding("jail: files", f"Landlock, level {level}{less}", "ok")
+
+
+def _jail_calls() -> Finding:
+    missing = seccomp.missing()
+    if missing is not None:
+        fix = "guests are jailed without it; --jail strict does not start"
+        return Finding("jail: system calls", f"no {missing}", "warning", fix)
+    return Finding("jail: system calls", "filtered by seccomp", "ok")
+
+
+def _jail_users() -> Finding:
+    refusal = limits.can_give_ids(IDS_FIRST)
+    if refusal is None:
+        return Finding("jail: user ids", "one for each guest", "ok")
+    return Finding("jail: user ids", f"no {refusal}", "ok" if os.geteuid() else "warning")
+
+
+def _jail_memory() -> Finding:
+    missing = MemoryGroups().missing
+    if missing is None:
+        return Finding("jail: memory", "by address space and by cgroup", "ok")
+    return Finding("jail: memory", f"by address space, without {missing}", "ok")
 
 
 def _program(name: str, loss: str, state: str) -> Finding:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ipc.errors import ExitCode, OperatorError
+from ipc.jail import MODES
 from tools.cli.common import JsonOption, RunOption, print_json, print_table
 
 if TYPE_CHECKING:
@@ -53,6 +54,15 @@ def up(
         bool, typer.Option("-d", "--detach", help="Stay up in the background, without work.")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the run.", min=0)] = None,
+    jail: Annotated[
+        str | None,
+        typer.Option(
+            "--jail",
+            help="What guests and hypervisor may do: off (whatever you may), auto (as little as "
+            "this machine can see to), strict (the same, or exit code 69) (default: auto).",
+            show_default=False,
+        ),
+    ] = None,
     run: RunOption = None,
     keep_images: Annotated[
         bool, typer.Option("--keep-images", help="Keep the guests' disks after the run.")
@@ -65,7 +75,8 @@ def up(
 
     if test is not None and topo is None and file is None:
         topo = "shared"
-    config = _configuration(file, topo, seed)
+    config = _configuration(file, topo, seed, jail)
+    _tell_what_jail_lacks(config)
     if test not in (None, "sharing", "coherence"):
         raise OperatorError(
             f"there is no test {test!r}; there are sharing, coherence", ExitCode.USAGE
@@ -248,14 +259,30 @@ def clean(run: RunOption = None) -> int:
     return ExitCode.OK
 
 
-def _configuration(file: Path | None, topo: str | None, seed: int | None) -> ClusterConfig:
+def _configuration(
+    file: Path | None, topo: str | None, seed: int | None, jail: str | None
+) -> ClusterConfig:
     from tools.config import read_config
     from tools.topology import build_topology
 
     if file is not None and topo is not None:
         raise OperatorError("give a cluster file or a topology, not both", ExitCode.USAGE)
     config = build_topology(topo or "default") if file is None else read_config(file)
-    return config if seed is None else config.model_copy(update={"seed": seed})
+    if jail not in (None, *MODES):
+        raise OperatorError(f"--jail {jail}: there are {', '.join(MODES)}", ExitCode.USAGE)
+    given = {"seed": seed, "jail": jail}
+    return config.model_copy(
+        update={key: value for key, value in given.items() if value is not None}
+    )
+
+
+def _tell_what_jail_lacks(config: ClusterConfig) -> None:
+    """One line, if something is promised that this machine can't hold."""
+    from tools.jails import missing_here
+
+    missing = missing_here() if config.jail == "auto" else []
+    if missing:
+        print(f"tmem: jail: this machine has no {'; no '.join(missing)}", file=sys.stderr)
 
 
 def _environment(name: str) -> str:
