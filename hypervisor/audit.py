@@ -3,11 +3,23 @@
     2026-11-25T10:03:07.120Z guest=alpha event=fault reason=bad_slot detail="63+2"
     2026-11-25T10:03:07.121Z guest=alpha event=suppressed lines=3120
 
-Faults, denials, detachments and every change that the administrator makes, in `log/audit.log` of
-the run directory.  A guest can't fill the disk: each has a bucket of `BURST_LINES` that fills up
-again at `LINES_PER_SECOND`, what does not fit is counted and told with the next line that does, and
-the file is turned over to `audit.log.1` at `FILE_BYTES_MAX`.  Events are counted before they are
-dropped (`counts`), so no figure depends on the file.
+In `log/audit.log` of the run directory; `tmem audit` reads it.
+
+  event       of whom          what it says
+  fault       guest            a broken rule of the ABI: which, and how
+  denied      guest            no grant for a shared pool, or a reader's put or flush
+  stale       guest            a put under an older fencing token than was needed
+  refused     guest, or ?      an attachment, or a connection to the control socket
+  detached    guest            thrown out for so many faults
+  checksum    guest            asked for a page that is not what was put, and by whom it was
+  suppressed  as the lines     how many lines of it were left out
+  quarantine, auth, set, ...   every change that the administrator makes; `about` is the guest
+
+A guest can't fill the disk: each has a bucket of `BURST_LINES` that fills up again at
+`LINES_PER_SECOND`, what does not fit is counted and told with the next line that does or when the
+flood is over (`settle`), and the file is turned over to `audit.log.1` at `FILE_BYTES_MAX`.  Events
+are counted before they are dropped (`counts`), so no figure depends on the file.  What no guest can
+bring about at will, damage, has a bucket of its own, so that no flood hides it.
 
 What a guest says of itself is never written raw: details are printable ASCII and bounded.
 """
@@ -25,6 +37,8 @@ BURST_LINES: Final = 50
 LINES_PER_SECOND: Final = 5.0
 FILE_BYTES_MAX: Final = 16 * 2**20
 _DETAIL_CHARACTERS_MAX: Final = 96
+_UNPROVOKED: Final = frozenset(("checksum",))
+"""Events that no guest can bring about."""
 
 
 class _Bucket:
@@ -35,6 +49,11 @@ class _Bucket:
         self.at_seconds = now_seconds
         self.suppressed = 0
 
+    def refill(self, now_seconds: float) -> None:
+        gained = max(0.0, now_seconds - self.at_seconds) * LINES_PER_SECOND
+        self.at_seconds = now_seconds
+        self.lines = min(float(BURST_LINES), self.lines + gained)
+
 
 class Audit:
     """`now_seconds` is a wall clock (seconds since 1970).  A log that can't be written is not worth
@@ -43,7 +62,10 @@ class Audit:
     def __init__(self, directory: Path, now_seconds: Callable[[], float]) -> None:
         self._path = directory / AUDIT_LOG
         self._now_seconds = now_seconds
-        self._buckets: dict[str, _Bucket] = {}
+        self._buckets: dict[tuple[str, bool], _Bucket] = {}
+        """By guest, and whether it is for what the guest does at will."""
+        self._flooded: set[tuple[str, bool]] = set()
+        """Buckets with lines that were left out."""
         self._file: int | None = None
         self._bytes = 0
         self.counts: dict[str, int] = {}
@@ -53,26 +75,35 @@ class Audit:
         """One event of a guest (or of "administrator")."""
         self.counts[event] = self.counts.get(event, 0) + 1
         now_seconds = self._now_seconds()
-        bucket = self._buckets.get(guest)
+        key = guest, event not in _UNPROVOKED
+        bucket = self._buckets.get(key)
         if bucket is None:
-            bucket = self._buckets[guest] = _Bucket(now_seconds)
-        refill = max(0.0, now_seconds - bucket.at_seconds) * LINES_PER_SECOND
-        bucket.at_seconds = now_seconds
-        bucket.lines = min(float(BURST_LINES), bucket.lines + refill)
+            bucket = self._buckets[key] = _Bucket(now_seconds)
+        bucket.refill(now_seconds)
         if bucket.lines < 1:
             bucket.suppressed += 1
+            self._flooded.add(key)
             return
         bucket.lines -= 1
         if bucket.suppressed:
-            self._write(now_seconds, guest, "suppressed", {"lines": bucket.suppressed})
-            bucket.suppressed = 0
+            self._tell_suppressed(now_seconds, key, bucket)
         self._write(now_seconds, guest, event, fields)
 
-    def forget(self, guest: str) -> None:
-        """A guest's process has ended; its last suppressed lines are told."""
-        bucket = self._buckets.pop(guest, None)
-        if bucket is not None and bucket.suppressed:
-            self._write(self._now_seconds(), guest, "suppressed", {"lines": bucket.suppressed})
+    def settle(self) -> None:
+        """Tell what was left out of those whose flood is over: their buckets are full again.  Costs
+        nothing while nobody floods."""
+        for key in list(self._flooded):
+            bucket = self._buckets[key]
+            now_seconds = self._now_seconds()
+            bucket.refill(now_seconds)
+            if bucket.lines >= BURST_LINES:
+                bucket.lines -= 1
+                self._tell_suppressed(now_seconds, key, bucket)
+
+    def _tell_suppressed(self, now_seconds: float, key: tuple[str, bool], bucket: _Bucket) -> None:
+        self._write(now_seconds, key[0], "suppressed", {"lines": bucket.suppressed})
+        bucket.suppressed = 0
+        self._flooded.discard(key)
 
     def _write(self, now_seconds: float, guest: str, event: str, fields: dict[str, object]) -> None:
         time = datetime.datetime.fromtimestamp(now_seconds, datetime.UTC)
@@ -94,6 +125,10 @@ class Audit:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._file = os.open(self._path, flags, 0o600)
         self._bytes = os.fstat(self._file).st_size
+
+    def record_counts(self) -> dict[str, object]:
+        """Events by kind since the start, and lines that could not be written."""
+        return {"events": dict(self.counts), "lost_lines": self.lost}
 
     def close(self) -> None:
         """Close the file; the next event opens it again."""

@@ -16,7 +16,6 @@ holds up a guest's call.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import select
 import socket
@@ -29,14 +28,13 @@ from hypervisor.doorman import Doorman
 from ipc.attach import CONTROL_SOCKET
 from ipc.codec import BadRecord, Record, decode, encode, split_frame
 
-log = logging.getLogger(__name__)
-
 CONNECTIONS_MAX: Final = 32
 _REQUEST_BYTES_MAX: Final = 65536
 
 
 class Control:
-    """`answer(record) -> record` does the work; this moves the frames."""
+    """`answer(record) -> record` does the work; this moves the frames.  `refused` is told of each
+    connection that is not let in."""
 
     def __init__(
         self,
@@ -44,11 +42,13 @@ class Control:
         poll: Doorman,
         handlers: dict[int, Callable[[], None]],
         answer: Callable[[Record], Record],
+        refused: Callable[[str, str], None],
     ) -> None:
         self._path = run_directory / CONTROL_SOCKET
         self._poll = poll
         self._handlers = handlers
         self._answer = answer
+        self._refused = refused
         self._buffers: dict[socket.socket, bytes] = {}
         self._path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -68,9 +68,11 @@ class Control:
         except OSError:
             return
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        _pid, uid, _gid = struct.unpack("iII", credentials)
+        pid, uid, _gid = struct.unpack("iII", credentials)
         if uid not in (os.geteuid(), 0) or len(self._buffers) >= CONNECTIONS_MAX:
-            log.warning("control event=refused uid=%d connections=%d", uid, len(self._buffers))
+            self._refused(
+                "?", f"control socket: user {uid}, process {pid}, {len(self._buffers)} are open"
+            )
             connection.close()
             return
         # A reply must not wait for its reader; a deaf one fails when the buffer is full.

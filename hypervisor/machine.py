@@ -240,7 +240,7 @@ class Machine:
         account.pages += count
         member = client.members.get(pool_id)
         if member is None or not member.may_get:
-            return _no_member(account, member, count)
+            return self._no_member(client, account, member, count)
         was_empty = not member.pool.pages
         if count == 1:
             got = bitmap = int(self.store.get_one(member, oid, index, window, slot, flags))
@@ -260,15 +260,10 @@ class Machine:
     def _damaged(self, client: Client, account: OpCount, bitmap: int, absent: int) -> Answer:
         """Pages that were asked for are not what was put: a persistent one is an error, an
         ephemeral one a miss."""
-        damaged = self.store.damaged.copy()
-        self.store.damaged.clear()
         lost = 0
-        for owner, index, putter, _ in damaged:
-            pool = owner.pool
-            lost += pool.persistent
-            where = f"{pool.kind} {pool.number} {owner.oid.rstrip(bytes(1)).hex()}:{index}"
-            reason = Reason.DAMAGED.name.lower()
-            self.witness(client, "checksum", reason, f"{where} put by {putter}")
+        for damage in self.store.take_damaged():
+            lost += damage.owner.pool.persistent
+            self.witness(client, "checksum", Reason.DAMAGED.name.lower(), str(damage))
         account.missed += absent - lost
         if not lost:
             return _MISS, 0, bitmap, 0, 0
@@ -292,7 +287,7 @@ class Machine:
         account.pages += count
         member = client.members.get(pool_id)
         if member is None or not member.may_get:
-            return _no_member(account, member, count)
+            return self._no_member(client, account, member, count)
         if member.tokens is not None and member.writer:
             needed = member.tokens.needed(oid)
             if token < needed:
@@ -424,7 +419,7 @@ class Machine:
         account.pages += count
         member = client.members.get(pool_id)
         if member is None or not member.may_get:
-            return _no_member(account, member, count)
+            return self._no_member(client, account, member, count)
         if not member.writer:
             account.refuse(Reason.NOT_WRITER, count)
             self._deny(client, "flush", Reason.NOT_WRITER, member)
@@ -549,6 +544,7 @@ class Machine:
         if member is None:
             return Status.ENODEV, Reason.NO_SUCH_POOL, 0, 0, 0
         if not member.may_get:
+            self._deny(client, "flush", Reason.SHARED_DENIED, member)
             return Status.EPERM, Reason.SHARED_DENIED, 0, 0, 0
         if not member.writer:
             self._deny(client, "flush", Reason.NOT_WRITER, member)
@@ -565,6 +561,17 @@ class Machine:
         """Its guest has flushed persistent pages."""
         if not member.pool.shared:
             self.pressure.flushed(member.client, pages)
+
+    def _no_member(
+        self, client: Client, account: OpCount, member: Member | None, count: int
+    ) -> Answer:
+        """The pool id is nobody's, or its grant was taken back."""
+        if member is None:
+            account.refuse(Reason.NO_SUCH_POOL, count)
+            return Status.ENODEV, Reason.NO_SUCH_POOL, 0, 0, 0
+        account.refuse(Reason.SHARED_DENIED, count)
+        self._deny(client, "call", Reason.SHARED_DENIED, member)
+        return Status.EPERM, Reason.SHARED_DENIED, 0, 0, 0
 
     def _deny(self, client: Client, what: str, reason: Reason, member: Member) -> None:
         self.witness(client, "denied", reason.name.lower(), f"{what} {member.pool.uuid.hex()}")
@@ -592,12 +599,3 @@ class Machine:
 
 def _look_away(_client: Client, _event: str, _reason: str, _detail: str) -> None:
     """Nobody asked to be told."""
-
-
-def _no_member(account: OpCount, member: Member | None, count: int) -> Answer:
-    """The pool id is nobody's, or its grant was taken back."""
-    if member is None:
-        account.refuse(Reason.NO_SUCH_POOL, count)
-        return Status.ENODEV, Reason.NO_SUCH_POOL, 0, 0, 0
-    account.refuse(Reason.SHARED_DENIED, count)
-    return Status.EPERM, Reason.SHARED_DENIED, 0, 0, 0

@@ -98,7 +98,9 @@ class Server:
         self._administration = Administration(
             machine, is_attached=self._is_attached, changed=changed
         )
-        self._control = Control(run_directory, self._poll, self._handlers, self._administer)
+        self._control = Control(
+            run_directory, self._poll, self._handlers, self._administer, self._note_refusal
+        )
         self.sessions = Sessions(
             machine,
             run_directory,
@@ -282,6 +284,7 @@ class Server:
         self._machine.store.contents.compact(_IDLE_SLICE_PAGES)
         self._divide_cpu()
         self._machine.moments.note(self._machine.store.sequence, time.time_ns())
+        self._audit.settle()
         self.sessions.expire()
         self._rings.part_with_idlers()
 
@@ -308,6 +311,7 @@ class Server:
                 "uptime_seconds": time.monotonic() - self._started,
                 "cpu_seconds": self._cpu_read_ns / 1e9,
                 "cpu_overhead_ns": self._cpu_overhead_ns,
+                "audit": self._audit.record_counts(),
             }
         if verb == "stop":
             self.stop()
@@ -318,10 +322,12 @@ class Server:
         answer = self._administration.answer(record)
         if verb in _AUDITED:
             fields = {key: value for key, value in record.items() if key != "verb"}
+            about = {"about": fields.pop("guest")} if fields.get("guest") else {}
             done = "error" if "error" in answer else "done"
-            self._audit.record("administrator", str(verb), result=done, detail=fields)
-            if verb == "quarantine" and "error" not in answer:
-                self._audit.record(str(record["guest"]), "quarantined", **answer)
+            what = answer if verb == "quarantine" and "error" not in answer else {}
+            self._audit.record(
+                "administrator", str(verb), result=done, **about, **what, detail=fields
+            )
         return answer
 
     def close(self) -> None:

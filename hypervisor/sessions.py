@@ -168,6 +168,7 @@ class Sessions:
             connection.close()
             return
         if len(self._pending) >= HANDSHAKES_MAX and not self._make_way(peer.pid):
+            self._refused("?", _TOO_MANY)
             attach.send_refusal(connection, _TOO_MANY)
             connection.close()
             os.close(peer.pidfd)

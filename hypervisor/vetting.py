@@ -41,7 +41,10 @@ class Damage(NamedTuple):
     owner: TmemObject
     page_index: int
     putter: str
-    number: int
+
+    def __str__(self) -> str:
+        pool, oid = self.owner.pool, self.owner.oid.rstrip(b"\0").hex()
+        return f"{pool.kind} {pool.number} {oid}:{self.page_index} put by {self.putter}"
 
 
 class Vetting(Reclaim):
@@ -70,10 +73,15 @@ class Vetting(Reclaim):
             return True
         self.damaged_pages += 1
         putter = self.member_of(pool, number).origin[0]
-        self.damaged.append(Damage(owner, index, putter, number))
+        self.damaged.append(Damage(owner, index, putter))
         if not pool.persistent:
             self._drop(owner, number, index)
         return False
+
+    def take_damaged(self) -> list[Damage]:
+        """What this call found, once."""
+        found, self.damaged = self.damaged, []
+        return found
 
     def is_right(self, owner: TmemObject, number: int, index: int) -> bool:
         """Whether a page is what was put, as far as its checksum tells."""
