@@ -392,11 +392,34 @@ def selfballoon(console: Console, arguments: list[str]) -> None:
         console.line(f"{name} {value}")
 
 
+def frontswap(console: Console, arguments: list[str]) -> None:
+    """frontswap [writethrough 0|1] [exclusive_gets 0|1] [shrink PAGES]"""  # noqa: D400, D403
+    userland = console.kernel.userland
+    swap, front = userland.swap, userland.frontswap
+    if swap is None or front is None:
+        raise UsageError("this guest has none: it needs a swap disk and a hypervisor")
+    words = list(arguments)
+    while words:
+        name, value = words.pop(0), words.pop(0) if words else ""
+        if name == "writethrough" and value in ("0", "1"):
+            front.writethrough = value == "1"
+        elif name == "exclusive_gets" and value in ("0", "1"):
+            swap.exclusive = value == "1"
+        elif name == "shrink" and value.isdecimal():
+            userland.shrink_frontswap(int(value))
+        else:
+            raise UsageError(f"not a mode and its value: '{name} {value}'")
+    console.line(f"writethrough {front.writethrough:d}")
+    console.line(f"exclusive_gets {swap.exclusive:d}")
+    console.line(f"curr_pages {front.pages}")
+
+
 COMMANDS: Final[dict[str, Command]] = {
     "cat": cat,
     "cp": cp,
     "df": df,
     "find": find,
+    "frontswap": frontswap,
     "ln": ln,
     "ls": ls,
     "mkdir": mkdir,

@@ -132,7 +132,7 @@ def _options(arguments: list[str], *, flags: str, valued: str) -> tuple[dict[str
     return options, rest
 
 
-WAITING_COMMANDS: Final[dict[str, WaitingCommand]] = {
+LOCK_COMMANDS: Final[dict[str, WaitingCommand]] = {
     "flock": flock,
     "lockf": lockf,
     "sleep": sleep,

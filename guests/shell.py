@@ -3,8 +3,9 @@
 Exit codes are Unix's too: 0 done, 1 something failed, 2 wrong use, 127 no such command.  Output is
 bounded; what did not fit is cut, said so on stderr, and the exit code is then 1.
 
-Most commands run to their end at once.  Some wait (`guests.lockcommands`), so a command that was
-started is stepped until it has a result, and others may be started meanwhile.
+Most commands run to their end at once.  Some wait (`guests.lockcommands`) or go on for long
+(`guests.workcommands`), so a command that was started is stepped until it has a result, and others
+may be started meanwhile.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Final, NamedTuple
 
 from guests.commands import COMMANDS, Console, UsageError
 from guests.kernel import Kernel
-from guests.lockcommands import WAITING_COMMANDS
+from guests.lockcommands import LOCK_COMMANDS, WaitingCommand
+from guests.workcommands import programs
 
 STDOUT_BYTES_MAX: Final = 3 * 1024 * 1024
 """An answer must fit into one frame (`ipc.limits.CONTROL_MESSAGE_BYTES_MAX`, 4 MiB)."""
 STDERR_BYTES_MAX: Final = 64 * 1024
+WAITING_COMMANDS: Final[dict[str, WaitingCommand]] = {**LOCK_COMMANDS, "programs": programs}
 _KNOWN: Final = " ".join(sorted({*COMMANDS, *WAITING_COMMANDS}))
 
 

@@ -96,7 +96,7 @@ class Userland:
         self.balloon = Balloon(memory, self.host)
         self.monitor = Monitor(memory, self.balloon) if memory.states is not None else None
         self.selfballoon = SelfBalloon(
-            now_seconds, self._needs, self._set_own_target, self._shrink_frontswap
+            now_seconds, self._needs, self._set_own_target, self.shrink_frontswap
         )
 
     def in_background(self) -> None:
@@ -130,7 +130,7 @@ class Userland:
         self._own_target_pages = pages
         return self.balloon.set_target(min(pages, self._wished_pages))
 
-    def _shrink_frontswap(self, target_pages: int) -> None:
+    def shrink_frontswap(self, target_pages: int) -> None:
         """Bring pages back from frontswap until so many are left, as far as frames are free."""
         if self.frontswap is not None:
             slots = set(self.frontswap.oldest(self.frontswap.pages - target_pages))

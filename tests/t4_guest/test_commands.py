@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -142,3 +142,42 @@ def test_df_and_virtual_files(shell: Shell, kernel: Kernel) -> None:
     assert done(shell.run(["df"])).count("\n") == 2
     assert done(shell.run(["df", "-i"])).count("\n") == 2
     assert done(shell.run(["sync"])) == ""
+
+
+def test_programs_fill_memory_and_verify_it(
+    shell: Shell,
+    kernel: Kernel,
+    monkeypatch: pytest.MonkeyPatch,
+    expect_warning: Callable[[str], None],
+) -> None:
+    """Other commands show the guest meanwhile; who was killed is said, what is wrong fails."""
+    expect_warning("event=killed why=Out of memory")
+    monkeypatch.setattr("guests.workcommands.SLICE_SECONDS", 0.0)
+    execution = Execution(kernel, ["programs", "programs=2", "pages=20", "passes=1", "seed=3"])
+    for _ in range(40):
+        assert execution.step() is None
+    shown = done(shell.run(["cat", "/proc/meminfo"]))
+    assert "Committed_AS:        160 kB" in shown
+    while (result := execution.step()) is None:
+        pass
+    assert done(result) == "120 accesses, 0 wrong\n"
+    assert len(kernel.userland.processes) == 0
+
+    too_many = f"pages={kernel.memory.budget.frames}"
+    result = shell.run(["programs", "programs=2", too_many, "passes=0", "writes=0.1"])
+    assert result.exit_code == 0
+    assert result.stderr.startswith(b"programs: Out of memory: Killed process ")
+
+    for words, says in (
+        (["page=3"], "not a parameter and a number: 'page=3'"),
+        (["pages=many"], "not a parameter and a number: 'pages=many'"),
+        (["pages=0"], "parameter pages must be a number from 1 to 1000000, not 0"),
+        (["pages=1.5"], "parameter pages must be a whole number"),
+        (["3"], "not a parameter and a number: '3'"),
+    ):
+        assert says in failed(shell.run(["programs", *words]), 2)
+    monkeypatch.setattr("guests.workloads.programs._Program.is_right", lambda *_: False)
+    result = shell.run(["programs", "programs=1", "pages=2", "passes=0"])
+    assert result.stdout == b"4 accesses, 2 wrong\n"
+    assert "program0 page 0 does not hold what was written" in failed(result)
+    assert kernel.findings.mismatches == 2

@@ -15,6 +15,7 @@ from guests.kernel import Kernel
 from guests.pressure import PERIOD_NS, Pressure
 from guests.proc import virtual_file
 from guests.process import OOM_SCORE_ADJ_MIN, Process, ProcessKilled
+from guests.shell import Execution, Result
 from guests.swap import READAHEAD_PAGES_MAX
 from ipc.local import Fault
 from tests.t4_guest.test_processes import swap_file
@@ -151,11 +152,11 @@ def test_shrinking_brings_pages_back_into_ram(kernel: Kernel, hypervisor: LocalH
     before = kernel.counters()["frontswap"]["curr_pages"]
     assert free > 20
     userland.switch_selfballooning("frontswap_selfshrinking", 1)
-    userland._shrink_frontswap(before - 10)
+    userland.shrink_frontswap(before - 10)
     userland.idle()
     assert kernel.counters()["frontswap"]["curr_pages"] == before - 10
     evicted = kernel.counters()["anonymous"]["evictions"]
-    userland._shrink_frontswap(0)
+    userland.shrink_frontswap(0)
     assert kernel.memory.free_pages < READAHEAD_PAGES_MAX
     assert kernel.counters()["anonymous"]["evictions"] == evicted
     check_programs(kernel, hypervisor)
@@ -345,3 +346,34 @@ def test_meminfo_is_written_as_linux_writes_it(kernel: Kernel) -> None:
     assert kernel.memory.give_back(5) == 5
     assert (row("MemTotal:"), row("MemFree:")) == (total - 20, free - 20)
     assert row("Balloon:") == 20
+
+
+def test_modes_are_switched_by_a_command(kernel: Kernel, hypervisor: LocalHypervisor) -> None:
+    """While pages are there; what makes no sense changes nothing."""
+
+    def command(*words: str) -> Result:
+        result = Execution(kernel, ["frontswap", *words]).step()
+        assert result is not None
+        return result
+
+    process, address = fill(kernel)
+    other, _ = fill(kernel, 60, "other")
+    other.exit()
+    before = kernel.counters()["frontswap"]["curr_pages"]
+    assert command().stdout.decode() == f"writethrough 0\nexclusive_gets 1\ncurr_pages {before}\n"
+    shown = command("writethrough", "1", "exclusive_gets", "0", "shrink", str(before - 5))
+    assert shown.stdout.decode() == f"writethrough 1\nexclusive_gets 0\ncurr_pages {before - 5}\n"
+    assert kernel.userland.frontswap is not None and kernel.userland.frontswap.writethrough
+    assert kernel.userland.swap is not None and not kernel.userland.swap.exclusive
+    for words in (["writethrough", "2"], ["shrink"], ["shrink", "-1"], ["on"]):
+        assert command(*words).exit_code == 2
+    assert command().stdout == shown.stdout
+    read_all(process, address)
+    check_programs(kernel, hypervisor)
+
+
+def test_without_a_swap_disk_there_are_no_modes(image: Path) -> None:
+    """And it is said why."""
+    with running_kernel(image) as kernel:
+        result = Execution(kernel, ["frontswap"]).step()
+        assert result is not None and b"needs a swap disk and a hypervisor" in result.stderr
