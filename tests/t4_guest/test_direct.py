@@ -6,7 +6,6 @@ import errno
 import mmap
 import os
 import random
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,24 +16,11 @@ from fs.block.device import BLOCK_BYTES
 from fs.block.direct import BOUNCE_BLOCKS, DirectFileDevice, Waits, is_aligned
 from fs.errors import ImageError
 from guests.swapheader import make_swap, owner_uuid
-from tests.support.tools import need_tool
+from tests.support.disks import in_host_cache, is_on_disk, mount_of
 from tests.t4_guest.worlds import PAGE, assert_clean, make_image, running_kernel
 
 BLOCKS = 64
 MEMORY = Path("/dev/shm")
-
-
-def in_host_cache(path: Path) -> int:
-    """Pages of a file in the host's page cache, as util-linux has it (mincore)."""
-    command = [need_tool("fincore"), "--bytes", "--noheadings", "--output", "PAGES", str(path)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def mount_of(path: Path) -> list[str]:
-    """Device and kind of the file system that a file is on."""
-    command = ["df", "--output=source,fstype", str(path)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return shown.splitlines()[1].split()
 
 
 @pytest.fixture
@@ -42,8 +28,8 @@ def disk(tmp_path: Path) -> Path:
     """A file that the host's page cache has all of; skips where the folder is on no disk."""
     path = tmp_path / "raw"
     path.write_bytes(random.Random(1).randbytes(BLOCKS * BLOCK_BYTES + 100))
-    if (kind := mount_of(path)[1]) in ("tmpfs", "ramfs"):
-        pytest.skip(f"{tmp_path} is on {kind} and not on a disk")
+    if not is_on_disk(path):
+        pytest.skip(f"{tmp_path} is not on a disk")
     assert in_host_cache(path) == BLOCKS + 1
     return path
 

@@ -11,6 +11,8 @@ import pytest
 from guests import ksm
 from tests.support.clusters import wait_until
 from tests.t4_guest.worlds import PAGE, running_kernel
+from tools.experiment.merging import merging as host_merges
+from tools.experiment.merging import why_not
 
 SYSTEM = Path("/sys/kernel/mm/ksm")
 PAGES = 500
@@ -19,18 +21,11 @@ PAGES = 500
 @pytest.fixture
 def merging() -> Iterator[bool]:
     """Whether the host looks for equal pages now, quickly; as it was before in the end."""
-    names = ("run", "sleep_millisecs", "pages_to_scan")
-    try:
-        before = {name: (SYSTEM / name).read_text() for name in names}
-        (SYSTEM / "sleep_millisecs").write_text("1")
-        (SYSTEM / "pages_to_scan").write_text("20000")
-        (SYSTEM / "run").write_text("1")
-    except OSError:
+    if why_not() is not None:
         yield False
         return
-    yield True
-    for name, value in before.items():
-        (SYSTEM / name).write_text(value)
+    with host_merges(4 * PAGES):
+        yield True
 
 
 def test_equal_pages_are_merged_by_the_host(image: Path, *, merging: bool) -> None:

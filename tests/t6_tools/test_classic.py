@@ -16,6 +16,7 @@ import pytest
 
 from ipc.errors import ExitCode
 from tests.support.clusters import short_folder, tmem_here
+from tests.support.disks import is_on_disk, mount_of
 from tests.support.tools import need_tool
 from tools.experiment import classic
 from tools.experiment.classic import MEASURES, QUICK, Plan, verdict
@@ -71,15 +72,21 @@ class Sweep:
 
 @pytest.fixture(scope="module")
 def sweep(new_cluster_name: Callable[[], str]) -> Iterator[Sweep]:
-    """Two modes at two levels."""
+    """Two modes at two levels, around the host's page cache where that can be."""
     need_tool("mke2fs")
-    with short_folder() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classic, "QUICK", replace(TINY, name=new_cluster_name()))
-        done = tmem_here(
-            "experiment", "classic", "--quick", "--json", "--seed", "3", "--out", "out", cwd=folder
-        )
-        assert done.stdout, done.stderr
-        yield Sweep(folder, json.loads(done.stdout), done.stderr, done.returncode)
+    with short_folder() as folder:
+        options = ["--direct"] if is_on_disk(folder) else []
+        yield run_sweep(folder, TINY, new_cluster_name(), *options)
+
+
+def run_sweep(folder: Path, plan: Plan, name: str, *options: str) -> Sweep:
+    """`tmem experiment classic` of a small plan, with its results in `out`."""
+    command = ("experiment", "classic", "--quick", "--json", "--seed", "3", "--out", "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classic, "QUICK", replace(plan, name=name))
+        done = tmem_here(*command, *options, cwd=folder)
+    assert done.stdout, done.stderr
+    return Sweep(folder, json.loads(done.stdout), done.stderr, done.returncode)
 
 
 @pytest.mark.cluster
@@ -123,6 +130,28 @@ def test_a_small_sweep_is_right_and_shows_the_difference(sweep: Sweep) -> None:
 
 
 @pytest.mark.cluster
+def test_the_disk_below_is_measured(sweep: Sweep) -> None:
+    """No page of images and swap was in the host's cache; the clock says what the disk took."""
+    if not is_on_disk(sweep.folder):
+        pytest.skip(f"{sweep.folder} is not on a disk")
+    device, kind = mount_of(sweep.folder)
+    assert sweep.found["disk"] == {
+        "device": device,
+        "file_system": kind,
+        "host_cached_pages": sweep.found["disk"]["host_cached_pages"],
+    }
+    # None: a kernel that has no figure.
+    assert not sweep.found["disk"]["host_cached_pages"]
+    for point in sweep.found["points"]:
+        cpu_seconds = point["ssd_seconds"] - 0.0001 * point["accesses"]
+        assert cpu_seconds < point["direct_seconds"]
+    report = (sweep.folder / "out" / "report.md").read_text()
+    assert f"files on {kind} on {device}, and the host's page cache had " in report
+    assert "| O_DIRECT s |" in report
+    assert "never slower than static (O_DIRECT time)" in report
+
+
+@pytest.mark.cluster
 def test_the_report_needs_nothing_else(sweep: Sweep) -> None:
     """JSON, Markdown and a page whose plots are well-formed; nothing of the clusters is left."""
     out = sweep.folder / "out"
@@ -158,6 +187,8 @@ def test_progress_says_what_is_on(sweep: Sweep) -> None:
         (["--guests", "many"], ExitCode.USAGE, "--guests"),
         (["--out", "file/out"], ExitCode.NO_INPUT, "can't make the folder file/out"),
         (["--guests", "100000"], ExitCode.UNAVAILABLE, "guests"),
+        (["--direct", "--dir", "file"], ExitCode.NO_INPUT, "can't make the folder "),
+        (["--modes", "tmem+ksm"], ExitCode.USAGE, "there is no mode 'tmem+ksm'"),
     ],
 )
 def test_bad_input_is_refused(

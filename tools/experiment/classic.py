@@ -264,7 +264,7 @@ def _run(
     how = MODES.get(mode) or MODES_ON_DEMAND[mode]
     with (
         fresh_disks(plan.swap_bytes, directory, images) as disks,
-        merging(_ram_bytes(plan) // PAGE_BYTES) if how.ksm else nullcontext(),
+        merging(_ram_bytes(plan) // PAGE_BYTES, interrupts.sleep) if how.ksm else nullcontext(),
     ):
         figures = run_once(how, plan.host, disks, work, directory, interrupts, ACCESS_SECONDS, news)
         if plan.direct:

@@ -308,9 +308,8 @@ def ksm_lines(found: Mapping[str, Any]) -> Iterator[str]:
     ram = merged["ram_pages"]
     yield (
         f"of {ram:,} pages of the guests' RAM {merged['merged_pages']:,} were merged on average "
-        f"({merged['merged_pages'] / ram:.1%}), {merged['merged_pages_most']:,} at most; the host "
-        f"has {format_size(merged['saved_pages'] * PAGE_BYTES)} more for that on average, "
-        f"{format_size(merged['saved_pages_most'] * PAGE_BYTES)} at most (compilers stamp "
+        f"({merged['merged_pages'] / ram:.1%}), {merged['merged_pages_most']:,} at most; that is "
+        f"{merged['profit_bytes'] / 1024:,.0f} KiB of profit on average (compilers stamp "
         "each page, and guests have different sources: little is equal in this load)"
     )
     cpu = merged["ksmd_cpu_seconds"]
