@@ -14,7 +14,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from ipc.errors import Disconnected, ExitCode, OperatorError
-from tools.cli import admin, cluster, experiment, guest, machine, security, sim, volume, xen
+from tools.cli import admin, cluster, experiment, guest, machine, scenario, security, sim, volume, xen
 
 app = typer.Typer(
     name="tmem",
@@ -29,6 +29,7 @@ machine.register(app)
 admin.register(app)
 security.register(app)
 experiment.register(app)
+scenario.register(app)
 sim.register(app)
 volume.register(app)
 xen.register(app)

@@ -1,0 +1,105 @@
+"""Calls with any field of the request as one likes it, below everything that a good kernel does.
+
+What all adversaries have in common; no attack.  A reply is counted as what it is: `DONE` kept or
+gave something, everything else was refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Final
+
+from guests.adversary import Cell
+from ipc.abi import (
+    ANY_UUID,
+    OID_BYTES,
+    PAGE_BYTES,
+    REQUEST,
+    Op,
+    Reason,
+    Reply,
+    Status,
+    oid_from_int,
+    pool_flag_word,
+)
+from ipc.wire import decode_reply
+
+_WORD: Final = 0xFFFF_FFFF
+_LONG: Final = (1 << 64) - 1
+
+
+def page_of(*what: object) -> bytes:
+    """A page of bytes that only this name has, and that no filling or compressing shortens."""
+    seed = hashlib.blake2b(repr(what).encode(), digest_size=32).digest()
+    return hashlib.shake_128(seed).digest(PAGE_BYTES)
+
+
+def file_oid(ino: int, generation: int) -> bytes:
+    """The object id of a file, as file systems make it (`guests.cleancache.object_id`)."""
+    return ino.to_bytes(8, "little") + generation.to_bytes(4, "little") + bytes(OID_BYTES - 12)
+
+
+class Raw:
+    """The channel of the guest that we are in."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+        self.channel = cell.channel
+        self.sequence = cell.random.getrandbits(32)
+
+    def request(self, op: int, **fields: Any) -> bytes:
+        """The message of a call; negative numbers are sent as their two's complement."""
+        self.sequence = (self.sequence + 1) & _WORD
+        oid = fields.get("oid", 0)
+        return REQUEST.pack(
+            self.sequence,
+            op & 0xFF,
+            fields.get("flags", 0) & 0xFF,
+            fields.get("count", 0) & 0xFFFF,
+            fields.get("pool", 0) & _WORD,
+            fields.get("index", 0) & _WORD,
+            oid if isinstance(oid, bytes) else oid_from_int(oid),
+            fields.get("slot", 0) & _LONG,
+            fields.get("token", 0) & _LONG,
+            fields.get("reserved", 0) & _LONG,
+        )
+
+    def send(self, message: bytes) -> Reply:
+        """The reply to any message.  Disconnected."""
+        return decode_reply(self.channel.call(message))
+
+    def call(self, op: int, **fields: Any) -> Reply:
+        """The reply to a call.  Disconnected."""
+        return self.send(self.request(op, **fields))
+
+    def new_pool(self, *, persist: bool = False, uuid: bytes | None = None) -> Reply:
+        """Ask for a private pool, or for the shared one of a uuid."""
+        word = pool_flag_word(persist=persist, shared=uuid is not None)
+        oid = (uuid or ANY_UUID).ljust(OID_BYTES, b"\0")
+        return self.call(Op.NEW_POOL, pool=word, oid=oid)
+
+    def put(
+        self, pool: int, oid: int | bytes, index: int, pages: list[bytes], *, token: int = 0
+    ) -> Reply:
+        """Put neighbouring pages from slot 0 on."""
+        window = self.channel.window
+        for slot, page in enumerate(pages):
+            window.slot(slot)[:] = page
+        return self.call(
+            Op.PUT_PAGE, pool=pool, oid=oid, index=index, count=len(pages), token=token
+        )
+
+    def get(self, pool: int, oid: int | bytes, index: int) -> bytes | None:
+        """One page; None if it is not there, or not ours to have."""
+        window = self.channel.window
+        window.slot(0)[:] = bytes(PAGE_BYTES)
+        reply = self.call(Op.GET_PAGE, pool=pool, oid=oid, index=index, count=1)
+        return bytes(window.slot(0)) if reply.status == Status.DONE else None
+
+
+def why(reply: Reply) -> str:
+    """The reason of a reply, as it stands in the audit log."""
+    try:
+        return Reason(reply.reason).name.lower()
+    except ValueError:
+        return str(reply.reason)

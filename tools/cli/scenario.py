@@ -1,0 +1,138 @@
+"""scenario: attacks on a cluster of their own, with the defence off or on."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ipc.errors import ExitCode, OperatorError
+from tools.cli.common import JsonOption, print_json, print_table
+
+if TYPE_CHECKING:
+    from tools.scenario.model import Outcome, Scenario
+
+_WIDTH = 96
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands."""
+    scenarios = typer.Typer(
+        help="Hostile guests and poisoned pages: shown, explained, stopped.", no_args_is_help=True
+    )
+    scenarios.command("list")(list_scenarios)
+    scenarios.command()(run)
+    app.add_typer(scenarios, name="scenario")
+
+
+def list_scenarios(json: JsonOption = False) -> int:
+    """All scenarios: what is tried, and what stops it."""
+    from tools.scenario.catalogue import SCENARIOS
+
+    if json:
+        print_json(
+            [
+                {
+                    "name": one.name,
+                    "kind": one.kind,
+                    "adversary": one.adversary,
+                    "tries": one.tries,
+                    "stops": one.stops,
+                    "off": one.off,
+                }
+                for one in SCENARIOS.values()
+            ]
+        )
+    else:
+        rows = [(one.name, one.kind, one.tries) for one in SCENARIOS.values()]
+        print_table(("NAME", "KIND", "THE ATTACKER"), rows)
+    return ExitCode.OK
+
+
+def run(
+    name: Annotated[str, typer.Argument(help="Of a scenario, or 'all'.")],
+    defence: Annotated[
+        str, typer.Option(help="off: see the attack work, where it can; on: see it fail.")
+    ] = "on",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say why, and tell what happens as it happens.")
+    ] = False,
+    json: JsonOption = False,
+    seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 1,
+) -> int:
+    """Play an attack against victims that check every page, on a cluster of its own.
+
+    Exits with 0 if the victims were protected (held), 1 if the attack worked or a victim was harmed
+    (broken: what is to be seen with --defence off), 2 if it can't be told (unknown).
+    """
+    from tools.interrupts import Interrupts
+    from tools.scenario.catalogue import SCENARIOS, find
+    from tools.scenario.model import exit_code
+    from tools.scenario.play import play_all
+
+    if defence not in ("on", "off"):
+        raise OperatorError(f"--defence {defence}: say on or off", ExitCode.USAGE)
+    chosen = list(SCENARIOS.values()) if name == "all" else [find(name)]
+    is_on = defence == "on"
+
+    def announce(scenario: Scenario) -> None:
+        if not json:
+            _announce(scenario, is_on=is_on, explain=explain)
+
+    def tell(line: str) -> None:
+        if explain:
+            print(f"  {line}", file=sys.stderr if json else sys.stdout, flush=True)
+
+    outcomes = []
+    with Interrupts() as interrupts:
+        for outcome in play_all(
+            chosen, defence=is_on, seed=seed, interrupts=interrupts, announce=announce, tell=tell
+        ):
+            outcomes.append(outcome)
+            if not json:
+                _print(outcome, explain=explain)
+    if json:
+        records = [outcome.record() for outcome in outcomes]
+        print_json(records if name == "all" else records[0])
+    elif len(outcomes) > 1:
+        _print_sum(outcomes)
+    return exit_code([outcome.verdict for outcome in outcomes])
+
+
+def _announce(scenario: Scenario, *, is_on: bool, explain: bool) -> None:
+    print(f"{scenario.name} ({scenario.kind}), defence {'on' if is_on else 'off'}")
+    print(f"  attacker: {scenario.tries}")
+    if is_on:
+        print(f"  defence:  {scenario.stops}")
+    else:
+        print(f"  defence:  off: {scenario.off or 'there is no switch for this one'}")
+    if explain:
+        print(textwrap.indent(textwrap.fill(scenario.explain, _WIDTH), "  | "))
+    sys.stdout.flush()
+
+
+def _print(outcome: Outcome, *, explain: bool) -> None:
+    tally = outcome.tally
+    if not explain:
+        for line in outcome.events:
+            print(f"  {line}")
+    for key, value in tally.figures.items():
+        print(f"  {key}: {value}")
+    print(
+        f"  {tally.attempts:,} attempts, {tally.succeeded:,} succeeded, {tally.caught:,} caught; "
+        f"victims checked {tally.victim_checks:,}, mismatches {tally.victim_mismatches:,}"
+    )
+    for line in tally.problems if not explain else []:
+        print(f"  problem: {line}")
+    print(f"  verdict: {outcome.verdict} ({outcome.seconds:.1f} s)", flush=True)
+
+
+def _print_sum(outcomes: list[Outcome]) -> None:
+    counts = {
+        verdict: sum(one.verdict == verdict for one in outcomes)
+        for verdict in ("held", "broken", "unknown")
+    }
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    print(f"{len(outcomes)} scenarios: {told}")

@@ -1,0 +1,8 @@
+"""Scenarios: attacks that people can watch, with the defence off and then on.
+
+model       what a scenario is, what it counts, what follows
+stage       a cluster of its own for each
+poisoning, spying, denial, breakout   the catalogue
+catalogue   by name
+play        one or all of them, and what is printed
+"""

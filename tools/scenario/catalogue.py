@@ -1,0 +1,24 @@
+"""All scenarios by name, in the order in which they are listed and run."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ipc.errors import ExitCode, OperatorError
+from tools.scenario import poisoning
+from tools.scenario.model import Scenario
+
+SCENARIOS: Final[dict[str, Scenario]] = {
+    scenario.name: scenario for scenario in (*poisoning.SCENARIOS,)
+}
+
+
+def find(name: str) -> Scenario:
+    """A scenario; OperatorError if there is none of this name."""
+    scenario = SCENARIOS.get(name)
+    if scenario is None:
+        raise OperatorError(
+            f"there is no scenario {name!r}; 'tmem scenario list' shows what there is",
+            ExitCode.USAGE,
+        )
+    return scenario
