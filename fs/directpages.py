@@ -6,6 +6,7 @@ For tests, tools and as the reference against which a page cache is compared.
 from __future__ import annotations
 
 from fs.block.device import BLOCK_BYTES, Bytes
+from fs.checksums import PageChecksums
 from fs.filesystem import FileSystem
 from fs.inode import Inode
 from fs.runs import runs
@@ -17,8 +18,9 @@ EXTENT_PAGES = 256
 class DirectPages:
     """A `FilePages` that holds nothing."""
 
-    def __init__(self, fs: FileSystem) -> None:
+    def __init__(self, fs: FileSystem, checksums: PageChecksums | None = None) -> None:
         self._fs = fs
+        self._checksums = checksums
 
     def read(self, inode: Inode, offset: int, size: int) -> bytes:
         """Read what is there between `offset` and the end of the file, at most `size` bytes."""
@@ -48,6 +50,8 @@ class DirectPages:
             return
         first = offset // BLOCK_BYTES
         end = offset + view.nbytes
+        if self._checksums is not None:
+            self._checksums.changing(inode, offset, end)
         count = -(-end // BLOCK_BYTES) - first
         pages = bytearray(count * BLOCK_BYTES)
         begin = offset - first * BLOCK_BYTES
@@ -58,6 +62,8 @@ class DirectPages:
         blocks = self._fs.allocate_blocks(inode, first, count)
         pages[begin : begin + view.nbytes] = view
         self._write_runs(blocks, pages)
+        if self._checksums is not None:
+            self._checksums.written(inode, first, memoryview(pages))
         inode.size = max(inode.size, end)
 
     def _read_page(self, inode: Inode, index: int, into: memoryview) -> None:
@@ -78,12 +84,16 @@ class DirectPages:
         if new_size >= inode.size or not kept:
             return
         index = new_size // BLOCK_BYTES
+        if self._checksums is not None:
+            self._checksums.changing(inode, new_size, (index + 1) * BLOCK_BYTES)
         block = self._fs.map_blocks(inode, index, 1)[0]
         if block:
             page = bytearray(BLOCK_BYTES)
             self._fs.device.read(block, 1, memoryview(page))
             page[kept:] = bytes(BLOCK_BYTES - kept)
             self._fs.device.write(block, 1, page)
+            if self._checksums is not None:
+                self._checksums.written(inode, index, memoryview(page))
 
     def sync(self, inode: Inode) -> None:
         """Nothing is held back."""

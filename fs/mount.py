@@ -30,11 +30,12 @@ def mount_image(
     live_nodes: Callable[[], Collection[int]] | None = None,
     node_label: Callable[[int], str] = "node {}".format,
     open_device: Callable[..., BlockDevice] = FileDevice,
+    keep_checksums: bool = False,
 ) -> ExtFileSystem | Ocfs2:
     """Mount the image at `path`, ext2 or OCFS2; `ImageError` when that is not possible.
 
     `stack` may put devices on the image, such as `CountingDevice`. `unmount` closes the image.
-    `locks`, `node`, `live_nodes` and `node_label` are for OCFS2, see there;
+    `locks`, `node`, `live_nodes`, `node_label` and `keep_checksums` are for OCFS2, see there;
     `open_device(path, read_only=...)` opens an image that several nodes share.
     """
     device = stack(open_device(path, read_only=read_only))
@@ -49,6 +50,7 @@ def mount_image(
                 node_label=node_label,
                 buffer_blocks=buffer_blocks,
                 read_only=read_only,
+                keep_checksums=keep_checksums,
             )
         return ExtFileSystem(
             device, clock_ns=clock_ns, buffer_blocks=buffer_blocks, read_only=read_only

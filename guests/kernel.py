@@ -36,6 +36,7 @@ from guests.privatecache import TokenNames
 from guests.process import ProcessKilled
 from guests.sharedcache import SharedCleancache
 from guests.userland import Userland
+from guests.verification import Verification
 from guests.volumeview import volume_status
 from guests.workloads import WORKLOADS, Workload
 from guests.workloads.job import BadParameters, Findings, Job
@@ -156,7 +157,8 @@ class Kernel:
                     raise Fenced(errno.EIO, self.node.fenced_because) from reason
             raise
         shared = self.cleancache if isinstance(self.cleancache, SharedCleancache) else None
-        self.pages = PageCache(self.fs, self.memory, self._hooks(), shared)
+        self.verification = self._make_verification()
+        self.pages = PageCache(self.fs, self.memory, self._hooks(), shared, self.verification)
         if self.userland.monitor is not None:
             self.userland.monitor.files = self.pages.lists
         if isinstance(self.fs, Ocfs2):
@@ -204,6 +206,7 @@ class Kernel:
             live_nodes=node.live if node is not None else None,
             node_label=node.label_of if node is not None else "node {}".format,
             open_device=open_device,
+            keep_checksums=node is not None and node.spec.verify,
         )
         self.device = counting[0]
         if node is not None:
@@ -234,6 +237,15 @@ class Kernel:
         if self.node is not None and not self.node.spec.shared:
             return TokenNames(self.cleancache, self._token_of)
         return self.cleancache
+
+    def _make_verification(self) -> Verification | None:
+        """None without checksums to compare with."""
+        checksums = self.fs.checksums if isinstance(self.fs, Ocfs2) else None
+        if checksums is None:
+            return None
+        shared = self.cleancache if isinstance(self.cleancache, SharedCleancache) else None
+        refuse = self._hooks().flush_page if shared is None else shared.refuse_page
+        return Verification(checksums, refuse, self._now_seconds)
 
     # --- work
 
@@ -363,6 +375,7 @@ class Kernel:
             "page_cache": self._page_cache(),
             **self.userland.counters(),
             "cleancache": cleancache.counters() if cleancache is not None else no_cleancache(),
+            "verification": None if self.verification is None else self.verification.counters(),
             "ksm": ksm.figures(),
             "memory": {
                 "budget_pages": self.memory.budget.total,

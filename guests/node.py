@@ -79,6 +79,7 @@ class NodeSpec:
     `names` are the guests by node number, `key` (32 bytes) is what they prove to each other,
     `shared` says whether they share one pool of clean pages, and with `nemesis` the control socket
     may cut links and spoil messages.  `orphan_scan_ns` lies between two looks at all orphans.
+    With `verify` the volume keeps checksums, and pages from tmem are compared with them.
     """
 
     volume: str
@@ -89,6 +90,7 @@ class NodeSpec:
     shared: bool = True
     nemesis: bool = False
     orphan_scan_ns: int = ORPHAN_SCAN_NS
+    verify: bool = False
 
 
 class Fenced(OSError):

@@ -40,6 +40,7 @@ from guests.memory import TRANSFER_PAGES, Memory
 from guests.pagestates import DISCARDED, STABLE, VOLATILE
 from guests.readahead import Readahead
 from guests.reclaim import PageLists
+from guests.verification import Verification
 
 PAGE: Final = BLOCK_BYTES
 FILES_MAX: Final = 1024
@@ -87,13 +88,16 @@ class PageCache:
         memory: Memory,
         hooks: PageHooks,
         shared: SharedPageHooks | None = None,
+        verification: Verification | None = None,
     ) -> None:
-        """`shared` are the hooks once more, if other nodes use the same pool."""
+        """`shared` are the hooks once more, if other nodes use the same pool; `verification` is
+        there if the file system keeps checksums of pages."""
         self._fs = fs
         self._memory = memory
         self._states = memory.states
         self._hooks = hooks
         self._shared = shared
+        self._verification = verification
         frames = memory.budget.frames
         self.lists = PageLists(frames)
         memory.reclaim.serve(files=self)
@@ -158,6 +162,8 @@ class PageCache:
             inside = end < inode.size
             last = self._page_bytes(file, end // PAGE) if inside else bytes(PAGE)
             tail = last[end % PAGE :]
+        if self._verification is not None:
+            self._verification.checksums.changing(inode, offset, end)
         self._fs.allocate_blocks(inode, first, count)
         whole = b"".join((head, view, tail)) if head or tail else view
         with memoryview(whole) as source:
@@ -178,6 +184,8 @@ class PageCache:
         if cut and self._fs.map_blocks(inode, kept - 1, 1)[0]:
             # First what may fail: nothing has changed if it does.
             cut_page = self._present(file, kept - 1, 1)
+            if self._verification is not None:
+                self._verification.checksums.changing(inode, new_size, kept * PAGE)
         gone = -(-inode.size // PAGE) - kept
         for index in [index for index in file.frames if index >= kept]:
             self._drop(file, index)
@@ -295,7 +303,11 @@ class PageCache:
             count += 1
         self._memory.reclaim.make_room(count)
         transfer = self._memory.transfer
-        found = self._hooks.get_pages(file.inode.key, index, count, transfer)
+        get = self._hooks.get_pages
+        if self._verification is None:
+            found = get(file.inode.key, index, count, transfer)
+        else:
+            found = self._verification.get_pages(get, file.inode, index, count, transfer)
         self._adopt(file, index, count, found)
         if found != (1 << count) - 1:
             try:
@@ -323,6 +335,11 @@ class PageCache:
                 self._adopt(
                     file, index + first + run.position, run.length, whole, hole=not run.block
                 )
+                if self._verification is not None and run.block:
+                    at = index + first + run.position
+                    for number in range(at, at + run.length):
+                        page = self._memory.page(file.frames[number])
+                        self._verification.checksums.was_read(file.inode, number, page)
 
     def _adopt(
         self, file: CachedFile, index: int, count: int, which: int, *, hole: bool = False
@@ -398,7 +415,10 @@ class PageCache:
                     raise corrupt(f"inode {file.inode.ino}: a written page lost its block")
                 first = start + run.position
                 frames = [file.frames[index] for index in range(first, first + run.length)]
-                self._fs.device.write(run.block, run.length, self._gather(frames))
+                data = self._gather(frames)
+                self._fs.device.write(run.block, run.length, data)
+                if self._verification is not None:
+                    self._verification.checksums.written(file.inode, first, data)
                 file.dirty.difference_update(range(first, first + run.length))
                 self._dirty_pages -= run.length
                 self.counters.written_pages += run.length

@@ -158,6 +158,12 @@ class SharedCleancache(Cleancache):
         """Forget a page, now or before the file's exclusive lock is given up."""
         self._flush(key, index)
 
+    def refuse_page(self, key: FileKey, index: int) -> None:
+        """Somebody put a wrong page: a writer takes it out of the pool. A reader, who can't, owes
+        nobody anything: it has not changed the page."""
+        if not self.reader:
+            self._flush(key, index)
+
     def flush_inode(self, key: FileKey) -> None:
         """Forget a file, likewise."""
         self._flush(key, None)

@@ -45,6 +45,7 @@
     tree = "stdlib"              # or image and manifest, as for a guest
     tree_limit = "13M"
     pool = "shared"              # shared: one cleancache for all nodes; private: one for each
+    verify = false               # true: pages from tmem must have the checksum that the disk has
     heartbeat_interval = 2.0     # seconds; from here on o2cb's words and defaults
     dead_threshold = 31
     idle_timeout = 30.0
@@ -214,6 +215,8 @@ class VolumeConfig(_Strict):
     keepalive: float = Field(default=2.0, ge=0.01, le=600)
     reconnect: float = Field(default=2.0, ge=0.01, le=600)
     orphan_scan: float = Field(default=300.0, ge=0.1, le=86400)
+    verify: bool = False
+    """The file system keeps checksums, and nodes compare pages that come from tmem with them."""
     nemesis: bool = False
     """Nodes may be told to cut links and spoil messages: for tests of the cluster itself."""
 

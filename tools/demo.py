@@ -100,7 +100,9 @@ def prepare_disks(config: ClusterConfig, cache: Path) -> dict[str, Disk]:
     volumes = {
         node: disk
         for volume in config.volume
-        for disk in [_prepare_disk(volume.name, volume, cache, slots=len(volume.nodes))]
+        for disk in [
+            _prepare_disk(volume.name, volume, cache, len(volume.nodes), verify=volume.verify)
+        ]
         for node in volume.nodes
     }
     return {
@@ -109,7 +111,14 @@ def prepare_disks(config: ClusterConfig, cache: Path) -> dict[str, Disk]:
     }
 
 
-def _prepare_disk(name: str, disk: GuestConfig | VolumeConfig, cache: Path, slots: int = 0) -> Disk:
+def _prepare_disk(
+    name: str,
+    disk: GuestConfig | VolumeConfig,
+    cache: Path,
+    slots: int = 0,
+    *,
+    verify: bool = False,
+) -> Disk:
     if disk.image is not None:
         if slots:
             # First, or an image that is none would be told to become one of ext2.
@@ -120,7 +129,7 @@ def _prepare_disk(name: str, disk: GuestConfig | VolumeConfig, cache: Path, slot
             raise OperatorError(f"{name}: the manifest {manifest} is missing", ExitCode.NO_INPUT)
         return Disk(name, Path(disk.image).absolute(), manifest, copied=False)
     if slots:
-        image = build_volume(disk.tree, disk.tree_limit, name, slots, cache)
+        image = build_volume(disk.tree, disk.tree_limit, name, slots, cache, verify=verify)
     else:
         image = build_image(disk.tree, disk.tree_limit, name, cache)
     return Disk(name, image.path.absolute(), image.manifest.absolute(), copied=True)
@@ -195,6 +204,7 @@ def _nodes(volume: VolumeConfig) -> Iterator[tuple[str, NodeSpec]]:
                 shared=volume.pool == "shared",
                 nemesis=volume.nemesis,
                 orphan_scan_ns=round(volume.orphan_scan * 1e9),
+                verify=volume.verify,
             ),
         )
 

@@ -2,7 +2,7 @@
 file system, cached by their content as the guests' own images are (`tools.image`).
 
 The tree, its manifest and its digest are as there.  The volume has room for a slot and a journal of
-each node, and for what nodes write.
+each node, and for what nodes write.  One whose nodes verify pages has checksums of its files.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ _ROOM_BYTES: Final = 16 * 2**20
 """Free space for what nodes write."""
 
 
-def build_volume(tree: str, limit_bytes: int, seed: str, slots: int, cache: Path) -> Image:
+def build_volume(
+    tree: str, limit_bytes: int, seed: str, slots: int, cache: Path, *, verify: bool = False
+) -> Image:
     """The volume of a tree for so many nodes, from the cache or made now."""
     folder, files = choose_tree(tree, limit_bytes, seed)
     manifest = {file.name: hash_file(folder / file.name) for file in files}
     text = json.dumps(manifest, sort_keys=True, indent=0)
-    content = f"ocfs2 {_FORMAT} {slots}\n{text}".encode()
+    content = f"ocfs2 {_FORMAT} {slots}{' verify' if verify else ''}\n{text}".encode()
     digest = hashlib.sha256(content).hexdigest()[:32]
     image = Image(
         cache / f"{digest}.img",
@@ -49,7 +51,7 @@ def build_volume(tree: str, limit_bytes: int, seed: str, slots: int, cache: Path
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".build-", dir=cache) as scratch:
             made = Path(scratch, "volume")
-            _make(made, folder, list(manifest), slots, bytes.fromhex(digest))
+            _make(made, folder, list(manifest), slots, bytes.fromhex(digest), verify)
             made.rename(image.path)
             written = Path(scratch, "manifest")
             written.write_text(text)
@@ -62,7 +64,9 @@ def build_volume(tree: str, limit_bytes: int, seed: str, slots: int, cache: Path
     return image
 
 
-def _make(path: Path, folder: Path, names: list[str], slots: int, uuid: bytes) -> None:
+def _make(
+    path: Path, folder: Path, names: list[str], slots: int, uuid: bytes, keep_checksums: bool
+) -> None:
     parameters = Parameters(
         slots=slots,
         uuid=uuid,
@@ -80,11 +84,11 @@ def _make(path: Path, folder: Path, names: list[str], slots: int, uuid: bytes) -
     device = FileDevice(path)
     try:
         make_volume(device, parameters, fresh=True)
-        fs = Ocfs2(device, clock_ns=time.time_ns)
+        fs = Ocfs2(device, clock_ns=time.time_ns, keep_checksums=keep_checksums)
     except BaseException:
         device.close()
         raise
-    pages = DirectPages(fs)
+    pages = DirectPages(fs, fs.checksums)
     fs.attach_pages(pages)
     vfs = Vfs(fs, pages)
     try:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import errno
 import stat
+from array import array
 from dataclasses import dataclass, field
 from typing import Final
 
 from fs.block.device import BLOCK_BYTES
 from fs.errors import corrupt, error
 from fs.inode import SECTOR_BYTES, Inode
+from fs.ocfs2 import checksumarea
 from fs.ocfs2.blocks import Buffer
 from fs.ocfs2.flags import DynFeature, InodeFlag
 from fs.ocfs2.format import (
@@ -33,6 +35,23 @@ from fs.ocfs2.transaction import Transactions
 CLUSTER_SECTORS: Final = BLOCK_BYTES // SECTOR_BYTES
 FILE_CLUSTERS_MAX: Final = 0xFFFFFFFF
 _NS: Final = 1_000_000_000
+
+
+class FileChecksums:
+    """Of the pages of a file. `values[n]` is page n's, 0 when it is not known."""
+
+    __slots__ = ("salt", "values")
+
+    def __init__(self, salt: bytes, values: array[int]) -> None:
+        self.salt = salt
+        self.values = values
+
+    def set(self, index: int, value: int) -> None:
+        """Page `index` has this one from now on."""
+        missing = index + 1 - len(self.values)
+        if missing > 0:
+            self.values.frombytes(bytes(self.values.itemsize * missing))
+        self.values[index] = value
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +72,8 @@ class Ocfs2Inode(Inode):
     """Of a directory: names found before."""
     room_block: int = 0
     """Of a directory: blocks before this one had no room when last looked at."""
+    checksums: FileChecksums | None = None
+    """Of a file, once they were looked for (`fs.ocfs2.checksums`)."""
 
     @property
     def is_system(self) -> bool:
@@ -82,6 +103,12 @@ class Ocfs2Inode(Inode):
         self.names.clear()
 
 
+def own(inode: Inode) -> Ocfs2Inode:
+    """An inode of this file system."""
+    assert isinstance(inode, Ocfs2Inode), "an inode is used with the file system it came from"
+    return inode
+
+
 def blank(block: int) -> Ocfs2Inode:
     """An object for the inode in `block`, not read yet."""
     return Ocfs2Inode(block, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -97,6 +124,8 @@ class Dinodes:
         self._transactions = transactions
         self.fs_generation = fs_generation
         self._blocks = blocks
+        self.keep_checksums = False
+        """This mount keeps checksums of pages: they stay valid when an inode's times change."""
 
     def buffer(self, inode: Ocfs2Inode) -> Buffer:
         """The block of an inode."""
@@ -127,6 +156,7 @@ class Dinodes:
         inode.dyn_features = raw.dyn_features
         inode.names.clear()
         inode.room_block = 0
+        inode.checksums = None
 
     def _check(self, raw: Dinode, block: int) -> None:
         wrong = ""
@@ -180,6 +210,8 @@ class Dinodes:
         raw.ctime_s, raw.ctime_nsec = divmod(max(0, inode.ctime_ns), _NS)
         raw.flags = inode.flags
         raw.orphaned_slot = inode.orphaned_slot
+        if self.keep_checksums and inode.is_file:
+            checksumarea.follow(buffer.data, Dinode.read(buffer.data), raw)
         raw.write_into(buffer.data)
 
     def set_clusters(self, inode: Ocfs2Inode, clusters: int) -> None:

@@ -17,12 +17,12 @@ from fs.block.device import BLOCK_BYTES
 from fs.dlm.modes import Mode
 from fs.errors import corrupt, error
 from fs.inode import Inode
-from fs.ocfs2.dinode import FILE_CLUSTERS_MAX, Ocfs2Inode
+from fs.ocfs2.dinode import FILE_CLUSTERS_MAX, Ocfs2Inode, own
 from fs.ocfs2.flags import InodeFlag
 from fs.ocfs2.inodelocks import Wanted
 from fs.ocfs2.locking import OPEN, lock_name
 from fs.ocfs2.names import wants_child
-from fs.ocfs2.volume import Volume, own
+from fs.ocfs2.volume import Volume
 from fs.runs import runs
 
 CUT_RECORDS_MAX: Final = 64
@@ -80,6 +80,8 @@ class Files:
         def body() -> None:
             volume.space.extend(file, clusters - file.clusters)
             volume.dinodes.store(file)
+            if volume.checksums is not None:
+                volume.checksums.grown(file)
 
         if clusters > file.clusters:
             volume.run([wants_child(file), volume.space.wants_clusters], body)
@@ -132,6 +134,8 @@ class Files:
             file.mtime_ns = file.ctime_ns = volume.now_ns()
             done = volume.space.cut(file, clusters, CUT_RECORDS_MAX)
             volume.dinodes.store(file)
+            if volume.checksums is not None:
+                volume.checksums.cut(file, clusters)
             return done
 
         wants: list[Wanted] = [wants_child(file)]

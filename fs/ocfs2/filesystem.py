@@ -20,6 +20,7 @@ own; a mount that may not write sees the volume as if its journals were replayed
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
@@ -32,7 +33,8 @@ from fs.filesystem import Entry, FilePages, FsStat
 from fs.hooks import FileKey
 from fs.inode import Inode
 from fs.ocfs2 import recovery
-from fs.ocfs2.dinode import FILE_CLUSTERS_MAX, Ocfs2Inode
+from fs.ocfs2.checksums import Checksums
+from fs.ocfs2.dinode import FILE_CLUSTERS_MAX, Ocfs2Inode, own
 from fs.ocfs2.filelocks import NodeFileLocks
 from fs.ocfs2.files import Files
 from fs.ocfs2.format import NAME_BYTES_MAX
@@ -41,7 +43,7 @@ from fs.ocfs2.locking import DENTRY, WRITE, ClusterLocks, LocalLocks, lock_block
 from fs.ocfs2.names import Names
 from fs.ocfs2.orphanscan import OrphanScan
 from fs.ocfs2.rename import Renames
-from fs.ocfs2.volume import Volume, own
+from fs.ocfs2.volume import Volume
 
 INODES_CACHED: Final = 1024
 BUFFERS_BLOCKS: Final = 256
@@ -51,7 +53,8 @@ BUFFERS_BLOCKS: Final = 256
 class Ocfs2:
     """Mounts `device` as node number `node`.
 
-    `clock_ns` gives the time since 1970, `node_label` what people call a node. Raises `ImageError`
+    `clock_ns` gives the time since 1970, `node_label` what people call a node. With
+    `keep_checksums` the pages of files can be verified (`fs.ocfs2.checksums`). Raises `ImageError`
     (one line that begins with what is wrong; the caller knows the image's name) and closes nothing
     then.
     """
@@ -67,6 +70,8 @@ class Ocfs2:
         node_label: Callable[[int], str] = "node {}".format,
         buffer_blocks: int = BUFFERS_BLOCKS,
         read_only: bool = False,
+        keep_checksums: bool = False,
+        random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.now_ns = clock_ns
         self.node = node
@@ -90,6 +95,8 @@ class Ocfs2:
             self._volume.read_only = read_only or device.read_only
             if self._volume.read_only:
                 self._look_through_journals(device, locks, buffer_blocks)
+            if keep_checksums:
+                self._volume.keep_checksums(random_bytes)
             self.device = self._volume.device
             self._files = Files(self._volume)
             self._names = Names(self._volume, self._files.hold_open)
@@ -266,7 +273,18 @@ class Ocfs2:
         """Where this mount's file data is cached."""
         self._pages = pages
         self._volume.locks.distrust = pages.distrust
-        self._volume.transactions.before_commit = pages.sync_all
+        self._volume.transactions.before_commit = self._before_commit
+
+    def _before_commit(self) -> None:
+        if self._pages is not None:
+            self._pages.sync_all()
+        if self._volume.checksums is not None:
+            self._volume.checksums.close()
+
+    @property
+    def checksums(self) -> Checksums | None:
+        """What tells wrong pages of files, if this mount keeps that."""
+        return self._volume.checksums
 
     def downconvert(self, name: bytes, to: Mode) -> None:
         """Another node wants the lock `name`: make what is cached under it ready for `to`."""
@@ -286,7 +304,10 @@ class Ocfs2:
                 if to != Mode.NL:
                     # It reads on, under a value that warns this node as well.
                     self._pages.distrust(inode)
-        if self._volume.transactions.cache.pinned(block):
+        checksums = self._volume.checksums
+        if self._volume.transactions.cache.pinned(block) or (
+            checksums is not None and checksums.unsaved(block)
+        ):
             self._volume.transactions.commit()
             self._volume.transactions.checkpoint()
         if to == Mode.NL:

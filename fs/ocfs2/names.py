@@ -17,10 +17,10 @@ from fs.errors import corrupt, error
 from fs.filesystem import Entry
 from fs.inode import Inode
 from fs.ocfs2.dentries import Dentries
-from fs.ocfs2.dinode import Ocfs2Inode
+from fs.ocfs2.dinode import Ocfs2Inode, own
 from fs.ocfs2.format import FAST_SYMLINK_BYTES_MAX, LINKS_MAX, NAME_BYTES_MAX
 from fs.ocfs2.inodelocks import Rank, Wanted
-from fs.ocfs2.volume import Volume, own
+from fs.ocfs2.volume import Volume
 
 TRIES_MAX: Final = 100
 """How often another node may be faster."""

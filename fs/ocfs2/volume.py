@@ -10,8 +10,8 @@ from typing import Final, TypeVar
 from fs.block.device import BlockDevice
 from fs.dlm.modes import Mode
 from fs.errors import ImageError, corrupt, error
-from fs.inode import Inode
 from fs.ocfs2.blocks import BlockCache
+from fs.ocfs2.checksums import Checksums
 from fs.ocfs2.dinode import Dinodes, Ocfs2Inode
 from fs.ocfs2.directory import Directories
 from fs.ocfs2.extents import Extents
@@ -54,6 +54,8 @@ class Volume:
         self.locks.system_blocks |= {self.super.root_block, self.super.system_dir_block}
         self.system_dir = self.locks.inode(self.super.system_dir_block)
         self.system = self._system_files()
+        self.checksums: Checksums | None = None
+        """Of the pages of files, if this mount keeps them."""
         self.space = Space(
             self.super, self.transactions, self.dinodes, self.extents, self.locks, self.system
         )
@@ -98,6 +100,11 @@ class Volume:
                 raise corrupt(f"system file {name.decode()} is larger than the volume")
             return self.extents.map(inode, 0, inode.clusters)
 
+    def keep_checksums(self, random_bytes: Callable[[int], bytes]) -> None:
+        """Before anything of a file is read or changed."""
+        self.checksums = Checksums(self.transactions, self.dinodes, random_bytes)
+        self.transactions.before_commit = self.checksums.close
+
     # How an operation runs
 
     @contextmanager
@@ -139,9 +146,3 @@ class Volume:
         """A directory's entries changed: set its times and store it."""
         directory.mtime_ns = directory.ctime_ns = self.now_ns()
         self.dinodes.store(directory)
-
-
-def own(inode: Inode) -> Ocfs2Inode:
-    """An inode of this file system."""
-    assert isinstance(inode, Ocfs2Inode), "an inode is used with the file system it came from"
-    return inode

@@ -1,0 +1,106 @@
+"""Pages from tmem are compared with the file system's checksums before anybody sees them.
+
+A page that is not what the disk holds is a miss, is counted, told in the guest's log, and flushed
+from the pool, so that the others do not get it either. A page of which no checksum is known is a
+miss as well and not even asked for: nothing is believed. The disk is asked instead, and what comes
+from there is known from then on (`fs.ocfs2.checksums`).
+
+`checking` may be switched while the guest runs. Checksums are kept in either position, by all nodes
+of a volume that is configured with `verify`; without that there is no `Verification` at all.
+
+Not for ext2: a guest's own file system has a private pool, which nobody else can put into. What
+rots there is the hypervisor's business.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from fs.block.device import BLOCK_BYTES
+from fs.checksums import PageChecksums
+from fs.hooks import FileKey
+from fs.inode import Inode
+
+log = logging.getLogger(__name__)
+
+TELL_SECONDS: Final = 1.0
+"""At least between two lines of the log: a poisoner can't fill a disk with them."""
+
+
+class GetPages(Protocol):
+    """`PageHooks.get_pages`."""
+
+    def __call__(self, key: FileKey, index: int, count: int, into: memoryview) -> int:
+        """Bit i: page `index+i` is in `into`."""
+        ...
+
+
+class Verification:
+    """Of one mount. `flush_page` makes the pool forget a page."""
+
+    def __init__(
+        self,
+        checksums: PageChecksums,
+        flush_page: Callable[[FileKey, int], None],
+        now_seconds: Callable[[], float],
+    ) -> None:
+        self.checksums = checksums
+        self.checking = True
+        self.verified = 0
+        self.mismatches = 0
+        self.unknown = 0
+        self._flush_page = flush_page
+        self._now_seconds = now_seconds
+        self._told_at_seconds: float | None = None
+        self._untold = 0
+
+    def counters(self) -> dict[str, int | bool]:
+        """In pages, since boot."""
+        return {
+            "checking": self.checking,
+            "verified": self.verified,
+            "mismatches": self.mismatches,
+            "unknown": self.unknown,
+        }
+
+    def get_pages(
+        self, get: GetPages, inode: Inode, index: int, count: int, into: memoryview
+    ) -> int:
+        """As `get`, but a page that can't be shown to be right is a miss."""
+        if not self.checking:
+            return get(inode.key, index, count, into)
+        known = self.checksums.known(inode, index, count)
+        self.unknown += count - known.bit_count()
+        found = get(inode.key, index, count, into) & known if known else 0
+        for number in range(found.bit_length()):
+            if found >> number & 1:
+                page = into[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
+                inside = inode.size - (index + number) * BLOCK_BYTES
+                if inside < BLOCK_BYTES:
+                    page[inside:] = bytes(BLOCK_BYTES - inside)
+                if self.checksums.matches(inode, index + number, page):
+                    self.verified += 1
+                else:
+                    found ^= 1 << number
+                    self._mismatch(inode.key, index + number)
+        return found
+
+    def _mismatch(self, key: FileKey, index: int) -> None:
+        self.mismatches += 1
+        now_seconds = self._now_seconds()
+        told = self._told_at_seconds
+        if told is None or now_seconds - told >= TELL_SECONDS:
+            log.warning(
+                "verification event=mismatch ino=%d generation=%d page=%d untold=%d",
+                key.ino,
+                key.generation,
+                index,
+                self._untold,
+            )
+            self._told_at_seconds = now_seconds
+            self._untold = 0
+        else:
+            self._untold += 1
+        self._flush_page(key, index)
