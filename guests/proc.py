@@ -30,7 +30,7 @@ def virtual_file(kernel: Kernel, path: str) -> bytes | None:
             return None
         front = kernel.userland.frontswap
         return f"{getattr(front.counters, name) if front is not None else 0}\n".encode()
-    make = _FILES.get(path)
+    make = FILES.get(path)
     return None if make is None else make(kernel).encode()
 
 
@@ -103,6 +103,11 @@ def _vmstat(kernel: Kernel) -> str:
         "page_cache_misses": counters.misses,
         "readahead_pages": counters.readahead_pages,
     }
+    if kernel.verification is not None:
+        rows |= {
+            f"verification_{name}": int(count)
+            for name, count in kernel.verification.counters().items()
+        }
     if userland.monitor is not None:
         rows |= {f"cmm_{name}": count for name, count in userland.monitor.counters().items()}
     return "".join(f"{name} {count}\n" for name, count in rows.items())
@@ -145,7 +150,7 @@ def _mounts(kernel: Kernel) -> str:
     return f"/dev/vda / {kind} {'ro' if kernel.fs.read_only else 'rw'},noatime 0 0\n"
 
 
-_FILES: Final[dict[str, Callable[[Kernel], str]]] = {
+FILES: Final[dict[str, Callable[[Kernel], str]]] = {
     "/proc/locks": _locks,
     "/proc/meminfo": _meminfo,
     "/proc/vmstat": _vmstat,

@@ -67,9 +67,11 @@ PARAMETERS: Final = {
     "scheduling": Parameter(str, "how guests share the arena: greedy, static or scheduled"),
     "compress": Parameter(_switch, "on or off: compress the pages of all guests"),
     "borrow": Parameter(_switch, "on or off: swapped pages of a guest may use what is idle"),
+    "lend": Parameter(_switch, "on or off: guests' RAM comes out of the arena, too"),
     "group": Parameter(str, "group in which all guests' equal pages may be one"),
     "timing": Parameter(str, "of a shared disk's cluster: o2cb (its defaults) or fast"),
     "pool": Parameter(str, "clean pages of a shared disk: shared or private"),
+    "verify": Parameter(_switch, "on or off: pages of a shared disk must have its checksums"),
 }
 
 _KINDS: Final[dict[Any, str]] = {
@@ -131,7 +133,7 @@ def _cluster(values: dict[str, Any]) -> dict[str, Any]:
     count = values["n"]
     names = guest_names(count)
     hypervisor = {
-        key: values[key] for key in ("eviction", "scheduling", "transport") if key in values
+        key: values[key] for key in ("eviction", "scheduling", "transport", "lend") if key in values
     }
     settings: dict[str, Any] = {
         key: values[key] for key in ("compress", "borrow", "swap", "ksm", "direct") if key in values
@@ -158,8 +160,7 @@ def _shared_cluster(values: dict[str, Any]) -> dict[str, Any]:
     cluster = _cluster(values)
     names = [guest["name"] for guest in cluster["guest"]]
     volume = {"name": "data", "nodes": names, "tree_limit": values["tree"], **_TIMINGS[timing]}
-    if "pool" in values:
-        volume["pool"] = values["pool"]
+    volume |= {key: values[key] for key in ("pool", "verify") if key in values}
     work = {"workload": "read_all", "passes": values["passes"]}
     phase = {"title": "all read", "work": dict.fromkeys(names, work)}
     return {**cluster, "volume": [volume], "phase": [phase]}

@@ -8,12 +8,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from guests.commands import COMMANDS
+from guests.proc import FILES
+from guests.selfballoon import Knobs
+from guests.shell import WAITING_COMMANDS
 from ipc.errors import ExitCode
 from tests.support.clusters import ROOT, environment, short_folder
 from tests.support.tools import need_tool
+from tools.cli import app
 from tools.topology import PARAMETERS
 
 README = (ROOT / "README.md").read_text()
@@ -69,6 +76,31 @@ def test_readme_lists_every_exit_code_and_parameter() -> None:
     assert listed == {int(code) for code in ExitCode}
     for name in PARAMETERS:
         assert f"`{name}`" in README
+
+
+def test_help_is_shown_as_it_is_written() -> None:
+    """Words in brackets would be taken for markup, and left out."""
+    found = []
+
+    def walk(command: Any, path: str) -> None:
+        texts = [command.help, *(getattr(one, "help", None) for one in command.params)]
+        found.extend(f"{path}: {text}" for text in texts if "[" in (text or ""))
+        for name, one in getattr(command, "commands", {}).items():
+            walk(one, f"{path} {name}")
+
+    walk(typer.main.get_command(app), "tmem")
+
+    assert found == []
+
+
+def test_readme_knows_what_a_guest_offers() -> None:
+    """Every command, every knob, every file that is made when it is read."""
+    for name in {*COMMANDS, *WAITING_COMMANDS} - {"modules"}:
+        assert re.search(rf"\b{name}\b", README), name
+    for knob in vars(Knobs()):
+        assert f"`{knob}`" in README, knob
+    for path in FILES:
+        assert path in README, path
 
 
 def test_files_that_the_readme_names_exist() -> None:

@@ -36,6 +36,8 @@ def test_parameters_change_a_topology() -> None:
     assert [guest.memory for _, guest in config.guests()] == [2 * 2**20] * 3
     assert (config.hypervisor.arena, config.seed, config.name) == (2**30, 9, "web")
     assert config.total_memory_bytes == 6 * 2**20 + 2**30
+    lending = build_topology("pair,n=3,memory=2M,arena=1G,lend=on")
+    assert lending.total_memory_bytes == 2**30
 
 
 @pytest.mark.parametrize("guests", [1, 3, 7])

@@ -26,7 +26,7 @@ PANEL = "Administration"
 
 GuestArgument = Annotated[str, typer.Argument(help="Name or number of the guest.")]
 OneGuestArgument = Annotated[
-    str | None, typer.Argument(help="Name or number of one guest [default: all].")
+    str | None, typer.Argument(help="Name or number of one guest (default: all).")
 ]
 SomeGuestArgument = Annotated[str | None, typer.Argument(help="Name or number of the guest.")]
 AllOption = Annotated[bool, typer.Option("-a", "--all", help="All guests.")]
@@ -227,7 +227,7 @@ def change(
 
 def balloon(
     guest: Annotated[
-        str | None, typer.Argument(help="Name or number of the guest [default: list targets].")
+        str | None, typer.Argument(help="Name or number of the guest (default: list targets).")
     ] = None,
     size: Annotated[
         str | None,
@@ -274,7 +274,7 @@ def _target_of(text: str) -> int:
 def schedule(
     mode: Annotated[
         Literal["greedy", "static", "scheduled"] | None,
-        typer.Argument(help="The new way [default: say the present one]."),
+        typer.Argument(help="The new way (default: say the present one)."),
     ] = None,
     run: RunOption = None,
 ) -> int:
@@ -363,7 +363,7 @@ def allow(
     uuid: UuidArgument,
     reader: Annotated[bool, typer.Option("--reader", help="Gets only.")] = False,
     writer: Annotated[
-        bool, typer.Option("--writer", help="Puts and flushes too [default].")
+        bool, typer.Option("--writer", help="Puts and flushes too (default).")
     ] = False,
     run: RunOption = None,
 ) -> int:
@@ -408,7 +408,7 @@ def destroy(
     guest: GuestArgument,
     pool: Annotated[
         int | None,
-        typer.Option(help="One pool, by its ID in 'tmem pools' [default: all].", min=0),
+        typer.Option(help="One pool, by its ID in 'tmem pools' (default: all).", min=0),
     ] = None,
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Don't ask.")] = False,
     run: RunOption = None,

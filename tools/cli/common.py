@@ -14,7 +14,7 @@ RunOption = Annotated[
     Path | None,
     typer.Option(
         "--run",
-        help="Directory of the run [default: $TMEM_RUN_DIR, else the newest live one in ./runs].",
+        help="Directory of the run (default: $TMEM_RUN_DIR, else the newest live one in ./runs).",
         show_default=False,
     ),
 ]

@@ -50,7 +50,7 @@ def policy(json: JsonOption = False, quick: QuickOption = False) -> int:
 
 
 def classic(
-    guests: Annotated[int | None, typer.Option(help="How many guests [8].", min=1)] = None,
+    guests: Annotated[int | None, typer.Option(help="How many guests (8).", min=1)] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Smaller, fewer levels, each run once: minutes.")
     ] = False,
@@ -80,7 +80,7 @@ def classic(
     ] = False,
     directory: Annotated[
         Path | None,
-        typer.Option("--dir", help="Folder for clusters and their disks [runs].", metavar="DIR"),
+        typer.Option("--dir", help="Folder for clusters and their disks (runs).", metavar="DIR"),
     ] = None,
     json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,

@@ -28,7 +28,10 @@ def execute(
     ] = 10.0,
     run: RunOption = None,
 ) -> int:
-    """Run a command in a guest: cat, ls, stat, find, sha256sum, cp, mv, rm, df, flock, ..."""
+    """Run a command in a guest: cat, ls, find, sha256sum, cp, df, flock, selfballoon, programs, ...
+
+    A name that it does not know lists all.  The exit code is the command's own.
+    """
     from tools.control import ask
     from tools.rundir import find_live
 
@@ -56,7 +59,7 @@ def execute(
 
 def logs(
     name: Annotated[
-        str | None, typer.Argument(help="A guest, hypervisor or supervisor [default: all].")
+        str | None, typer.Argument(help="A guest, hypervisor or supervisor (default: all).")
     ] = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as logs grow.")] = False,
     run: RunOption = None,

@@ -29,12 +29,12 @@ def mkfs(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file to make.")],
     size: Annotated[
         str | None,
-        typer.Option(help="Size of a new image, for example 256M [default: what is there]."),
+        typer.Option(help="Size of a new image, for example 256M (default: what is there)."),
     ] = None,
     slots: Annotated[int, typer.Option(help="Guests that can mount it at once.")] = 4,
     label: Annotated[str, typer.Option(help="Label of the volume.")] = "",
     uuid: Annotated[
-        str | None, typer.Option(help="Uuid [default: a random one].", show_default=False)
+        str | None, typer.Option(help="Uuid (default: a random one).", show_default=False)
     ] = None,
     cluster: Annotated[
         str, typer.Option(help="Name of the o2cb cluster, kept in the volume.")
@@ -65,11 +65,11 @@ def mkswap(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Swap file to make.")],
     size: Annotated[
         str | None,
-        typer.Option(help="Size of a new file, for example 64M [default: what is there]."),
+        typer.Option(help="Size of a new file, for example 64M (default: what is there)."),
     ] = None,
     label: Annotated[str, typer.Option(help="Label, at most 15 bytes.")] = "",
     uuid: Annotated[
-        str | None, typer.Option(help="Uuid [default: a random one].", show_default=False)
+        str | None, typer.Option(help="Uuid (default: a random one).", show_default=False)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
 ) -> int:
