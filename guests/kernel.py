@@ -110,9 +110,10 @@ class Kernel:
         self.name = spec.name
         self._now_seconds = now_seconds
         self._sleep = sleep
-        self._disk_waits = Waits()
+        self._disk_waits: Waits | None = None
         self._open_device: Callable[..., BlockDevice] = FileDevice
         if spec.direct:
+            self._disk_waits = Waits()
             self._open_device = partial(DirectFileDevice, waits=self._disk_waits)
         self.node: Node | None = None
         if spec.node is not None:
@@ -369,7 +370,7 @@ class Kernel:
             "disk_writes_pages": device.write_pages,
             "disk_write_calls": device.writes,
             # Of image and swap area together; known only if they are direct.
-            "disk_wait_seconds": self._disk_waits.total_ns / 1e9,
+            "disk_wait_seconds": self._disk_waits.total_ns / 1e9 if self._disk_waits else 0.0,
             **self.findings.record(),
             "seconds": self._seconds + running,
             "page_cache": self._page_cache(),
@@ -422,6 +423,8 @@ class Kernel:
                 self.cleancache.flush_fs()
             if self.attachment is not None:
                 self.attachment.close()
+            if self._disk_waits is not None:
+                self._disk_waits.close()
             if self.node is not None and owing:
                 # What it did not flush nobody would distrust: to the others it has died.
                 log.warning("event=left-without-a-word why=pages of a shared pool are not flushed")

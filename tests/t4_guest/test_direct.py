@@ -140,6 +140,27 @@ def test_time_in_requests_is_added_up(disk: Path) -> None:
     device.close()
 
 
+@pytest.mark.parametrize(("accounts", "expected"), [(True, 50), (False, 70)])
+def test_time_of_processors_is_no_waiting(
+    monkeypatch: pytest.MonkeyPatch, *, accounts: bool, expected: int
+) -> None:
+    """Neither what the thread did itself in a request, nor its waiting for its turn to do it."""
+    with monkeypatch.context() as patch:
+        if not accounts:
+            patch.setattr(os, "open", lambda *_arguments: (_ for _ in ()).throw(OSError()))
+        waits = Waits()
+    ran, waited = iter([0, 30]), iter([b"7 5 1\n", b"8 25 2\n"])
+    wall = iter([1000, 1100])
+    with monkeypatch.context() as patch:
+        patch.setattr("time.perf_counter_ns", lambda: next(wall))
+        patch.setattr("time.thread_time_ns", lambda: next(ran))
+        patch.setattr(os, "pread", lambda *_arguments: next(waited))
+        with waits:
+            pass
+    assert waits.total_ns == expected
+    waits.close()
+
+
 @pytest.mark.parametrize("kernel_counts", [True, False])
 def test_a_file_system_in_memory_is_refused(
     monkeypatch: pytest.MonkeyPatch, *, kernel_counts: bool

@@ -15,7 +15,8 @@ over all of them.
                 for it, measured, and its accesses to both its disks, counted, times 8 ms and
                 100 us.  So long it would take with a core and disks for itself
     direct      with `--direct`, when no disk is in the host's page cache: the same CPU time and
-                the time that the guest waited in its accesses, measured on the disk below
+                the time that the guest waited in its accesses, measured on the disk below,
+                without what it waited for a processor then
 
 All figures are counted from when the work begins to when the last guest is done.
 """
