@@ -80,7 +80,7 @@ def test_readme_lists_every_exit_code_and_parameter() -> None:
 
 def test_help_is_shown_as_it_is_written() -> None:
     """Words in brackets would be taken for markup, and left out."""
-    found = []
+    found: list[str] = []
 
     def walk(command: Any, path: str) -> None:
         texts = [command.help, *(getattr(one, "help", None) for one in command.params)]
