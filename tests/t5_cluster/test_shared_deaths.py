@@ -128,12 +128,18 @@ class SharedCluster:
 
 
 @pytest.fixture
-def cluster(folder: Path, cluster_name: str) -> Iterator[SharedCluster]:
-    """Up, and with the files of the workload made by red; afterwards down and sound."""
+def cluster(
+    request: pytest.FixtureRequest, folder: Path, cluster_name: str
+) -> Iterator[SharedCluster]:
+    """Up, and with the files of the workload made by red; afterwards down and sound.
+
+    Its parameter is the mode of the jails.
+    """
     tree = write_tree(folder / "tree", files=12)
     image = build_volume(str(tree), 2**20, "data", 3, folder / "made").path
     (folder / "cluster.toml").write_text(volume_toml(cluster_name, tree, image=image))
-    done = tmem("up", "-d", "-f", "cluster.toml", cwd=folder)
+    jail = getattr(request, "param", "auto")
+    done = tmem("up", "-d", "-f", "cluster.toml", "--jail", jail, cwd=folder)
     assert done.returncode == 0, done.stderr
     cluster = SharedCluster(folder, image)
     try:
@@ -237,12 +243,14 @@ def test_killed_node_is_recovered_once_and_writers_go_on(cluster: SharedCluster)
     assert is_sound(cluster.image)
 
 
+@pytest.mark.parametrize("cluster", ["off"], indirect=True)
 def test_nodes_whose_disk_takes_no_writes_fence_themselves(
     cluster: SharedCluster, folder: Path
 ) -> None:
     """They live on, but from some place of the image on the kernel refuses what they write (EFBIG,
     by its limit on the size of files). Red still writes its heartbeat, but can't write back what
-    it has under locks that others want; blue can't even do that. Green goes on alone."""
+    it has under locks that others want; blue can't even do that. Green goes on alone. Without
+    jails, since limits of another user's process take a capability that containers often lack."""
     layout = read_layout(cluster.image)
     heartbeat = layout.heartbeat_sector * SECTOR_BYTES
     cluster.start("red", operations=1_000_000, writes=0.5, syncs=0.3)

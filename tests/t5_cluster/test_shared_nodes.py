@@ -204,7 +204,7 @@ def kernels_of(world: World, monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
     """The guests red and blue, without a hypervisor."""
     monkeypatch.setattr(
         "guests.kernel.Node",
-        lambda spec, _image, _folder: SteppedNode(world, spec.number, spec.timing),
+        lambda spec, _image, _folder, **_options: SteppedNode(world, spec.number, spec.timing),
     )
     kernels = []
     for number, name in enumerate(("red", "blue")):
