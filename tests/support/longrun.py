@@ -46,6 +46,7 @@ def world_of(seed: int) -> World:
         POLICIES[seed % len(POLICIES)],
         MODES[seed // len(POLICIES) % len(MODES)],
         kills=_DEATHS[seed % len(_DEATHS)],
+        lends=seed // 3 % 2 == 1,
     )
 
 

@@ -36,7 +36,9 @@ class World(CheckedMachine):
         name = rng.choice(GUESTS)
         part = rng.choice((0, 0, 0, 1, 1, 2, 2, 3, 3, 4))
         choice = rng.random()
-        if (name, part) not in self.ids:
+        if self.lends and rng.random() < 0.05:
+            self.lend(name, self.ram(name))
+        elif (name, part) not in self.ids:
             self.say(f"{name} makes pool {part}")
             self.make_pool(name, part, rng.choice(list(Priority)))
         elif choice < 0.9:
@@ -60,6 +62,14 @@ class World(CheckedMachine):
         else:
             self.say("restart")
             self.start()
+
+    def ram(self, name: str) -> int:
+        """What a guest wants: mostly little, or nothing would be left for pages."""
+        rng = self.random
+        had = self.lent[name]
+        wanted = rng.choice((0, 0, had // 2, rng.randrange(60), had + rng.randrange(20), 2000))
+        self.say(f"{name} has {had} frames as RAM and wants {wanted}")
+        return wanted
 
     def say(self, text: str) -> None:
         self.log.append(text)
@@ -126,7 +136,7 @@ class World(CheckedMachine):
         count = rng.choice((1, 3, 8, 64))
         oid, index = self.somewhere(name, part, count)
         owner, kind = "" if KIND_OF[part] in UUIDS else name, KIND_OF[part]
-        choice = rng.randrange(9)
+        choice = rng.randrange(9 + self.lends)
         self.say(f"death {choice} at {number}: {name} {part} {oid}:{index}+{count}")
         token = self.token(name, part, oid)
         extent = Intent(owner, kind, oid, index, count, token=token)
@@ -147,6 +157,11 @@ class World(CheckedMachine):
             self.die(number, lambda: self.leave(name, part))
         elif choice == 7:
             self.die(number, lambda: self.depart(name))
+        elif choice == 9:
+            wanted = self.ram(name)
+            self.lend_intent = name, wanted
+            self.die(number, lambda: self.lend(name, wanted))
+            self.lend_intent = None
         else:
             self.die(
                 number,
@@ -178,7 +193,7 @@ class World(CheckedMachine):
         elif choice == 4:
             cap = rng.choice((0, 0, 60, 200)) * PAGE_BYTES
             reserve = rng.choice((0, 10, 40)) * PAGE_BYTES
-            self.ask(verb="set", guest=name, cap_bytes=cap, reserve_bytes=reserve)
+            self.bound(name, cap, reserve)
         elif choice in (5, 10) and kind in UUIDS:
             uuid = UUIDS[kind].hex()
             if self.role(name, kind) is not None and rng.random() < 0.3:

@@ -122,11 +122,14 @@ class Wishes:
         told.done += done
         self.taken_back += done
 
-    def called(self, name: str, op: Op, count: int, reply: Reply) -> None:
-        """A call was answered: whoever had to be asked was, and nobody else."""
+    def called(self, name: str, op: Op, count: int, reply: Reply, *, short: bool = False) -> None:
+        """A call was answered: whoever had to be asked was, and nobody else.  `short`: a LEND that
+        found no room for all that it could have."""
         self.now_ns += CALL_NS
         notified, self._notified = self._notified, []
         lacking = op in (Op.PUT_PAGE, Op.PUT_BATCH) and reply.map != (1 << count) - 1
+        # RAM that took pages of one who had not too many lacks nothing, and asks for room.
+        lacking |= op == Op.LEND
         whom = self._whom(name) if lacking else []
         if notified:
             if self._machine.store.doomed:
@@ -134,7 +137,7 @@ class Wishes:
             if len(notified) != 1 or notified[0] not in whom:
                 raise Mismatch(f"{notified} were asked after {op.name} of {name}, not {whom}")
             self._asked(notified[0])
-        elif (reply.status, reply.reason) == (Status.ENOMEM, Reason.NO_MEMORY) and whom:
+        elif whom and (short or reply[1:3] == (Status.ENOMEM, Reason.NO_MEMORY)):
             if not self._machine.store.doomed and all(map(self._may_be_asked, whom)):
                 raise Mismatch(f"none of {whom} was asked after {op.name} of {name}")
         for one in self._machine.clients:

@@ -19,6 +19,7 @@ from hypervisor.arena import Arena
 from hypervisor.balance import MODES
 from hypervisor.eviction import POLICIES
 from hypervisor.invariants import check
+from hypervisor.lending import Lending, Loans
 from hypervisor.machine import Machine
 from hypervisor.pools import Client
 from hypervisor.pressure import Pressure
@@ -70,9 +71,12 @@ class Histories(RuleBasedStateMachine):
         mode=st.sampled_from(MODES),
         groups=st.lists(st.sampled_from(("", "red")), min_size=3, max_size=3),
         compress=st.booleans(),
+        lends=st.booleans(),
     )
-    def begin(self, seed: int, policy: str, mode: str, groups: list[str], compress: bool) -> None:
-        self.world = World(seed, policy, mode)
+    def begin(
+        self, seed: int, policy: str, mode: str, groups: list[str], compress: bool, lends: bool
+    ) -> None:
+        self.world = World(seed, policy, mode, lends=lends)
         for name, group in zip(GUESTS, groups, strict=False):
             self.world.ask(verb="set", guest=name, group=group, compress=compress)
 
@@ -126,6 +130,10 @@ class Histories(RuleBasedStateMachine):
         if (name, part) not in self.world.ids:
             self.world.make_pool(name, part, priority)
 
+    @rule(name=names, frames=st.one_of(st.integers(0, 80), st.just(2000)))
+    def lend(self, name: str, frames: int) -> None:
+        self.world.lend(name, frames)
+
     @rule(name=names, part=parts)
     def leave(self, name: str, part: int) -> None:
         if (name, part) in self.world.ids:
@@ -171,16 +179,18 @@ TestHistories.settings = settings(
 def test_all_outcomes_are_met() -> None:
     """A world that never gets anywhere would prove nothing."""
     answers: set[str] = set()
-    requests = taken_back = 0
+    requests = taken_back = lent = 0
     for seed in range(10):
         world = longrun.world_of(seed)
         _steps(world, 1000)
+        lent += sum(world.lent.values())
         answers |= world.answers().keys()
         requests += world.wishes.requests
         taken_back += world.wishes.taken_back
 
     assert requests
     assert taken_back
+    assert lent
     for outcome in (
         "PUT_PAGE DONE NONE",
         "PUT_PAGE EFROZEN FROZEN",
@@ -195,6 +205,7 @@ def test_all_outcomes_are_met() -> None:
         "FLUSH_OBJECT DONE NONE",
         "PUT_BATCH DONE NONE",
         "GET_BATCH MISS NONE",
+        "LEND DONE NONE",
     ):
         assert outcome in answers
 
@@ -278,6 +289,41 @@ def _flushes_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _a_lent_frame_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fifth, by a hypervisor that starts again."""
+    right = Loans.adopt
+
+    def wrong(self: Loans, client: Client, frame: int) -> None:
+        if frame % 5:
+            right(self, client, frame)
+
+    monkeypatch.setattr(Loans, "adopt", wrong)
+
+
+def _ram_is_lent_to_the_last_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever guests have reserved."""
+    monkeypatch.setattr(
+        Lending,
+        "lendable",
+        property(lambda self: self._store.frames.count - self._store.loans.lent),
+    )
+
+
+def _ram_takes_no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only frames that are free are lent."""
+    right = Lending.resize
+
+    def wrong(self: Lending, client: Client, wanted: int) -> bool:
+        monkeypatch.setattr(self._store, "make_room", lambda *_: None)
+        try:
+            return right(self, client, wanted)
+        finally:
+            monkeypatch.undo()
+            monkeypatch.setattr(Lending, "resize", wrong)
+
+    monkeypatch.setattr(Lending, "resize", wrong)
+
+
 def _steps(world: World, count: int) -> None:
     for _ in range(count):
         world.step()
@@ -295,11 +341,14 @@ def _steps(world: World, count: int) -> None:
         _asked_in_vain,
         _the_deaf_come_first,
         _flushes_do_not_count,
+        _a_lent_frame_is_forgotten,
+        _ram_is_lent_to_the_last_frame,
+        _ram_takes_no_pages,
     ],
 )
 def test_the_oracle_notices(break_it: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """Faults, each found within some hundred or thousand steps."""
-    world = World(7)
+    world = World(7, lends=True)
     break_it(monkeypatch)  # type: ignore[operator]
 
     with pytest.raises(Mismatch):
