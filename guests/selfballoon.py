@@ -11,12 +11,13 @@ Every `interval` seconds, with all figures in pages (Linux's drivers/xen/xen-sel
             in each case with what is reserved on top
 
 Clean page cache is not committed, so it is squeezed out, into cleancache, where all guests share
-the memory for it.  What frontswap holds has to come back one day: while its count has not grown
-for `frontswap_inertia` rounds, a part of it (one in `frontswap_hysteresis`) is brought back into
+the memory for it.  What frontswap holds has to come back one day: once its count has not grown for
+`frontswap_inertia` rounds, a part of it (one in `frontswap_hysteresis`) is brought back into
 RAM in each round.
 
 Differs from Linux: RAM is smaller here, so what counts as a megabyte in these formulas is a knob
-(`mb_bytes`), and both services are off until they are switched on.
+(`mb_bytes`), both services are off until they are switched on, and nothing is reserved unless
+`reserved_mb` says so (later versions of the driver begin with a tenth of the RAM).
 
 And Linux has no answer to a guest whose programs want more than all of its RAM: its driver then
 holds on to every page, tmem has none to keep the rest in, and the rest goes to the disk.  But a
@@ -157,8 +158,8 @@ class SelfBalloon:
         if not pages or grew:
             self._inertia = self.knobs.frontswap_inertia
             return
+        self._inertia = max(0, self._inertia - 1)
         if self._inertia:
-            self._inertia -= 1
             return
         hysteresis = self.knobs.frontswap_hysteresis
         self._shrink_frontswap(pages - pages // hysteresis if pages > hysteresis else 0)
