@@ -277,8 +277,9 @@ def units(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     if disk is not None:
         meaning = (
             "the same CPU time, and the time that the guest waited for its disks (not for its turn "
-            f"on a processor), measured: image and swap are files on {disk['file_system']} on {disk['device']}, and the host's page "
-            f"cache had {_pages_or_unknown(disk['host_cached_pages'])} of them after the runs"
+            "on a processor), measured: image and swap are files on "
+            f"{disk['file_system']} on {disk['device']}, and the host's page cache had "
+            f"{_pages_or_unknown(disk['host_cached_pages'])} of them after the runs"
         )
         named.insert(3, ("O_DIRECT", meaning))
     return named
