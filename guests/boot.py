@@ -31,7 +31,7 @@ from typing import Final
 
 from fs.errors import ImageError
 from guests import adversary
-from guests.control import Answers, Control, socket_path
+from guests.control import Answers, Control, Credential, socket_path
 from guests.jail import GuestJail
 from guests.kernel import GuestSpec, Kernel
 from guests.node import Fenced
@@ -85,11 +85,12 @@ def _serve(spec: GuestSpec) -> None:
     jail.step_down()
     spec = jail.spec
     code = adversary.load(spec.adversary) if spec.adversary is not None else None
+    credential = Credential(spec.token)
     kernel = Kernel(
         spec,
         clock_ns=time.time_ns,
         now_seconds=time.monotonic,
-        connect=_connector(spec) if spec.attach else None,
+        connect=_connector(spec, credential) if spec.attach else None,
         detach=_detach,
     )
     try:
@@ -97,7 +98,7 @@ def _serve(spec: GuestSpec) -> None:
             kernel.workloads[adversary.WORKLOAD] = adversary.workload(
                 spec.adversary, code, kernel, spec
             )
-        answers = Answers(kernel)
+        answers = Answers(kernel, credential)
         control = Control(socket_path(spec.run_directory, spec.name), answers.answer)
         try:
             with _ends_watched(spec, control, answers):
@@ -138,7 +139,7 @@ def _loop(kernel: Kernel, control: Control, answers: Answers) -> None:
             kernel.idle()
 
 
-def _connector(spec: GuestSpec) -> Callable[[], Channel]:
+def _connector(spec: GuestSpec, credential: Credential) -> Callable[[], Channel]:
     """Attaches: patiently the first time, and then only if it is quick.
 
     A node has no time for patience: its lease runs meanwhile.
@@ -147,7 +148,9 @@ def _connector(spec: GuestSpec) -> Callable[[], Channel]:
 
     def connect() -> Channel:
         seconds, patience[0] = patience[0], REATTACH_PATIENCE_SECONDS
-        return attach.connect(spec.run_directory, spec.name, spec.token, patience_seconds=seconds)
+        return attach.connect(
+            spec.run_directory, spec.name, credential.token, patience_seconds=seconds
+        )
 
     return connect
 

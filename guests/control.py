@@ -11,6 +11,8 @@ at the end; what else that connection asks waits for it, other connections do no
     {"verb": "locks"}                                -> Kernel.locks
     {"verb": "volume"}                               -> Kernel.volume
     {"verb": "nemesis", "cut", "heal", "faults", "seed"} -> {"spoilt": True}  (nodes made for it)
+    {"verb": "rekey", "token"}                       -> {"rekeyed": True}: how it attaches
+    {"verb": "rekey", "key"}                         -> {"rekeyed": True}: what nodes prove
     {"verb": "stop"}                                 -> {"stopping": True}, then the guest ends
     anything else, or what can't be done             -> {"error": text}
 
@@ -37,6 +39,7 @@ from guests.keptfiles import OWN_IO, read_text
 from guests.kernel import Kernel
 from guests.shell import Execution
 from guests.workloads.job import BadParameters
+from ipc.abi import TOKEN_BYTES
 from ipc.codec import BadRecord, Record, decode, encode, split_frame
 from ipc.errors import ExitCode, OperatorError
 
@@ -235,11 +238,19 @@ class Control:
         connection.socket.close()
 
 
+class Credential:
+    """What a guest shows when it attaches."""
+
+    def __init__(self, token: bytes) -> None:
+        self.token = token
+
+
 class Answers:
     """The verbs, over one kernel."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, credential: Credential | None = None) -> None:
         self._kernel = kernel
+        self._credential = credential
         self.stopping = False
 
     def answer(self, untrusted: Record, descriptors: list[int]) -> Record | Pending:
@@ -259,11 +270,14 @@ class Answers:
             return self._volume()
         if verb == "nemesis":
             return self._spoil(untrusted)
+        if verb == "rekey":
+            return self._rekey(untrusted.get("token"), untrusted.get("key"))
         if verb == "stop":
             self.stopping = True
             return {"stopping": True}
         return {
-            "error": f"no verb {verb!r}; there are status, run, exec, locks, volume, nemesis, stop"
+            "error": f"no verb {verb!r}; there are status, run, exec, locks, volume, nemesis, "
+            "rekey, stop"
         }
 
     def _volume(self) -> Record:
@@ -293,6 +307,23 @@ class Answers:
         except ValueError as error:
             return {"error": str(error)}
         return {"spoilt": True}
+
+    def _rekey(self, untrusted_token: object, untrusted_key: object) -> Record:
+        """Answers never repeat what was sent: it is a secret, and errors are shown and logged."""
+        node = self._kernel.node
+        if isinstance(untrusted_token, bytes) and self._credential is not None:
+            if len(untrusted_token) != TOKEN_BYTES:
+                return {"error": f"a token has {TOKEN_BYTES} bytes"}
+            self._credential.token = untrusted_token
+        elif isinstance(untrusted_key, bytes) and node is not None:
+            try:
+                node.mesh.rekey(untrusted_key)
+            except OperatorError as error:
+                return {"error": str(error)}
+        else:
+            return {"error": "rekey needs a token, or, of a node of a volume, a key"}
+        log.info("event=rekeyed what=%s", "token" if untrusted_key is None else "key")
+        return {"rekeyed": True}
 
     def _run(self, untrusted: Record, descriptors: list[int]) -> Record:
         workload = untrusted.get("workload")

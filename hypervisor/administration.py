@@ -18,6 +18,7 @@
     quarantine {guest, also_deny?}     nobody may have the ephemeral pages that a guest has put into
                                        shared pools until now; their memory comes back in slices
     quarantined                        what of that is done
+    reseed                             draw another seed for the hash that finds equal pages
 
 A record is answered by a record; what can't be done by {"error": text}.  One answer does a bounded
 amount of work: `flush` does a slice and says whether there is `more`.
@@ -28,6 +29,7 @@ could name other guests in two of these operations until 2017, and its "destroy"
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -67,7 +69,9 @@ class Administration:
         *,
         is_attached: Callable[[Client], bool] = lambda _client: True,
         changed: Callable[[], None] = lambda: None,
+        random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
+        self._random_bytes = random_bytes
         self._machine = machine
         self._is_attached = is_attached
         self._changed = changed
@@ -86,6 +90,7 @@ class Administration:
             "page": self._page,
             "quarantine": self._quarantine,
             "quarantined": lambda _record: self._quarantined(),
+            "reseed": lambda _record: self._reseed(),
         }
 
     @property
@@ -344,6 +349,11 @@ class Administration:
     def _quarantined(self) -> Record:
         store = self._machine.store
         return {"pages": dict(store.quarantined), "more": store.is_sweeping}
+
+    def _reseed(self) -> Record:
+        seed = int.from_bytes(self._random_bytes(8), "little")
+        self._machine.store.contents.shared.reseed(seed)
+        return {"reseeded": True}
 
     def _destroy(self, record: Record) -> Record:
         client = self._guest(record.get("guest"))

@@ -46,6 +46,9 @@ class HypervisorSpec:
     """`ring` for guests that ask for one, `mqueue` for everybody, `auto` as the machine allows."""
     scheduling: str = "scheduled"
     admission: bool = True
+    checksums: bool = False
+    """Each page has one, so that an arena that changes by itself gives nobody wrong bytes.  Of an
+    arena that is found it holds what it was made with."""
     lend: bool = False
     """The guests' RAM comes out of the arena, too."""
     faults_max: int = FAULTS_MAX
@@ -146,8 +149,10 @@ def _open_arena(spec: HypervisorSpec, registry: Registry) -> tuple[str, Arena]:
             return name, Arena(mapping)
         log.error("event=arena-lost segment=%s", name)
     name = object_name(spec.cluster, "arena", os.urandom)
-    arena = format_arena(create_segment(name, spec.arena_bytes, registry))
+    segment = create_segment(name, spec.arena_bytes, registry)
+    arena = format_arena(segment, checksums=spec.checksums)
     temporary = path.with_suffix(".new")
+    temporary.touch(mode=0o600)
     temporary.write_text(name + "\n")
     temporary.rename(path)
     return name, arena

@@ -543,12 +543,10 @@ class Machine:
         member = client.members.get(pool_id)
         if member is None:
             return Status.ENODEV, Reason.NO_SUCH_POOL, 0, 0, 0
-        if not member.may_get:
-            self._deny(client, "flush", Reason.SHARED_DENIED, member)
-            return Status.EPERM, Reason.SHARED_DENIED, 0, 0, 0
-        if not member.writer:
-            self._deny(client, "flush", Reason.NOT_WRITER, member)
-            return Status.EPERM, Reason.NOT_WRITER, 0, 0, 0
+        if not member.may_get or not member.writer:
+            reason = Reason.NOT_WRITER if member.may_get else Reason.SHARED_DENIED
+            self._deny(client, "flush", reason, member)
+            return Status.EPERM, reason, 0, 0, 0
         if member.tokens is not None:
             member.tokens.see(oid, token)
         pages = self.store.flush_object(member.pool, oid)

@@ -48,7 +48,18 @@ _CALLS_PER_CPU_READING: Final = 256
 _ROUNDS_MAX: Final = 16
 """Rounds over the rings between two looks at everything else when nothing came from there."""
 _AUDITED: Final = frozenset(
-    ("freeze", "thaw", "set", "schedule", "flush", "auth", "destroy", "balloon", "quarantine")
+    (
+        "auth",
+        "balloon",
+        "destroy",
+        "flush",
+        "freeze",
+        "quarantine",
+        "reseed",
+        "schedule",
+        "set",
+        "thaw",
+    )
 )
 """Verbs that change something."""
 _IDLE_CPU_NS: Final = 20_000_000

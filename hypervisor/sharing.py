@@ -137,6 +137,12 @@ class SharedContents:
         """No page will match what was stored in this domain until now."""
         self._domains.pop(domain, None)
 
+    def reseed(self, seed: int) -> None:
+        """Digests are made under another seed from now on: what is stored is shared by those who
+        share it, and matches nothing new."""
+        self._seed = seed & (1 << 64) - 1
+        self._domains.clear()
+
     def _number_domain(self, domain: str) -> tuple[int, int]:
         seed = xxh3_64_intdigest(b"%d %s" % (self._domains_made, domain.encode()), self._seed)
         number = self._domains_made & _DOMAIN_MASK

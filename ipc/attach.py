@@ -129,9 +129,17 @@ def enrol(run_directory: Path, name: str, token: bytes, uid: int) -> None:
     roster.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = roster / name
     temporary = roster / f".{name}"
+    temporary.touch(mode=0o600)
     temporary.write_text(f"{uid} {token_digest(token).hex()}\n")
-    temporary.chmod(0o600)
     temporary.rename(path)
+
+
+def enrolled_uid(run_directory: Path, name: str) -> int | None:
+    """The user id that may use this name; None if nobody may."""
+    try:
+        return int((run_directory / "guests" / name).read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def is_enrolled(run_directory: Path, hello: Hello, uid: int) -> bool:

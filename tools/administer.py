@@ -254,12 +254,17 @@ def pages_table(answer: Record) -> list[tuple[str, ...]]:
             str(page["pid"]),
             _moment(page["after_ns"]),
             _moment(page["before_ns"]),
-            "-" if page["token"] is None else f"{page['token']:#x}",
+            "-" if page["token"] is None else format_token(page["token"]),
             page["stored"],
             _page_state(page),
         )
         for page in answer["pages"]
     ]
+
+
+def format_token(token: int) -> str:
+    """EPOCH.NUMBER, as lock managers make them and `tmem locks` has them."""
+    return f"{token >> 32}.{token & 0xFFFFFFFF}"
 
 
 def _page_state(page: Record) -> str:

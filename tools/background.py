@@ -25,6 +25,7 @@ def start(config: ClusterConfig, directory: ClusterDirectory, cache: Path) -> No
     check_cluster(config, directory)
     directory.make()
     command = [sys.executable, "-m", "tools.supervise", str(directory.path), str(cache.absolute())]
+    directory.log("console").touch(mode=0o600)
     with directory.log("console").open("ab") as console:
         process = subprocess.Popen(
             command,

@@ -47,6 +47,7 @@ from tools.control import ask
 from tools.interrupts import Interrupts
 from tools.jails import Jails, without
 from tools.processes import ProcessFactory
+from tools.rotate import with_present_key
 from tools.rundir import ClusterDirectory, ClusterRecord, GuestRecord
 from tools.units import format_size
 
@@ -175,6 +176,7 @@ class Cluster:
         return ClusterRecord(self.plan.name, self.plan.arena_bytes or 0, guests, pid, start)
 
     def _open_log(self) -> None:
+        self.directory.log("supervisor").touch(mode=0o600)
         self._log_file = logging.FileHandler(self.directory.log("supervisor"))
         form = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s"
         self._log_file.setFormatter(logging.Formatter(form, "%H:%M:%S"))
@@ -202,7 +204,7 @@ class Cluster:
             jail=self._jails.of_hypervisor(),
             **self.plan.hypervisor,
         )
-        self._hypervisor = self._factory.spawn(run_hypervisor, spec, HYPERVISOR)
+        self._hypervisor = self._factory.spawn(run_hypervisor, spec, HYPERVISOR, apart=True)
         self._registry.add_process(self._hypervisor.pid)
         self._started_at = time.monotonic()
         self._restart_at = None
@@ -229,7 +231,7 @@ class Cluster:
             token=token,
             attach=self.plan.arena_bytes is not None,
             supervisor_pid=os.getpid(),
-            node=guest.node,
+            node=guest.node and with_present_key(self.directory, guest.node),
             swap=guest.swap,
             swap_uuid=guest.swap_uuid,
             ksm=guest.ksm,

@@ -11,6 +11,7 @@
     admission = true             # s3fifo, hinted: new pages wait in a queue of their own
     faults_max = 256             # broken calls after which a guest is thrown out
     lend = true                  # guests' RAM comes out of the arena, too (default: false)
+    checksums = true             # no wrong page from memory that changes by itself (default: false)
     transport = "auto"           # auto (the ring on x86-64) | ring | mqueue: how calls travel
 
     [[guest]]
@@ -133,6 +134,7 @@ class HypervisorConfig(_Strict):
     scheduling: Literal["greedy", "static", "scheduled"] | None = None
     admission: bool | None = None
     lend: bool | None = None
+    checksums: bool | None = None
     faults_max: int | None = Field(default=None, ge=1)
     transport: Literal["auto", "ring", "mqueue"] | None = None
 
@@ -143,6 +145,7 @@ class HypervisorConfig(_Strict):
             "scheduling": self.scheduling,
             "admission": self.admission,
             "lend": self.lend,
+            "checksums": self.checksums,
             "faults_max": self.faults_max,
             "transport": self.transport,
         }

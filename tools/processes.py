@@ -13,6 +13,11 @@ stay behind when the supervisor is killed.
 
 Standard output and error of the children go to a log, so that a terminal shows only what the
 supervisor says.
+
+What is forked from one process has one seed of Python's hash, and the hypervisor's samplers and
+token groups rely on guests not knowing theirs.  So the hypervisor is not forked from the guests'
+server: it is an interpreter of its own (`apart`), whose seed the kernel gives it, whatever
+PYTHONHASHSEED says.
 """
 
 from __future__ import annotations
@@ -42,6 +47,7 @@ class ProcessFactory:
         self._folder = folder
         self._console = console
         self._context = multiprocess.get_context("forkserver")
+        self._apart = multiprocess.get_context("spawn")
         self._server = multiprocess.forkserver._forkserver  # noqa: SLF001
         self._tracker = multiprocess.resource_tracker._resource_tracker  # noqa: SLF001
         self._settings = multiprocess.process.current_process()._config  # noqa: SLF001
@@ -54,10 +60,18 @@ class ProcessFactory:
             self._server.ensure_running()
         return [self._server._forkserver_pid, self._tracker._pid]  # noqa: SLF001
 
-    def spawn(self, target: Callable[[Any], None], spec: object, name: str) -> Any:
-        """Start `target(spec)` in a process of its own; a multiprocess.Process."""
-        process = self._context.Process(target=target, args=(spec,), name=name)
-        with _bare_main():
+    def spawn(
+        self, target: Callable[[Any], None], spec: object, name: str, *, apart: bool = False
+    ) -> Any:
+        """Start `target(spec)` in a process of its own; a multiprocess.Process.  One that is
+        `apart` has nothing in common with the others."""
+        if not apart:
+            process = self._context.Process(target=target, args=(spec,), name=name)
+            with _bare_main():
+                process.start()
+            return process
+        process = self._apart.Process(target=target, args=(spec,), name=name)
+        with _output_to(self._console), _sigint_ignored(), _bare_main(), _own_hash_seed():
             process.start()
         return process
 
@@ -76,6 +90,17 @@ def _bare_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = ours
+
+
+@contextlib.contextmanager
+def _own_hash_seed() -> Iterator[None]:
+    """An interpreter that is started now draws its seed."""
+    given = os.environ.pop("PYTHONHASHSEED", None)
+    try:
+        yield
+    finally:
+        if given is not None:
+            os.environ["PYTHONHASHSEED"] = given
 
 
 @contextlib.contextmanager

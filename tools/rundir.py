@@ -47,6 +47,15 @@ ENVIRONMENT: Final = "TMEM_RUN_DIR"
 _FOLDER_BYTES_MAX: Final = 107 - len(f"/guest-{'x' * GUEST_NAME_CHARACTERS_MAX}.sock")
 _DOOR_FILE: Final = "door"
 _CLUSTER_FILE: Final = "cluster.json"
+_LEFT: Final = (
+    "*.sock",
+    "*.sock.lock",
+    "listener-*",
+    "arena",
+    "settings*",
+    "keys/*",
+    _CLUSTER_FILE,
+)
 _CLUSTER_FOLDERS: Final = ("on", "off", "shared", "private", "coherence")
 
 
@@ -113,6 +122,10 @@ class ClusterDirectory:
         except OSError:
             return self.path
 
+    def key_file(self, volume: str) -> Path:
+        """The key of a volume's nodes; there only after it was changed (`tools.rotate`)."""
+        return self.path / "keys" / volume
+
     def start_report(self, name: str) -> Path:
         """Why a guest did not start; there only after it failed."""
         return self.path / f"guest-{name}.error"
@@ -149,6 +162,7 @@ class ClusterDirectory:
         if self.door != self.path:
             return
         link = Path(tempfile.gettempdir(), f"tmem-{secrets.token_hex(8)}")
+        (self.path / _DOOR_FILE).touch(mode=0o600)
         (self.path / _DOOR_FILE).write_text(str(link))
         link.symlink_to(self.path)
 
@@ -174,6 +188,7 @@ class ClusterDirectory:
     def write(self, record: ClusterRecord) -> None:
         """Say who supervises the cluster that lives here."""
         temporary = self.path / f".{_CLUSTER_FILE}"
+        temporary.touch(mode=0o600)
         temporary.write_text(json.dumps(asdict(record), indent=1) + "\n")
         temporary.rename(self.path / _CLUSTER_FILE)
 
@@ -197,7 +212,7 @@ class ClusterDirectory:
                 registry.add_process(pid)
             found = [f"{kind} {name}" for kind, name in registry.clean()]
         self._remove_door()
-        for pattern in ("*.sock", "*.sock.lock", "listener-*", "arena", "settings*", _CLUSTER_FILE):
+        for pattern in _LEFT:
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
         return found

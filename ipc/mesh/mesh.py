@@ -176,6 +176,12 @@ class Mesh:
         self._deliver_post(now)
         return accepted
 
+    def rekey(self, key: bytes) -> None:
+        """Prove membership by another key from now on.  Links that are up go on, they have keys of
+        their own; between a node that has the new key and one that has not no link comes up."""
+        check_shared(key, self._identity.cluster, self._identity.parameters)
+        self._key = key
+
     def cut(self, node: int) -> None:
         """The network between this node and `node` is gone, both ways, and nobody is told."""
         peer = self._peers[node]

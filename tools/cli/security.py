@@ -1,4 +1,4 @@
-"""audit: who was refused what, and why."""
+"""audit, rotate: who was refused what, and why; other secrets."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ PANEL = "Security"
 def register(app: typer.Typer) -> None:
     """Add these commands."""
     app.command(rich_help_panel=PANEL)(audit)
+    rotate = typer.Typer(
+        help="Draw secrets of a running cluster anew; the old ones are worthless from then on.",
+        no_args_is_help=True,
+    )
+    rotate.command("token")(rotate_token)
+    rotate.command("key")(rotate_key)
+    rotate.command("seed")(rotate_seed)
+    app.add_typer(rotate, name="rotate", rich_help_panel=PANEL)
 
 
 def audit(
@@ -43,4 +51,47 @@ def audit(
         print(json_format.dumps(found) if json else line, flush=follow)
     if reader.unreadable:
         print(f"tmem: {reader.unreadable} lines are no events", file=sys.stderr)
+    return ExitCode.OK
+
+
+def rotate_token(
+    guest: Annotated[
+        str | None, typer.Argument(help="Name or number of a guest [default: all].")
+    ] = None,
+    run: RunOption = None,
+) -> int:
+    """Give guests other tokens to attach with; who is attached stays so."""
+    from tools import rotate
+    from tools.administer import Administrator
+    from tools.rundir import find_live
+
+    directory, record = find_live(run)
+    names = [one.name for one in record.guests]
+    if guest is not None:
+        names = [Administrator(directory, record).guest(guest)]
+    for name in names:
+        rotate.rotate_token(directory, record, name)
+        print(f"{name}: another token")
+    return ExitCode.OK
+
+
+def rotate_key(
+    volume: Annotated[str, typer.Argument(help="Name of the volume whose nodes have the key.")],
+    run: RunOption = None,
+) -> int:
+    """Give the nodes of a volume another cluster key; links that are up go on."""
+    from tools import rotate
+    from tools.rundir import find_live
+
+    nodes = rotate.rotate_key(*find_live(run), volume)
+    print(f"{volume}: another key for {', '.join(nodes)}")
+    return ExitCode.OK
+
+
+def rotate_seed(run: RunOption = None) -> int:
+    """Draw the seed of the hash that finds equal pages anew; pages of before match no new ones."""
+    from tools.cli.admin import administrator
+
+    administrator(run).ask("reseed")
+    print("hypervisor: another seed")
     return ExitCode.OK
