@@ -33,6 +33,8 @@ from guests.swap import Swap
 from guests.swapdisk import open_swap
 
 KILLS_SHOWN: Final = 10
+IDLE_SECONDS: Final = 0.02
+"""At most so long at a time, while there is no work."""
 
 
 class _Listener:
@@ -72,6 +74,7 @@ class Userland:
         self.swap: Swap | None = None
         self.frontswap: Frontswap | None = None
         self._memory = memory
+        self._now_seconds = now_seconds
         self._attachment = attachment
         self._listener = _Listener()
         if attachment is not None:
@@ -109,9 +112,13 @@ class Userland:
         (self.balloon if self.monitor is None else self.monitor).step()
 
     def idle(self) -> None:
-        """While there is no work: tell of pages that are not wanted any more."""
+        """While there is no work: tell of pages that are not wanted any more, and let the balloon
+        come nearer to its target than by a batch a look."""
         if self.frontswap is not None:
             self.frontswap.flush()
+        until = self._now_seconds() + IDLE_SECONDS
+        while self.monitor is None and self._now_seconds() < until and self.balloon.step():
+            pass
 
     # --- the balloon
 

@@ -60,6 +60,16 @@ def test_pages_go_back_to_the_host_and_come_again(image: Path, tmp_path: Path) -
         check_programs(kernel)
 
 
+def test_an_idle_guest_does_not_take_a_batch_a_look(image: Path) -> None:
+    """It looks twice a second, and would be minutes on its way."""
+    with running_kernel(image, memory_bytes=16 * MIB) as kernel:
+        balloon = kernel.userland.balloon
+        for target in (8 * PAGES, 16 * PAGES):
+            balloon.set_target(target)
+            kernel.idle()
+            assert balloon.size_pages == target
+
+
 def test_a_balloon_kills_nobody(image: Path) -> None:
     """Without swap a program's memory can't go: the guest stays as large as it needs to be."""
     with running_kernel(image) as kernel:
