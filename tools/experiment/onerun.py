@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,8 +132,8 @@ class Run:
                 merged.look(self._processes())
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + PERIOD_SECONDS
-                self._look()
-        self._look()
+                self._look(busy)
+        self._look(busy)
         cpu = {name: seconds - cpu_before[name] for name, seconds in self._cpu_seconds().items()}
         guests_cpu_seconds = sum(cpu.values())
         stats = self._stats()
@@ -202,8 +202,12 @@ class Run:
 
     # --- the host's side, once a second
 
-    def _look(self) -> None:
+    def _look(self, polled: Collection[str]) -> None:
         """See what is free for somebody else, and balance if that is the mode."""
+        if self._mode.balanced:
+            for name in self._host.guests:
+                if name not in polled:
+                    self._poll(name)
         now = time.monotonic()
         seconds, self._looked_at = now - self._looked_at, now
         uncounted = self._mode.uncounted_bytes // PAGE_BYTES
