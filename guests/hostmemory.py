@@ -48,6 +48,9 @@ class HostMemory:
         self._now_seconds = now_seconds
         self._calls: Hypercalls | None = None
         self._ask_at = 0.0
+        self.patience_seconds = ASK_AGAIN_SECONDS
+        self.on_reply: Callable[[], None] = _nobody_waits
+        """Called when the hypervisor has said how much it lends."""
         self.lends: bool | None = False if attachment is None else None
         """Whether the hypervisor does; None until it was asked."""
         self.lent_pages = 0
@@ -73,7 +76,7 @@ class HostMemory:
         if self._calls is not None and self.lent_pages < pages and now >= self._ask_at:
             self._ask(pages)
             if self.lent_pages < pages:
-                self._ask_at = now + ASK_AGAIN_SECONDS
+                self._ask_at = now + self.patience_seconds
         return min(pages, self.lent_pages) if self._calls is not None else self.size_pages
 
     def shrink(self) -> None:
@@ -96,7 +99,8 @@ class HostMemory:
         """Say what the guest has.  What it is not lent, and does not use, goes back at once."""
         self._calls = calls
         self._ask_at = 0.0
-        self._lend(calls, self.size_pages)
+        # What a caller has made sure of a moment ago must not be lost.
+        self._lend(calls, self.size_pages + self._memory.claimable_pages)
         if self.lends and self.lent_pages < self.size_pages:
             log.info("memory event=short wanted=%d lent=%d", self.size_pages, self.lent_pages)
             self._memory.give_back(self.size_pages - self.lent_pages)
@@ -123,11 +127,14 @@ class HostMemory:
         before = -1
         while True:
             reply = calls.lend(pages)
-            if reply.reason == Reason.LENDING_OFF:
-                self.lends = False
-                return
-            self.lends = True
-            self.lent_pages = reply.value
-            if self.lent_pages in (pages, before):
-                return
+            self.lends = reply.reason != Reason.LENDING_OFF
+            if self.lends:
+                self.lent_pages = reply.value
+            if not self.lends or self.lent_pages in (pages, before):
+                break
             before = self.lent_pages
+        self.on_reply()
+
+
+def _nobody_waits() -> None:
+    """A balloon sees to it itself."""

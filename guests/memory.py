@@ -95,14 +95,14 @@ class Memory:
         self.states = PageStates(budget.frames) if page_states else None
         self._discarded_pages = 0
         self._allowed_frames = 0
-        self._claimable_pages = 0
+        self.claimable_pages = 0
         """Frames that the host has and that may be taken without asking it."""
-        self.reclaim = Reclaim(budget.frames, lambda: len(self._free) + self._claimable_pages)
+        self.reclaim = Reclaim(budget.frames, lambda: len(self._free) + self.claimable_pages)
 
     @property
     def free_pages(self) -> int:
         """Frames that nobody owns, and that can be taken."""
-        return len(self._free) + self._claimable_pages
+        return len(self._free) + self.claimable_pages
 
     @property
     def resident_free_pages(self) -> int:
@@ -172,12 +172,14 @@ class Memory:
 
     def _reckon(self) -> None:
         resident = self.budget.frames - self.given_back_pages
-        self._claimable_pages = max(0, min(len(self._given_back), self._allowed_frames - resident))
+        self.claimable_pages = max(0, min(len(self._given_back), self._allowed_frames - resident))
 
     def _claim(self) -> int:
-        assert self._claimable_pages, "nothing is free"
-        self._claimable_pages -= 1
-        return self._given_back.pop()
+        """A frame that the host has.  The guest may not have it if it was free when the caller made
+        sure, and a host that has lost its memory came back meanwhile (`guests.hostmemory`)."""
+        frame = self._given_back.pop()
+        self._reckon()
+        return frame
 
     def _is_the_hosts(self, frame: int) -> bool:
         """A frame is given up: whether the host had discarded it, so that it has all of it now."""

@@ -152,6 +152,8 @@ class Reclaim:
         self.low_pages = frames // LOW_SHARE
         self.exhausted: Callable[[], bool] = lambda: False
         """Nothing can be evicted: whether that was changed."""
+        self.grow: Callable[[int], None] | None = None
+        """Have at least so many free frames if the host has some (`guests.monitor`)."""
         self.direct_pages = 0
         self.background_pages = 0
         self._frames = frames
@@ -186,6 +188,8 @@ class Reclaim:
 
         ENOMEM; OSError of a page that can't be written.
         """
+        if self.grow is not None and self._free_pages() < count:
+            self.grow(count)
         while self._free_pages() < count:
             freed = self._evict_batch()
             self.direct_pages += freed
@@ -195,6 +199,9 @@ class Reclaim:
     def in_background(self) -> None:
         """One batch, from the low mark on until twice as many frames are free."""
         free = self._free_pages()
+        if self.grow is not None and free < 2 * self.low_pages:
+            self.grow(2 * self.low_pages)
+            free = self._free_pages()
         self._filling = free < self.low_pages or (self._filling and free < 2 * self.low_pages)
         if self._filling:
             self.background_pages += self._evict_batch()

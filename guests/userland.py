@@ -97,7 +97,9 @@ class Userland:
             self.frontswap.on_lost = self.processes.note_lost
         self.host = HostMemory(memory, attachment, now_seconds)
         self.balloon = Balloon(memory, self.host)
-        self.monitor = Monitor(memory, self.balloon) if memory.states is not None else None
+        self.monitor = (
+            Monitor(memory, self.balloon, self.host) if memory.states is not None else None
+        )
         self.selfballoon = SelfBalloon(
             now_seconds, self._needs, self._set_own_target, self.shrink_frontswap
         )

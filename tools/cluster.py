@@ -77,6 +77,7 @@ class GuestPlan:
     cleancache: bool = True
     frontswap: bool = True
     ksm: bool = False
+    page_states: bool = False
     direct: bool = False
     adversary: str | None = None
     """The module that its workload `adversary` runs (`guests.adversary`)."""
@@ -235,6 +236,7 @@ class Cluster:
             swap=guest.swap,
             swap_uuid=guest.swap_uuid,
             ksm=guest.ksm,
+            page_states=guest.page_states,
             direct=guest.direct,
             cleancache=guest.cleancache,
             frontswap=guest.frontswap,

@@ -25,6 +25,7 @@
     swap = "64M"                 # a swap file of this size, made anew for each start
     # swap_image = "swap.img"    # or one that is there (`tmem mkswap`)
     ksm = false                  # true: the host's kernel may merge equal pages of its RAM
+    page_states = false          # true: what `tmem balloon` takes is dropped, clean pages at once
     direct = false               # true: its disks are used around the host's page cache (O_DIRECT)
     weight = 100                 # from here on: what `tmem set` changes later; without them the
     cap = "8M"                   # hypervisor's defaults
@@ -165,6 +166,7 @@ class GuestConfig(_Strict):
     swap: PerhapsSwap = None
     swap_image: str | None = None
     ksm: bool = False
+    page_states: bool = False
     direct: bool = False
     weight: int | None = Field(default=None, ge=1, le=65535)
     cap: PerhapsPages = None

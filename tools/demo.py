@@ -179,6 +179,7 @@ def plan_cluster(
                 swap=None if swap is None else swap.path(directory.images),
                 swap_uuid=None if swap is None else swap.uuid,
                 ksm=guest.ksm,
+                page_states=guest.page_states,
                 direct=guest.direct,
             )
         )

@@ -244,6 +244,47 @@ def test_without_a_hypervisor_a_guest_shrinks_and_does_not_grow(
         host.check()
 
 
+def test_frames_that_were_free_a_moment_ago_can_be_used_all_the_same(
+    image: Path, tmp_path: Path, expect_warning: Callable[[str], None]
+) -> None:
+    """A read has made sure of frames, asks tmem, attaches to a hypervisor without memory, and gives
+    its free frames back: it takes them again."""
+    expect_warning("event=(disconnected|not-attached)")
+    content = random.Random(1).randbytes(32 * PAGE)
+    with running_kernel(image) as kernel:
+        write_file(kernel, "/f", content)
+    time, host = Time(), Host(450)
+    with running_kernel(
+        image, host, time=time, memory_bytes=MEMORY_BYTES, swap=swap_file(tmp_path)
+    ) as kernel:
+        process = kernel.userland.processes.spawn("program")
+        pages = kernel.memory.budget.frames - 40
+        address = process.map(pages * PAGE)
+        process.write(address, b"p" * pages * PAGE)
+        host.kernel, host.short = kernel, True
+        host.kill(arena_lost=True)
+        host.start()
+        rival = host.other
+        connect = host.connect
+
+        def after_a_rival() -> LocalChannel:
+            channel = connect()
+            assert fill(rival(), 1, 1, 200) == 200
+            assert isinstance(channel, LocalChannel)
+            return channel
+
+        attachment = kernel.attachment
+        assert attachment is not None
+        assert attachment.calls is not None
+        attachment._connect = after_a_rival
+        attachment.lose(attachment.calls)
+        time.seconds += RETRY_SECONDS
+        assert read_file(kernel, "/f") == content
+        assert host.lent < size(kernel)
+        check_pages(kernel.pages)
+        check_programs(kernel)
+
+
 def test_a_hypervisor_that_lost_its_memory_has_less_to_lend(
     image: Path, tmp_path: Path, expect_warning: Callable[[str], None]
 ) -> None:

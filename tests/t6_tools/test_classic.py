@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from hypervisor.arena import frames_that_fit
 from ipc.errors import ExitCode
 from tests.support.clusters import short_folder, tmem_here
 from tests.support.disks import is_on_disk, mount_of
@@ -25,6 +26,7 @@ from tools.experiment.classic_report import compare, complete, goals, markdown
 from tools.experiment.modes import MODES, Disks
 from tools.experiment.svg import ticks
 from tools.progress import SweepReporter
+from tools.units import PAGE_BYTES
 
 TINY = Plan(
     guests=2,
@@ -176,6 +178,26 @@ def test_progress_says_what_is_on(sweep: Sweep) -> None:
     assert re.search(r"4/4 tmem at pressure \d\.\d+, \d+ s left", sweep.errors)
 
 
+@pytest.mark.cluster
+def test_guests_with_page_states_share_one_memory(
+    new_cluster_name: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One may have more of it than an even share, all never more than there is."""
+    plan = replace(TINY, name=new_cluster_name(), modes=("cmm2",), memory_pages=250)
+    plan = replace(plan, jobs=(22,))
+    monkeypatch.setattr(classic, "QUICK", plan)
+    with short_folder() as folder:
+        done = tmem_here("experiment", "classic", "--quick", "--json", cwd=folder)
+    assert done.returncode == ExitCode.OK, done.stderr
+    (found,) = json.loads(done.stdout)["points"]
+    assert found["mode"] == "cmm2"
+    assert found["mismatches"] == found["oom_kills"] == 0
+    assert found["swap_out_pages"] > 100
+    assert 0.7 * plan.host.total_bytes < found["sizes_most_bytes"] <= plan.host.total_bytes
+    assert found["migration_bytes"] > 0
+    assert found["tmem"]["hypercalls"] > 0 == found["tmem"]["pages_put"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
@@ -308,6 +330,11 @@ def test_no_mode_has_more_memory_than_another(mode: str, tmp_path: Path) -> None
         if question["verb"] == "balloon"
     }
     uncounted = MODES[mode].uncounted_bytes
+    if MODES[mode].page_states:
+        assert plan.arena_bytes is not None
+        lent = frames_that_fit(plan.arena_bytes) * PAGE_BYTES
+        assert lent == host.total_bytes + uncounted * len(names)
+        return
     ram = sum(told.get(guest.name, guest.memory_bytes) - uncounted for guest in plan.guests)
     arena = plan.arena_bytes or 0
     if MODES[mode].lend:

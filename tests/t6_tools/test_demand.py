@@ -34,15 +34,16 @@ def experiment(folder: Path, *words: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.cluster
 def test_demand_that_moves_is_met_by_what_others_do_not_need(folder: Path) -> None:
-    """Borrowed memory saves the swap disks most of what a fixed division costs them."""
-    code, found = experiment(folder, "moving", "--modes", "static,tmem-borrow")
+    """Borrowed memory saves the swap disks most of what a fixed division costs them; RAM that the
+    host takes from the others some of it."""
+    code, found = experiment(folder, "moving", "--modes", "static,cmm2,tmem-borrow")
     assert code == ExitCode.OK
-    static, borrowed = found["points"]
-    assert (static["mode"], borrowed["mode"]) == ("static", "tmem-borrow")
-    assert static["mismatches"] == borrowed["mismatches"] == 0
-    assert static["oom_kills"] == borrowed["oom_kills"] == 0
-    swapped = [point["swap_in_pages"] + point["swap_out_pages"] for point in (static, borrowed)]
-    assert swapped[0] > 2 * swapped[1]
+    assert [point["mode"] for point in found["points"]] == ["static", "cmm2", "tmem-borrow"]
+    assert {point["mismatches"] for point in found["points"]} == {0}
+    assert {point["oom_kills"] for point in found["points"]} == {0}
+    swapped = [point["swap_in_pages"] + point["swap_out_pages"] for point in found["points"]]
+    assert swapped[0] > 2 * swapped[2]
+    assert swapped[1] < 0.8 * swapped[0]
     assert found["plan"]["total_bytes"] == 4 << 20
     assert not any((folder / "runs").glob("*/images")), "disks are gone"
 
@@ -62,7 +63,7 @@ def test_there_is_an_end_to_all_memory(folder: Path) -> None:
 def test_modes_and_what_people_see() -> None:
     """A row a mode, with the figures that there are; a line for each thing that is wrong."""
     assert chosen_modes("tmem, static") == ("tmem", "static")
-    with pytest.raises(OperatorError, match="no mode 'fast'; there are static, balloon, tmem"):
+    with pytest.raises(OperatorError, match="no mode 'fast'; there are static, balloon, cmm2"):
         chosen_modes("fast")
     point = {"mode": "static", "seconds": 1.5, "swap_in_pages": 1234, "errors": [], "mismatches": 0}
     found = {"points": [point, {**point, "mode": "tmem", "mismatches": 2, "errors": ["x died"]}]}

@@ -17,7 +17,7 @@ balancer, and no fault of this one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -29,14 +29,24 @@ STALL_LEAST: Final = 0.01
 
 
 @dataclass(frozen=True)
-class Figures:
+class Bounds:
+    """What sizes a guest can have, in pages."""
+
+    floor: int
+    maximum: int
+
+    def bound(self, pages: int) -> int:
+        """The nearest size that it can have."""
+        return max(self.floor, min(self.maximum, pages))
+
+
+@dataclass(frozen=True)
+class Figures(Bounds):
     """What a guest says of itself; pages, `stalled` is a share of the time since last asked."""
 
     size: int
     told: int
     """Its last target: it may have that size at any moment."""
-    floor: int
-    maximum: int
     committed: int
     reserved: int
     free: int
@@ -46,10 +56,6 @@ class Figures:
     def held(self) -> int:
         """What nobody else can have now."""
         return max(self.size, self.told)
-
-    def bound(self, pages: int) -> int:
-        """The nearest size that it can have."""
-        return max(self.floor, min(self.maximum, pages))
 
     @property
     def slack(self) -> int:
@@ -73,11 +79,18 @@ class Figures:
 
 def fair_sizes(guests: Mapping[str, Figures], total_pages: int) -> dict[str, int]:
     """What each guest should have in the end."""
+    needed = {name: guest.needed for name, guest in guests.items()}
+    wished = {name: guest.wished for name, guest in guests.items()}
+    return divide(guests, [needed, wished], total_pages)
+
+
+def divide(
+    guests: Mapping[str, Bounds], wishes: Sequence[Mapping[str, int]], total_pages: int
+) -> dict[str, int]:
+    """What each has if all have what they wish first, as far as there is enough, then what they
+    wish next, and so on; what is left is divided evenly."""
     sizes = {name: guest.floor for name, guest in guests.items()}
-    for wanted in (
-        {name: guest.needed for name, guest in guests.items()},
-        {name: guest.wished for name, guest in guests.items()},
-    ):
+    for wanted in wishes:
         _share(sizes, wanted, total_pages - sum(sizes.values()))
     left = total_pages - sum(sizes.values())
     # Those with the least room first: what they can't take is for the others.

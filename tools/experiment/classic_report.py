@@ -293,8 +293,7 @@ def verified(found: Mapping[str, Any]) -> str:
     """That it was right, and what is not in it."""
     return (
         f"{found['verified_bytes']:,} bytes of files and all pages of programs were compared with "
-        f"what they must be: {found['mismatches']} wrong. Mode cmm2 (page states) is left out: no "
-        "guest here has it."
+        f"what they must be: {found['mismatches']} wrong."
     )
 
 

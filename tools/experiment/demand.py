@@ -37,6 +37,7 @@ ENOUGH: Final = "enough"
 DEMAND_MODES: Final[dict[str, Mode]] = {
     "static": MODES["static"],
     "balloon": MODES["balloon"],
+    "cmm2": MODES["cmm2"],
     "tmem": MODES["tmem"],
     "tmem-borrow": replace(MODES["tmem"], borrow=True),
 }

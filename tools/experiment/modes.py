@@ -4,6 +4,8 @@ All have the same total memory M for N guests; the host's own reserve is beside 
 
     static       RAM of M/N each, and nothing else
     balloon      a balancer moves RAM between the guests (`balancer`), up to twice M/N for one
+    cmm2         RAM of up to twice M/N for one, lent out of M (`hypervisor.lending`); when that is
+                 short, the host drops what guests say they can do without (`handout`)
     tmem         RAM of half of M/N each; the other half of M is the arena, compressed
     tmem-plain   the same without compression
     self-balloon RAM of M/N each, given back when it is not needed (`guests.selfballoon`); what was
@@ -15,11 +17,9 @@ All have the same total memory M for N guests; the host's own reserve is beside 
 
 Every guest has a swap disk, the same in all modes.
 
-In `balloon` there is a hypervisor too, because balloon targets come through its window; guests put
-nothing there.  A window and the least arena are not counted in that mode: a real balloon driver has
-one page for its target.
-
-Not here: CMM2, where guests tell the host which pages it may drop.  No guest of ours does.
+In `balloon` and `cmm2` there is a hypervisor too, because balloon targets come through its window,
+or to lend M out; guests put nothing there.  A window, and what an arena takes for itself, are not
+counted in these modes: a real balloon driver has one page for its target.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class Mode:
     borrow: bool = False
     """Guests may have swapped pages in what the others don't use."""
     balanced: bool = False
+    page_states: bool = False
     self_ballooning: bool = False
     lend: bool = False
     ksm: bool = False
@@ -89,7 +90,7 @@ class Mode:
     @property
     def uncounted_bytes(self) -> int:
         """Of the RAM of a guest: there only so that it can be told of its target."""
-        return WINDOW_PAGES * PAGE_BYTES if self.balanced else 0
+        return WINDOW_PAGES * PAGE_BYTES if self.balanced or self.page_states else 0
 
     def plan(self, host: Host, disks: Mapping[str, Disks]) -> ClusterPlan:
         """The cluster of this mode."""
@@ -98,7 +99,10 @@ class Mode:
         if self.arena_shares is not None:
             least = layout(FRAMES_MIN).end
             arena_bytes = max(_pages(self.arena_shares * host.total_bytes), least)
-            if self.lend:
+            if self.page_states:
+                ram_bytes = host.total_bytes + len(host.guests) * self.uncounted_bytes
+                arena_bytes = layout(ram_bytes // PAGE_BYTES).end
+            elif self.lend:
                 # What the arena needs for itself can't be lent; tmem begins with a little.
                 frames = frames_that_fit(arena_bytes) - FRAMES_MIN
                 memory_bytes = frames // len(host.guests) * PAGE_BYTES
@@ -113,6 +117,7 @@ class Mode:
                 frontswap=self.tmem,
                 ksm=self.ksm,
                 direct=host.direct,
+                page_states=self.page_states,
             )
             for name in host.guests
         ]
@@ -152,6 +157,7 @@ def _pages(size_bytes: float) -> int:
 MODES: Final = {
     "static": Mode(1.0),
     "balloon": Mode(2.0, 0.0, balanced=True),
+    "cmm2": Mode(2.0, 0.0, page_states=True, lend=True),
     "self-balloon": Mode(1.0, self_ballooning=True),
     "tmem-plain": Mode(0.5, 0.5, tmem=True),
     "tmem": Mode(0.5, 0.5, tmem=True, compress=True),

@@ -13,6 +13,7 @@ from ipc.codec import Record
 from ipc.errors import Disconnected
 from tools.cluster import Cluster
 from tools.control import ask
+from tools.experiment import handout
 from tools.experiment.balancer import PERIOD_SECONDS, Figures, targets
 from tools.experiment.merging import Merged
 from tools.experiment.modes import Disks, Host, Mode
@@ -86,6 +87,7 @@ class Run:
         self._errors: list[str] = []
         self._told: dict[str, int] = {}
         self._stalled_seconds: dict[str, float] = {}
+        self._wanted: dict[str, int] = {}
         self._looked_at = time.monotonic()
         self._migration_bytes: list[int] = []
         self._sizes_most = 0
@@ -122,16 +124,18 @@ class Run:
         stats_before = self._stats()
         merged = Merged() if self._mode.ksm else None
         busy = [name for name, task in work.items() if self._start(name, task)]
-        next_look = time.monotonic() + PERIOD_SECONDS
+        at_once = self._mode.page_states
+        period_seconds = handout.PERIOD_SECONDS if at_once else PERIOD_SECONDS
+        next_look = time.monotonic() + period_seconds
         while busy:
-            self._interrupts.sleep(_POLL_SECONDS)
+            self._interrupts.sleep(min(_POLL_SECONDS, period_seconds))
             for line in self._cluster.watch():
                 self._complain(line)
             busy = [name for name in busy if name in self._cluster.alive and self._poll(name)]
             if merged is not None:
                 merged.look(self._processes())
             if time.monotonic() >= next_look:
-                next_look = time.monotonic() + PERIOD_SECONDS
+                next_look = time.monotonic() + period_seconds
                 self._look(busy)
         self._look(busy)
         cpu = {name: seconds - cpu_before[name] for name, seconds in self._cpu_seconds().items()}
@@ -200,11 +204,11 @@ class Run:
             self._errors.append(line)
             self._news(line)
 
-    # --- the host's side, once a second
+    # --- the host's side, once a second or more often
 
     def _look(self, polled: Collection[str]) -> None:
         """See what is free for somebody else, and balance if that is the mode."""
-        if self._mode.balanced:
+        if self._mode.balanced or self._mode.page_states:
             for name in self._host.guests:
                 if name not in polled:
                     self._poll(name)
@@ -212,26 +216,54 @@ class Run:
         seconds, self._looked_at = now - self._looked_at, now
         uncounted = self._mode.uncounted_bytes // PAGE_BYTES
         sizes = {name: _size(self._counters(name)) - uncounted for name in self._host.guests}
-        self._sizes_most = max(self._sizes_most, sum(sizes.values()))
-        free_bytes = self._host.total_bytes - sum(sizes.values()) * PAGE_BYTES
-        if self._mode.tmem:
+        size = sum(sizes.values())
+        free_bytes = self._host.total_bytes - size * PAGE_BYTES
+        if self._mode.tmem or self._mode.page_states:
             answer = ask(self._cluster.directory.hypervisor_socket, {"verb": "freeable"})
             free_bytes = answer["free_bytes"] + answer["ephemeral_bytes"]
+        if self._mode.page_states:
+            # What guests said at different moments does not add up; what they were lent does.
+            size = (self._host.total_bytes - free_bytes) // PAGE_BYTES
+        self._sizes_most = max(self._sizes_most, size)
+        given_up = 0
+        if self._mode.balanced or self._mode.page_states:
+            given_up = sum(_given_up(self._counters(name)) for name in sizes) * PAGE_BYTES
+        self._migration_bytes.append(free_bytes + given_up)
+        if self._mode.page_states:
+            self._hand_out(free_bytes // PAGE_BYTES)
         elif self._mode.balanced:
-            free_bytes += sum(_free(self._counters(name)) for name in sizes) * PAGE_BYTES
-        self._migration_bytes.append(free_bytes)
-        if self._mode.balanced:
             self._balance(seconds)
 
     def _balance(self, seconds: float) -> None:
-        uncounted = self._mode.uncounted_bytes // PAGE_BYTES
         guests = {name: self._figures(name, seconds) for name in self._host.guests}
-        total = self._host.total_bytes // PAGE_BYTES + uncounted * len(guests)
-        for name, target in targets(guests, total).items():
-            if target != self._told[name]:
-                self._told[name] = target
+        self._tell(targets(guests, self._told_pages))
+
+    def _hand_out(self, free_pages: int) -> None:
+        """Let guests drop what others need."""
+        wanted = {name: handout.wanted_pages(self._counters(name)) for name in self._host.guests}
+        before, self._wanted = self._wanted, wanted
+        guests = {
+            name: handout.figures(self._counters(name), pages - before.get(name, pages))
+            for name, pages in wanted.items()
+        }
+        self._tell(handout.targets(guests, self._told_pages, free_pages))
+        for name, guest in guests.items():
+            if self._told[name] < guest.held:
+                # Its answer wakes it, and then it drops what it must.
+                self._poll(name)
+
+    @property
+    def _told_pages(self) -> int:
+        """The sum of what all guests may be told to have."""
+        uncounted_bytes = self._mode.uncounted_bytes * len(self._host.guests)
+        return (self._host.total_bytes + uncounted_bytes) // PAGE_BYTES
+
+    def _tell(self, sizes: Mapping[str, int]) -> None:
+        for name, target in sizes.items():
+            if target != self._told.get(name):
                 question = {"verb": "balloon", "guest": name, "size_bytes": target * PAGE_BYTES}
                 ask(self._cluster.directory.hypervisor_socket, question)
+        self._told = dict(sizes)
 
     def _figures(self, name: str, seconds: float) -> Figures:
         counters = self._counters(name)
@@ -295,6 +327,13 @@ def _free(counters: Record) -> int:
     given_back = balloon["maximum_pages"] - balloon["size_pages"]
     free: int = memory["frames"] - memory["used_pages"] - given_back
     return free
+
+
+def _given_up(counters: Record) -> int:
+    """Pages that the host can have of a guest without anything being written."""
+    volatile: int = (counters["page_states"] or {}).get("volatile_pages", 0)
+    most: int = counters["balloon"]["size_pages"] - counters["balloon"]["floor_pages"]
+    return max(0, min(most, _free(counters) + volatile))
 
 
 def _worked(
