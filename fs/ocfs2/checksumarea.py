@@ -75,10 +75,9 @@ class Trailer(Structure):
 
 
 def room(block: bytearray) -> int:
-    """Pages whose checksums have room behind the extent records."""
+    """Pages whose checksums have room behind the extent records; below 0: not even the trailer."""
     head = ExtentListHeader.read(block)
-    free = TRAILER_OFFSET - _RECORDS_OFFSET - head.used * RECORD_BYTES
-    return max(0, free // CHECKSUM_BYTES)
+    return (TRAILER_OFFSET - _RECORDS_OFFSET - head.used * RECORD_BYTES) // CHECKSUM_BYTES
 
 
 def closed(block: bytearray) -> Trailer | None:
@@ -114,7 +113,7 @@ def shorten(block: bytearray, pages: int) -> None:
     """Forget the checksums of pages from `pages` on, and of those that lost their room."""
     trailer = Trailer.read(block)
     count = min(trailer.count, pages, room(block))
-    if trailer.signature == SIGNATURE and count < trailer.count:
+    if trailer.signature == SIGNATURE and 0 <= count < trailer.count:
         trailer.count = count
         trailer.write_into(block)
 
@@ -122,8 +121,9 @@ def shorten(block: bytearray, pages: int) -> None:
 def void(block: bytearray) -> None:
     """The checksums hold no more."""
     trailer = Trailer.read(block)
-    trailer.state = OPEN
-    trailer.write_into(block)
+    if trailer.signature == SIGNATURE:
+        trailer.state = OPEN
+        trailer.write_into(block)
 
 
 def follow(block: bytearray, before: Dinode, now: Dinode) -> None:

@@ -45,7 +45,8 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Final
 
@@ -78,6 +79,8 @@ class Checksums:
         """Files of which memory knows more than the disk; their locks are held in EX."""
         self._held_open: int | None = None
         """The inode whose checksums are being voided: not to be stored in that very commit."""
+        self._weakened: set[int] = set()
+        """Files that lost checksums in the running transaction, which the log still has."""
         self.voids = 0
         """Commits that were needed before data could be changed in place."""
         self.contradicted = 0
@@ -98,7 +101,8 @@ class Checksums:
             values[index] = 0
         block = self._dinodes.buffer(file).data
         trailer = area.closed(block)
-        if trailer is None or not any(area.read(block, trailer)[first : last + 1]):
+        on_disk = trailer is not None and any(area.read(block, trailer)[first : last + 1])
+        if not on_disk and file.ino not in self._weakened:
             return
         with self._transactions.operation():
             buffer = self._dinodes.buffer(file)
@@ -171,11 +175,18 @@ class Checksums:
         self._transactions.modify(buffer)
         area.shorten(buffer.data, clusters)
 
-    def grown(self, file: Ocfs2Inode) -> None:
-        """Inside the operation that gave a file extents: some may lie over checksums now."""
+    @contextmanager
+    def growing(self, file: Ocfs2Inode) -> Iterator[None]:
+        """Inside the operation that gives a file extents: some may come to lie over checksums."""
         buffer = self._dinodes.buffer(file)
-        self._transactions.modify(buffer)
-        area.shorten(buffer.data, PAGES_MAX)
+        before = area.closed(buffer.data)
+        yield
+        if before is not None:
+            area.shorten(buffer.data, PAGES_MAX)
+            now = area.closed(buffer.data)
+            if now is None or now.count < before.count:
+                self._weakened.add(file.ino)
+                self._unsaved[file.ino] = file
 
     def unsaved(self, ino: int) -> bool:
         """Before the lock of this inode goes to another node there has to be a commit."""
@@ -183,6 +194,7 @@ class Checksums:
 
     def close(self) -> None:
         """The data of all files is on the disk, and the next commit stores what is known."""
+        self._weakened.clear()
         for file in list(self._unsaved.values()):
             if file.ino != self._held_open:
                 with self._transactions.operation():
@@ -199,10 +211,13 @@ class Checksums:
         raw = Dinode.read(buffer.data)
         if not raw.flags & InodeFlag.VALID or raw.generation != file.generation:
             return True
+        room = area.room(buffer.data)
+        if room < 0:
+            return True
         # In the middle of a write the size in the block is the old one still.
         whole = raw.size == file.size
         pages = -(-raw.size // BLOCK_BYTES) if whole else min(raw.size, file.size) // BLOCK_BYTES
-        values = known.values[: min(pages, area.room(buffer.data))]
+        values = known.values[: min(pages, room)]
         self._transactions.modify(buffer)
         area.write(buffer.data, area.Trailer(salt=known.salt), values)
         return whole

@@ -78,10 +78,12 @@ class Files:
         volume = self._volume
 
         def body() -> None:
-            volume.space.extend(file, clusters - file.clusters)
+            if volume.checksums is None:
+                volume.space.extend(file, clusters - file.clusters)
+            else:
+                with volume.checksums.growing(file):
+                    volume.space.extend(file, clusters - file.clusters)
             volume.dinodes.store(file)
-            if volume.checksums is not None:
-                volume.checksums.grown(file)
 
         if clusters > file.clusters:
             volume.run([wants_child(file), volume.space.wants_clusters], body)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from tests.t5_cluster.ocfs2.deaths import DeathRun
 from tests.t5_cluster.ocfs2.judgement import Width
+from tests.t5_cluster.ocfs2.poisoned import POISONED
 from tests.t5_cluster.ocfs2.powercuts import PowerCutRun
 from tests.t5_cluster.ocfs2.world import SLOTS
 
@@ -47,7 +48,9 @@ class Result(NamedTuple):
 
 
 PARTS = 12
-POWER, DEATH, BOTH = KINDS = "power", "death", "both"
+POWER, DEATH, BOTH = "power", "death", "both"
+KINDS = (POWER, DEATH, BOTH, *(POISONED + what for what in (POWER, DEATH, BOTH)))
+"""The second three with checksums of pages and a pool that an attacker has."""
 
 
 def tasks(seeds: range, length: int, every: int, only: str | None) -> Iterator[Task]:
@@ -69,7 +72,7 @@ def do(task: Task) -> Result:
         said = str(failure)
         if not said.startswith(f"{task.what}/"):
             # The workload itself did not go well.
-            victim = "" if task.what == POWER else f"/{task.seed % SLOTS}"
+            victim = "" if task.what.endswith(POWER) else f"/{task.seed % SLOTS}"
             said = f"{task.what}/{task.seed}/{task.length}{victim}: {failure!r}"
         return Result(task, counts, said)
     return Result(task, counts, None)
@@ -78,18 +81,21 @@ def do(task: Task) -> Result:
 def _run(
     what: str, seed: int, length: int, victim: int, step: int | None
 ) -> PowerCutRun | DeathRun:
-    if what == DEATH:
-        return DeathRun(seed, length, victim)
-    return PowerCutRun(seed, length, (victim, step) if what == BOTH else None)
+    poisoned = what.startswith(POISONED)
+    if what.endswith(DEATH):
+        return DeathRun(seed, length, victim, poisoned=poisoned)
+    death = (victim, step) if what.endswith(BOTH) else None
+    return PowerCutRun(seed, length, death, poisoned=poisoned)
 
 
 def replay(name: str) -> None:
     """One state."""
     what, seed, length, *rest = name.split("/")
-    victim = int(rest[0]) if what != POWER else 0
-    step = int(rest[1]) if what == BOTH and len(rest) > 1 else None
+    kind = what.removeprefix(POISONED)
+    victim = int(rest[0]) if kind != POWER else 0
+    step = int(rest[1]) if kind == BOTH and len(rest) > 1 else None
     run = _run(what, int(seed), int(length), victim, step)
-    if len(rest) > (what == DEATH) + 2 * (what == BOTH):
+    if len(rest) > (kind == DEATH) + 2 * (kind == BOTH):
         run.replay(name)
 
 

@@ -19,6 +19,7 @@ from tests.t5_cluster.ocfs2.judgement import Seen, Width, fsck_agrees, is_whole,
 from tests.t5_cluster.ocfs2.model import Effect, Model
 from tests.t5_cluster.ocfs2.operations import Kind
 from tests.t5_cluster.ocfs2.oracle import Oracle, agree
+from tests.t5_cluster.ocfs2.poisoned import POISONED, HostilePool, checksums_hold
 from tests.t5_cluster.ocfs2.workload import volume, workload
 from tests.t5_cluster.ocfs2.world import SLOTS, World
 
@@ -26,14 +27,16 @@ from tests.t5_cluster.ocfs2.world import SLOTS, World
 class DeathRun:
     """One workload, one victim, and all its deaths."""
 
-    def __init__(self, seed: int, length: int, victim: int) -> None:
-        self.name = f"death/{seed}/{length}/{victim}"
+    def __init__(self, seed: int, length: int, victim: int, *, poisoned: bool = False) -> None:
+        """`poisoned`: the nodes share a pool of an attacker's, and verify."""
+        self.name = f"{POISONED if poisoned else ''}death/{seed}/{length}/{victim}"
+        self._poisoned = poisoned
         self.counts: Counter[str] = Counter()
         self._seed = seed
         self._victim = victim
-        self._image, self._base = volume()
-        self._operations = workload(seed, length)
-        world = World(self._image, seed)
+        self._image, self._base = volume(poisoned=poisoned)
+        self._operations = workload(seed, length, poisoned=poisoned)
+        world = World(self._image, seed, pool=HostilePool(seed) if poisoned else None)
         world.run(self._operations)
         self._oracle = Oracle(self._base, self._operations)
         self._began_at = world.began_at
@@ -62,7 +65,8 @@ class DeathRun:
 
     def world(self, step: int) -> World:
         """What happens when the victim dies there."""
-        world = World(self._image, self._seed, victim=self._victim, dies_at=step)
+        pool = HostilePool(self._seed) if self._poisoned else None
+        world = World(self._image, self._seed, victim=self._victim, dies_at=step, pool=pool)
         world.run(self._operations)
         return world
 
@@ -81,6 +85,9 @@ class DeathRun:
         try:
             world = self.world(step)
             self.counts["deaths"] += 1
+            if self._poisoned:
+                self.counts["checksums"] += checksums_hold(world.disk.copy())
+                self.counts["mismatches"] += sum(one.mismatches for one in world.verifications)
             if self._somebody_recovered(world):
                 is_whole(world.disk)
             device = world.disk.copy()

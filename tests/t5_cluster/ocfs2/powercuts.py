@@ -29,6 +29,7 @@ from tests.t5_cluster.ocfs2.judgement import (
 )
 from tests.t5_cluster.ocfs2.model import Effect
 from tests.t5_cluster.ocfs2.oracle import Oracle, Vector, agree
+from tests.t5_cluster.ocfs2.poisoned import POISONED, HostilePool, checksums_hold
 from tests.t5_cluster.ocfs2.workload import volume, workload
 from tests.t5_cluster.ocfs2.world import SLOTS, World
 
@@ -36,21 +37,31 @@ from tests.t5_cluster.ocfs2.world import SLOTS, World
 class PowerCutRun:
     """One workload, and all its power cuts."""
 
-    def __init__(self, seed: int, length: int, death: tuple[int, int | None] | None = None) -> None:
-        """`death`: the victim, and the step at which it dies; None: one drawn from the seed."""
+    def __init__(
+        self,
+        seed: int,
+        length: int,
+        death: tuple[int, int | None] | None = None,
+        *,
+        poisoned: bool = False,
+    ) -> None:
+        """`death`: the victim, and the step at which it dies; None: one drawn from the seed.
+        `poisoned`: the nodes share a pool of an attacker's, and verify."""
+        self._poisoned = poisoned
+        prefix = POISONED if poisoned else ""
         self.counts: Counter[str] = Counter()
         self._seed = seed
-        self._before, model = volume()
-        operations = workload(seed, length)
+        self._before, model = volume(poisoned=poisoned)
+        operations = workload(seed, length, poisoned=poisoned)
         lost: dict[int, Effect] = {}
         if death is None:
-            self.name = f"power/{seed}/{length}"
-            self._world = World(self._before, seed)
+            self.name = f"{prefix}power/{seed}/{length}"
+            self._world = World(self._before, seed, pool=HostilePool(seed) if poisoned else None)
             self._world.run(operations)
         else:
-            deaths = DeathRun(seed, length, death[0])
+            deaths = DeathRun(seed, length, death[0], poisoned=poisoned)
             step = death[1] or deaths.some_step()
-            self.name = f"both/{seed}/{length}/{death[0]}/{step}"
+            self.name = f"{prefix}both/{seed}/{length}/{death[0]}/{step}"
             self._world = deaths.world(step)
             lost = deaths.lost(self._world)
         self._oracle = Oracle(model, operations, lost)
@@ -113,6 +124,8 @@ class PowerCutRun:
     def _judge(self, cut: PowerCut, disk: MemoryDevice, name: str, *, fsck: bool) -> None:
         device = disk.copy()
         try:
+            if self._poisoned:
+                self.counts["checksums"] += checksums_hold(disk.copy())
             vfs, seen = recovered(device, _mounter(name))
             self._must_be_allowed(cut, seen)
             works(vfs)

@@ -15,6 +15,7 @@ from fs.block.memory import MemoryDevice
 from fs.ocfs2.mkfs import Parameters, blocks_needed, make_volume
 from tests.t5_cluster.ocfs2.model import Directory, Effect, File, Model, Thing
 from tests.t5_cluster.ocfs2.operations import Kind, Operation
+from tests.t5_cluster.ocfs2.poisoned import HostilePool
 from tests.t5_cluster.ocfs2.world import SLOTS, World
 
 ROOM_BLOCKS: Final = 600
@@ -28,13 +29,13 @@ HELD: Final = "held"
 
 
 @functools.cache
-def volume() -> tuple[MemoryDevice, Model]:
-    """The volume from before the workload, and what it holds."""
+def volume(*, poisoned: bool = False) -> tuple[MemoryDevice, Model]:
+    """The volume from before the workload, and what it holds; `poisoned`: checksums, too."""
     parameters = Parameters(SLOTS, b"sixteen bytes id", 7, 1_735_689_600)
     device = MemoryDevice.empty(blocks_needed(parameters) + ROOM_BLOCKS)
     make_volume(device, parameters, fresh=True)
     operations = [*_all(Kind.JOIN), *_setup(), *_all(Kind.LEAVE)]
-    world = World(device, 0)
+    world = World(device, 0, pool=HostilePool(0, honest=True) if poisoned else None)
     world.run(operations)
     assert not any(world.outcomes), "the volume can't be prepared"
     model = Model()
@@ -67,11 +68,13 @@ def _setup() -> list[Operation]:
     return made + gaps
 
 
-def workload(seed: int, length: int) -> list[Operation]:
-    """All nodes come, do so many operations, and go."""
+def workload(seed: int, length: int, *, poisoned: bool = False) -> list[Operation]:
+    """All nodes come, do so many operations, and go; `poisoned`: all with the same few files,
+    so that they get what others have put."""
     leaving = _all(Kind.LEAVE)
+    draw = _DrawShared(seed) if poisoned else _Draw(seed)
     random.Random(seed).shuffle(leaving)
-    return [*_all(Kind.JOIN), *_Draw(seed).operations(length), *leaving]
+    return [*_all(Kind.JOIN), *draw.operations(length), *leaving]
 
 
 def _all(kind: Kind) -> list[Operation]:
@@ -83,6 +86,7 @@ class _Draw:
     """Draws operations that succeed."""
 
     def __init__(self, seed: int) -> None:
+        self._weights = _WEIGHTS
         self._rng = random.Random(seed)
         self._model = volume()[1].copy()
         self._names = 0
@@ -148,7 +152,7 @@ class _Draw:
     def _draw(self) -> list[Operation]:
         rng, node = self._rng, self._node
         place = self._place()
-        kind = rng.choices([*_WEIGHTS], weights=[*_WEIGHTS.values()])[0]
+        kind = rng.choices([*self._weights], weights=[*self._weights.values()])[0]
         new = self._new_path(place)
         found = self._any_file(place)
         match kind:
@@ -281,6 +285,24 @@ class _Draw:
         return f"{place}/{self._names:03}{LONG_NAME if place == '/long' else ''}"
 
 
+class _DrawShared(_Draw):
+    """All nodes work on the files of one directory, whose names stay as they are: a name that is
+    looked up often is kept, so that its directory is not touched, which the oracle doesn't know.
+    Files come and go where one node is alone."""
+
+    def operations(self, length: int) -> list[Operation]:
+        drawn: list[Operation] = []
+        while len(drawn) < length:
+            self._node = self._rng.randrange(SLOTS)
+            self._together = self._rng.random() < 0.8
+            self._weights = _SHARED_WEIGHTS if self._together else _OWN_WEIGHTS
+            self._do(drawn, self._draw())
+        return drawn
+
+    def _place(self) -> str:
+        return "/all" if self._together else f"/own{self._node}"
+
+
 def _is_file(thing: Thing) -> bool:
     return isinstance(thing, File)
 
@@ -310,4 +332,20 @@ _WEIGHTS: Final = {
     Kind.SYNC: 2,
     Kind.READ: 8,
     Kind.LIST: 3,
+}
+_SHARED_WEIGHTS: Final = {
+    Kind.READ: 50,
+    Kind.WRITE: 16,
+    Kind.APPEND: 10,
+    Kind.TRUNCATE: 6,
+    Kind.FSYNC: 6,
+    Kind.SYNC: 3,
+}
+_OWN_WEIGHTS: Final = {
+    Kind.UNLINK: 6,
+    Kind.CREATE: 2,
+    Kind.WRITE: 4,
+    Kind.TRUNCATE: 2,
+    Kind.HOLD: 3,
+    Kind.READ: 6,
 }

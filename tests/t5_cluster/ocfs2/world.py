@@ -29,13 +29,14 @@ from fs.block.device import BLOCK_BYTES, Bytes
 from fs.block.memory import MemoryDevice
 from fs.block.writelog import LoggingDevice
 from fs.dlm.twin import Twin
-from fs.hooks import NoHooks
+from fs.hooks import NoHooks, SharedPageHooks
 from fs.ocfs2.filesystem import Ocfs2
 from fs.ocfs2.slots import NODES_MAX
 from fs.vfs import Vfs
 from guests import node as guest
 from guests.memory import FRAMES_MIN, TRANSFER_PAGES, Budget, Memory
 from guests.pagecache import PageCache
+from guests.verification import Verification
 from tests.support.ocfs2 import Clock
 from tests.t3_fs.dlm.rota import Program
 from tests.t5_cluster.ocfs2.operations import Kind, Operation, perform
@@ -63,8 +64,13 @@ class World:
         *,
         victim: int | None = None,
         dies_at: int | None = None,
+        pool: SharedPageHooks | None = None,
     ) -> None:
+        """With a `pool` all nodes share it, and verify what comes from there."""
         self.chance = random.Random(seed)
+        self.pool = pool
+        self.salts = random.Random(seed)
+        self.verifications: list[Verification] = []
         self.disk = image.copy()
         self.log = LoggingDevice(self.disk)
         self.twin = Twin()
@@ -283,10 +289,20 @@ class Node:
             locks=self.guest.locks,
             node=self.number,
             live_nodes=self.guest.live,
+            keep_checksums=self.world.pool is not None,
+            random_bytes=self.world.salts.randbytes,
         )
         self.guest.mounted(fs)
         budget = Budget(FRAMES_MIN + TRANSFER_PAGES, FRAMES_MIN, TRANSFER_PAGES, 0, 0)
-        self.vfs = Vfs(fs, PageCache(fs, Memory(budget), NoHooks()))
+        memory, pool = Memory(budget), self.world.pool
+        if pool is None:
+            pages = PageCache(fs, memory, NoHooks())
+        else:
+            assert fs.checksums is not None
+            verification = Verification(fs.checksums, pool.flush_page, lambda: 0.0)
+            self.world.verifications.append(verification)
+            pages = PageCache(fs, memory, pool, pool, verification)
+        self.vfs = Vfs(fs, pages)
 
 
 class Disk:
