@@ -29,7 +29,8 @@ Invariants (they let the hypervisor be killed at any instruction and started aga
       by one aligned store, and first when a page goes.
   A2  A live page is never overwritten in place: a duplicate put fills another frame or entry,
       publishes it with a higher sequence, then frees the old one.  Of two live pages with one
-      handle the higher state is the page (`recovery` frees the other).
+      handle the higher state is the page (`recovery` frees the other); of equal states each has
+      the same bytes, in a frame and compressed (`deferral`).
   A3  An object record is published before a page names it, and used again only when no page
       names it.  The same holds for pool records and objects, guest and member records and pools.
   A4  A pool or object word with DEAD set disowns every page below it at once; the frames are freed

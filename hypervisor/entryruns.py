@@ -97,6 +97,23 @@ class EntryRuns(Contents):
             entries.release(number)
         return numbers
 
+    def pack(self, member: Member, page: bytes, object_number: int, index: int, state: int) -> int:
+        """`put` of a page that lies in a frame of its own already; -1 if it is as well off there,
+        or if there is no room for it to move."""
+        entries, persistent = self._entries, member.policy is None
+        if self._frames.free < entries.frames_needed(1, persistent=persistent):
+            return -1
+        data = self._compressed(member, page, 0, 1)
+        if data is None:
+            return -1
+        number = entries.allocate(persistent=persistent)
+        place = self.slabs.allocate(len(data) + BACK_BYTES, persistent=persistent)
+        self.slabs.write_whole(place, number, data)
+        location = slab_location(place, len(data), LZ4.number)
+        entries.publish(number, object_number, index, location, 0, state)
+        self._count_packed(member, 1, class_bytes(len(data) + BACK_BYTES))
+        return number
+
     def _compressed(self, member: Member, page: bytes, frames: int, entries: int) -> bytes | None:
         """A page in fewer bytes, for which a slab has room beside so many frames and entries; None
         if it is to be stored raw."""

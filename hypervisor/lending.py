@@ -150,7 +150,7 @@ class Lending:
         left = min(wanted, self.lendable)
         while left > 0:
             piece = min(left, EXTENT_PAGES_MAX)
-            if frames.free < piece:
+            if frames.free < piece + store.spare_frames:
                 store.make_room(piece, client)
             granted = min(piece, frames.free)
             if granted:

@@ -26,7 +26,7 @@ KEPT_FREE_SHARE: Final = 16
 
 def may_hold(store: Store, member: Member, count: int) -> bool:
     """Whether the member's guest may be charged for `count` more whole pages; its own ephemeral and
-    doomed pages make room for it."""
+    doomed pages make room for it, and persistent ones that can be compressed."""
     client = member.client
     bytes_ = count * PAGE_BYTES
     persistent = member.policy is None
@@ -40,6 +40,8 @@ def may_hold(store: Store, member: Member, count: int) -> bool:
             )
         )
     over = persistent and _held_bytes(member) + bytes_ > client.allotment_bytes
+    if over and store.deferred and store.squeeze(2 * count, member):
+        over = _held_bytes(member) + bytes_ > client.allotment_bytes
     if over and not _may_borrow(store, client, bytes_):
         return False
     if cap_bytes and client.cost_bytes + bytes_ > cap_bytes:

@@ -3,10 +3,12 @@
     page number -> frame or entry -> state word, object, index -> leaf of an object -> page number
 
 `Pages` knows the arena and everything that says what is in it; it moves no bytes and chooses no
-victims.  The store has three layers in three files, each of which knows those below:
+victims.  The store has layers, each of which knows those below:
 
     store     pages between the guests' windows and the arena
+    vetting   pages that nobody may have
     reclaim   whose pages go, and when
+    deferral  when pages are compressed
     pages     what there is, and the one way in which a page stops being live
 """
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Final
 
 from hypervisor.arena import POOLS_MAX, Arena
+from hypervisor.deferral import Deferral
 from hypervisor.objects import LEAF_PAGES, TmemObject
-from hypervisor.pages import EVICTED, REMOVED, Pages, StoreOptions
+from hypervisor.pages import EVICTED, REMOVED, StoreOptions
 from hypervisor.pools import Client, Member, Pool
 from hypervisor.room import EVICTION_BATCH_PAGES, may_have_leaf
 from ipc.abi import PAGE_BYTES
@@ -38,7 +39,7 @@ class NoObjectNumber(Exception):
     """There are as many leaves as may be, or the guest has its part of them."""
 
 
-class Reclaim(Pages):
+class Reclaim(Deferral):
     """`doomed_objects` were flushed and wait to be reaped, `doomed_pools` were destroyed."""
 
     def __init__(self, arena: Arena, options: StoreOptions) -> None:
@@ -156,7 +157,8 @@ class Reclaim(Pages):
         self.free_pool_numbers.append(pool.number)
 
     def make_room(self, count: int, asking: Client | None) -> None:
-        """Free frames until `count` are free or nothing may be evicted: doomed pages first.
+        """Free frames until `count` are free or nothing may be evicted: doomed pages first, then
+        what compressing persistent pages gives.
 
         A batch takes nobody further below its target than the call needs.  Pages that share a frame
         with others may go without one coming free: a call that has evicted a good many does
@@ -164,6 +166,8 @@ class Reclaim(Pages):
         """
         frames = self.frames
         self.reap_until(lambda: frames.free >= count)
+        if self.deferred and frames.free < count + self.spare_frames:
+            self.squeeze(2 * (count + self.spare_frames - frames.free))
         while frames.free < count and self.evictions_left > 0:
             member = self.victims.choose(asking, self.state)
             if member is None:

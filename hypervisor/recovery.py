@@ -80,6 +80,8 @@ def recover(machine: Machine) -> Recovered:
     _drop_empty_objects(store)
     machine.memberships.sweep_heirs()
     machine.balance.recovered()
+    # Raw pages of guests that compress may be such as were left so.
+    store.deferred = store.may_defer
     members = [member for pool in pools.values() for member in pool.members.values()]
     return Recovered(
         guests=len(machine.clients),

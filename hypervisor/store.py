@@ -79,7 +79,9 @@ class Store(Vetting):
     ) -> tuple[int, int]:
         """`put` of one page, with its results."""
         frames = self.frames
-        if member.client.encodes or not frames.free:
+        if frames.free <= self.spare_frames or (
+            member.client.encodes and not self.defers(member, 1)
+        ):
             return self.put(member, oid, index, 1, window, slot, flags)
         words = window.words
         if words[slot * PAGE_WORDS] == words[slot * PAGE_WORDS + PAGE_WORDS - 1]:
@@ -212,14 +214,16 @@ class Store(Vetting):
             missing += found is None or found.leaf(last_leaf) is None
         if missing:
             self._allow_leaves(member, missing)
-        encodes = member.client.encodes
+        encodes = member.client.encodes and not self.defers(member, count)
+        if encodes and self.deferred:
+            self.squeeze_for(member, count)
         filled = _MASKS[count] if encodes else candidates(window.words, slot, count)
         frames = self.frames
         persistent = member.pool.persistent
         reserved = 0
         if filled:
             reserved = self.entries.frames_needed(count, persistent=persistent)
-        if frames.free < count + reserved:
+        if frames.free < count + reserved + self.spare_frames:
             self.make_room(count + reserved, member.client)
             if filled:
                 reserved = self.entries.frames_needed(count, persistent=persistent)

@@ -192,6 +192,9 @@ def prepared_unshared() -> bytes:
     for pool in (E, P):
         rig.put("e", pool, 1, 60, *mixed(10 * pool + 100))
         rig.put("e", pool, 2, 5, raw(pool))
+    # Left raw: how is all one.
+    rig.ask(verb="set", guest="e", compress=False)
+    rig.put("e", P, 3, 62, *mixed(130))
     check(rig.machine)
     return mapping[:]
 
@@ -219,6 +222,12 @@ def recompress(rig: Rig) -> None:
 def compact(rig: Rig) -> None:
     """Some spans' worth."""
     assert rig.machine.store.contents.compact(30) > 2
+
+
+def squeeze(rig: Rig) -> None:
+    """Compress what was left raw."""
+    rig.machine.store.deferred = True
+    assert rig.machine.store.squeeze(8) >= 3
 
 
 Step = Callable[[Rig], object]
@@ -309,6 +318,7 @@ UNSHARED: dict[str, list[Step]] = {
     "put an extent of one that shares with nobody": [put("e", P, 5, 62, *mixed(1))],
     "replace pages of one that shares with nobody": [put("e", P, 1, 60, *reversed(mixed(1)))],
     "get an ephemeral extent of one that shares with nobody": [call("e", Op.GET_PAGE, E, 1, 60, 8)],
+    "squeeze pages that were left raw": [squeeze],
     "flush an extent of one that shares with nobody": [call("e", Op.FLUSH_PAGE, P, 1, 61, 6)],
 }
 ACTIONS: dict[str, tuple[Callable[[], bytes], list[Step]]] = {
