@@ -103,6 +103,7 @@ def become(uid: int, gid: int, keep: frozenset[Capability] = frozenset(), real: 
     `real` is the real user id, if it is to differ: by it a process is known to those who may send
     signals to it.
     """
+    _empty_bounding_set()
     os.setgroups([])
     os.setresgid(gid, gid, gid)
     _prctl(_PR_SET_KEEPCAPS, 1)
@@ -112,10 +113,7 @@ def become(uid: int, gid: int, keep: frozenset[Capability] = frozenset(), real: 
 
 def keep_capabilities(keep: frozenset[Capability] = frozenset()) -> None:
     """Lose all others, for whatever is executed too."""
-    # The bounding set takes CAP_SETPCAP, so it goes first; who has not got that has no other.
-    for capability in range(_CAPABILITIES_MAX):
-        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
-            break
+    _empty_bounding_set()
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     mask = sum(1 << capability for capability in keep)
     header = _Header(_CAPABILITY_VERSION, 0)
@@ -123,6 +121,13 @@ def keep_capabilities(keep: frozenset[Capability] = frozenset()) -> None:
     if _libc.capset(ctypes.byref(header), sets) < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"capset: {os.strerror(code)}")
+
+
+def _empty_bounding_set() -> None:
+    """Which takes CAP_SETPCAP, so it goes first; who has not got that has no other either."""
+    for capability in range(_CAPABILITIES_MAX):
+        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
+            break
 
 
 def limit(sizes: Mapping[int, int]) -> None:

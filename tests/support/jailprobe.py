@@ -27,6 +27,9 @@ from ipc.jail.syscalls import call
 
 _MIB = 2**20
 _PTRACE_SEIZE = 0x4206
+_PTRACE_INTERRUPT = 0x4207
+_PTRACE_DETACH = 17
+_WALL = 0x4000_0000
 _KEYCTL_GET_KEYRING_ID = 0
 
 
@@ -112,7 +115,7 @@ def processes(cell: Cell) -> dict[str, Callable[[], object]]:
         pid = cell.count(who, 0, 1, 2**22)
         attempts |= {
             f"signal the {who}": partial(os.kill, pid, 0),
-            f"trace the {who}": partial(call, "ptrace", _PTRACE_SEIZE, pid, 0, 0),
+            f"trace the {who}": partial(_trace, pid),
             f"open the {who}'s memory": partial(_open, f"/proc/{pid}/mem"),
             f"copy the {who}'s memory": partial(_copy_memory, pid),
             f"take the {who}'s descriptors": partial(_take_descriptor, pid),
@@ -123,6 +126,14 @@ def processes(cell: Cell) -> dict[str, Callable[[], object]]:
         "start a thread": _start_thread,
         "execute": lambda: os.execv("/nonexistent", ["x"]),
     }
+
+
+def _trace(pid: int) -> None:
+    call("ptrace", _PTRACE_SEIZE, pid, 0, 0)
+    # One that is traced can't be waited for by its parent, so it is let go.
+    call("ptrace", _PTRACE_INTERRUPT, pid, 0, 0)
+    os.waitpid(pid, _WALL)
+    call("ptrace", _PTRACE_DETACH, pid, 0, 0)
 
 
 def _copy_memory(pid: int) -> None:
@@ -260,11 +271,11 @@ def _open_many() -> None:
 
 def _lengthen(cell: Cell) -> None:
     """By its last byte but one: the descriptor of its disk is one of its own."""
-    wanted = Path(cell.text("own_image")).stat()
+    inode = cell.count("disk_inode", 0, 0, 2**63)
     for fd in range(3, 64):
         with contextlib.suppress(OSError):
             found = os.fstat(fd)
-            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+            if found.st_ino == inode and found.st_size >= 8 * _MIB:
                 break
     else:
         raise OSError(errno.EBADF, "its disk is not open")
