@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, Final
 
-from guests.kernel import GuestSpec
+from guests.node import NodeSpec
 from hypervisor.boot import HypervisorSpec
 
 _HYPERVISOR: Final = {field.name for field in fields(HypervisorSpec)}
-_GUEST: Final = {field.name for field in fields(GuestSpec)}
+_NODE: Final = {field.name for field in fields(NodeSpec)}
 
 
 def checksums(*, on: bool) -> dict[str, Any] | None:
@@ -21,5 +21,5 @@ def checksums(*, on: bool) -> dict[str, Any] | None:
 
 
 def verification(*, on: bool) -> dict[str, Any]:
-    """Fields of a guest whose file system verifies what it gets; empty if it can't or shall not."""
-    return {"verify": True} if on and "verify" in _GUEST else {}
+    """Fields of a node whose file system verifies what it gets; empty if it can't or shall not."""
+    return {"verify": True} if on and "verify" in _NODE else {}

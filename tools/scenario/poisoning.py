@@ -189,7 +189,11 @@ def _poison_volume(stage: Stage, volume: Volume, grants: list[Grant], *, verify:
         world.attack("mallory", by=("not_writer",))
         world.begin("alpha", "read_all", **volume.reading(2))
         world.finish("alpha")
-        world.count_files("alpha")
+        counters = world.count_files("alpha")
+        refused = (counters.get("verification") or {}).get("mismatches", 0)
+        if refused:
+            stage.tally.caught += refused
+            stage.say(f"alpha: refused {refused} pages that are not what the disk holds")
         # A page that was kept has harmed nobody until somebody believed it.
         stage.tally.succeeded = stage.tally.victim_mismatches
 

@@ -40,9 +40,12 @@ class Volume:
     names: tuple[str, ...]
     key: bytes
 
-    def player(self, name: str, noun: str = "witness", **options: Any) -> Player:
+    def player(
+        self, name: str, noun: str = "witness", *, verify: bool = False, **options: Any
+    ) -> Player:
         """A node, with the adversary of this noun."""
-        spec = NodeSpec("data", self.names.index(name), self.names, self.key, TIMING)
+        number = self.names.index(name)
+        spec = NodeSpec("data", number, self.names, self.key, TIMING, verify=verify)
         return Player(
             name, adversary(noun), image=self.image, node=spec, cleancache=True, **options
         )
