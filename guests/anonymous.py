@@ -283,35 +283,38 @@ class AnonymousMemory:
     def _fetch(self, slot: int) -> None:
         """Read a slot and those around it that are worth it into frames."""
         assert self.swap is not None
-        window = [one for one in self.swap.window(slot) if one == slot or one not in self._cached]
-        window = _run_around(window, slot)
-        self._memory.reclaim.make_room(len(window))
-        # Whoever was killed for that, or what was evicted, may have changed all of it; and to evict
-        # may have brought some of these pages from frontswap to the disk.
-        if not self.swap.users(slot) or slot in self._cached:
-            return
-        window = _run_around(
-            [
-                one
-                for one in window
-                if one == slot or (self.swap.is_like(one, slot) and one not in self._cached)
-            ],
-            slot,
-        )
-        transfer = self._memory.transfer
+        swap, memory, cached = self.swap, self._memory, self._cached
+        window = swap.window(slot)
+        if not cached.keys().isdisjoint(window):
+            window = _run_around([one for one in window if one == slot or one not in cached], slot)
+        if memory.free_pages < len(window):
+            memory.reclaim.make_room(len(window))
+            # Whoever was killed for that, or what was evicted, may have changed all of it; and to
+            # evict may have brought some of these pages from frontswap to the disk.
+            if not swap.users(slot) or slot in cached:
+                return
+            is_like = swap.likeness(slot)
+            window = _run_around(
+                [one for one in window if one == slot or (is_like(one) and one not in cached)],
+                slot,
+            )
+        transfer, pages = memory.transfer, memory.pages
         try:
-            self.swap.load(window, transfer)
+            swap.load(window, transfer)
         except OSError:
             if len(window) == 1:
                 raise
             window = [slot]
-            self.swap.load(window, transfer)
-        for number, one in enumerate(window):
-            frame = self._memory.take()
-            self._memory.page(frame)[:] = transfer[number * PAGE_BYTES : (number + 1) * PAGE_BYTES]
+            swap.load(window, transfer)
+        start = 0
+        for one in window:
+            frame = memory.take()
+            at = frame * PAGE_BYTES
+            pages[at : at + PAGE_BYTES] = transfer[start : start + PAGE_BYTES]
+            start += PAGE_BYTES
             self._tables[frame] = []
             self._slots[frame] = one
-            self._cached[one] = frame
+            cached[one] = frame
             self.lists.add(frame)
             if one != slot:
                 self._read_ahead.add(frame)
@@ -320,27 +323,28 @@ class AnonymousMemory:
         """Bring pages to swap, those that are there already without a write, and free frames."""
         if self.swap is None:
             return 0
-        dirty = [frame for frame in frames if frame not in self._slots]
-        clean = [frame for frame in frames if frame in self._slots]
+        slot_of = self._slots
+        dirty = [frame for frame in frames if frame not in slot_of]
+        clean = [frame for frame in frames if frame in slot_of] if len(dirty) < len(frames) else []
         slots = self.swap.store(len(dirty), lambda count: self._gather(dirty[:count]))
-        for frame, slot in zip(dirty, slots, strict=False):
-            if slot is not None:
-                self._slots[frame] = slot
-                self._cached[slot] = frame
-                clean.append(frame)
+        gone = len(clean)
         for frame in clean:
-            self._unmap(frame)
-        self.counters.evictions += len(clean)
-        return len(clean)
+            slot = slot_of.pop(frame)
+            del self._cached[slot]
+            self._unmap(frame, slot)
+        for frame, stored in zip(dirty, slots, strict=False):
+            if stored is not None:
+                self._unmap(frame, stored)
+                gone += 1
+        self.counters.evictions += gone
+        return gone
 
-    def _unmap(self, frame: int) -> None:
+    def _unmap(self, frame: int, slot: int) -> None:
         """Entries name the slot from now on; the frame is free."""
         assert self.swap is not None
-        slot = self._slots[frame]
         for table, page in self._tables[frame]:
             self.swap.add_user(slot)
             table[page] = -slot
-        self._uncache(frame)
         self._free(frame)
         if not self.swap.users(slot):
             self.swap.free(slot)

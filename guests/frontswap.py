@@ -80,9 +80,10 @@ class Frontswap:
         self._wait = wait
         self._calls: Hypercalls | None = None
         self._pool: int | None = None
-        self._stored: OrderedDict[int, bool] = OrderedDict()
-        """Slots whose page is in tmem, the longest there first; whether the disk has it, too."""
-        self._gone: set[int] = set()
+        self.stored: OrderedDict[int, bool] = OrderedDict()
+        """Slots whose page is in tmem, the longest there first; whether the disk has it, too.  For
+        reading, as `gone` is: they are asked for several times a page."""
+        self.gone: set[int] = set()
         """Slots whose page is nowhere any more."""
         self._to_flush: dict[int, None] = {}
         attachment.join(self)
@@ -90,7 +91,7 @@ class Frontswap:
     @property
     def pages(self) -> int:
         """Pages in tmem (frontswap_curr_pages)."""
-        return len(self._stored)
+        return len(self.stored)
 
     @property
     def attached(self) -> bool:
@@ -99,20 +100,20 @@ class Frontswap:
 
     def holds(self, slot: int) -> bool:
         """Whether the page of this slot is in tmem."""
-        return slot in self._stored
+        return slot in self.stored
 
     def is_lost(self, slot: int) -> bool:
         """Whether the page of this slot was in tmem, and is nowhere now."""
-        return slot in self._gone
+        return slot in self.gone
 
     def postpone(self, slots: Sequence[int]) -> None:
         """These can't be brought to the disk: as if they had come last."""
         for slot in slots:
-            self._stored.move_to_end(slot)
+            self.stored.move_to_end(slot)
 
     def oldest(self, count: int) -> list[int]:
         """Up to so many slots whose pages are there, the longest there first."""
-        return [slot for slot, _ in zip(self._stored, range(count), strict=False)]
+        return [slot for slot, _ in zip(self.stored, range(count), strict=False)]
 
     # --- pages
 
@@ -120,8 +121,8 @@ class Frontswap:
         """Offer page i of `pages` for `slots[i]` (at most 64); which slots were accepted."""
         calls = self._calls or self._attach()
         for slot in slots:
-            self._stored.pop(slot, None)
-            self._gone.discard(slot)
+            self.stored.pop(slot, None)
+            self.gone.discard(slot)
         if calls is None or self._pool is None:
             self._refuse(slots, "no hypervisor")
             return set()
@@ -151,7 +152,7 @@ class Frontswap:
             self.counters.failed_stores += len(kept)
         else:
             self.counters.succ_stores += len(kept)
-        self._stored.update(dict.fromkeys(sorted(kept), self.writethrough))
+        self.stored.update(dict.fromkeys(sorted(kept), self.writethrough))
         return set() if self.writethrough else kept
 
     def _refuse(self, slots: Sequence[int], why: str) -> None:
@@ -167,9 +168,9 @@ class Frontswap:
         deadline = self._now_seconds() + PATIENCE_SECONDS
         while True:
             calls = self._calls or self._attach()
-            if any(slot in self._gone for slot in slots):
+            if any(slot in self.gone for slot in slots):
                 raise error(errno.EIO, "the page is lost with the hypervisor's memory")
-            if not all(slot in self._stored for slot in slots):
+            if not all(slot in self.stored for slot in slots):
                 return False
             if calls is not None and self._pool is not None:
                 try:
@@ -218,9 +219,9 @@ class Frontswap:
 
     def invalidate(self, slot: int) -> None:
         """The page of this slot is not wanted any more, or is on the disk now."""
-        self._gone.discard(slot)
-        if slot in self._stored:
-            del self._stored[slot]
+        self.gone.discard(slot)
+        if slot in self.stored:
+            del self.stored[slot]
             self._to_flush[slot] = None
             if len(self._to_flush) >= FLUSH_BATCH:
                 self.flush()
@@ -250,9 +251,9 @@ class Frontswap:
     def invalidate_area(self) -> None:
         """The swap disk is not used any more (swapoff): the pool goes."""
         calls, pool = self._calls, self._pool
-        self._stored.clear()
+        self.stored.clear()
         self._to_flush.clear()
-        self._gone.clear()
+        self.gone.clear()
         self._pool = None
         if calls is not None and pool is not None:
             try:
@@ -297,13 +298,13 @@ class Frontswap:
     def _pool_was_lost(self) -> None:
         self._pool = None
         self._to_flush.clear()
-        self._lose(list(self._stored))
+        self._lose(list(self.stored))
 
     def _lose(self, slots: list[int]) -> None:
         """These pages are not in tmem any more; those that are nowhere else are lost."""
-        lost = [slot for slot in slots if not self._stored.pop(slot)]
+        lost = [slot for slot in slots if not self.stored.pop(slot)]
         if lost:
-            self._gone.update(lost)
+            self.gone.update(lost)
             self.counters.lost += len(lost)
             log.error("frontswap event=lost pages=%d", len(lost))
             self.on_lost(lost)

@@ -122,8 +122,9 @@ class Swap:
         """Whether a slot without users is worth to be kept while its page is in memory: that page
         may go again without a write.  Not in tmem, whose memory is for pages that are not here
         (Linux's exclusive gets)."""
-        in_tmem = self.frontswap is not None and self.frontswap.holds(slot)
-        return not self.is_short and not (in_tmem and self.exclusive)
+        if self.exclusive and self._place(slot):
+            return False
+        return not self.is_short
 
     def free(self, slot: int) -> None:
         """Nobody wants what is in the slot."""
@@ -140,6 +141,8 @@ class Swap:
         For each page its slot, or None if it could not be brought anywhere; fewer than `pages` when
         the slots run out.
         """
+        if self.disk.aside_slots and not self._is_full():
+            self.disk.bring_back()
         failed: dict[int, int] = {}
         while slots := self._allocate(pages):
             data = gather(len(slots))
@@ -163,8 +166,6 @@ class Swap:
         return [slot if slot in kept else None for slot in slots]
 
     def _allocate(self, pages: int) -> list[int]:
-        if self.disk.aside_slots and not self._is_full():
-            self.disk.bring_back()
         slots = self.disk.allocate(pages)
         slots.sort()  # which page gets which slot is all the same
         if slots:
@@ -260,22 +261,29 @@ class Swap:
 
     def window(self, slot: int) -> list[int]:
         """The used slots to read together with `slot`, neighbours of it, all in one place."""
-        pages = self._window_pages(slot)
-        around = self.disk.window(slot, pages)
-        first = last = slot
-        while first - 1 in around and self.is_like(first - 1, slot):
+        around = self.disk.window(slot, self._window_pages(slot))
+        first, last = slot, slot
+        is_like = self.likeness(slot)
+        while first > around.start and is_like(first - 1):
             first -= 1
-        while last + 1 in around and self.is_like(last + 1, slot):
+        while last + 1 < around.stop and is_like(last + 1):
             last += 1
         return list(range(first, last + 1))
 
     def _place(self, slot: int) -> bool:
         return self.frontswap is not None and self.frontswap.holds(slot)
 
-    def is_like(self, slot: int, other: int) -> bool:
-        """Whether a slot is in use and can be loaded together with another one."""
-        lost = self.frontswap is not None and self.frontswap.is_lost(slot)
-        return self.users(slot) > 0 and self._place(slot) == self._place(other) and not lost
+    def likeness(self, slot: int) -> Callable[[int], bool]:
+        """Tells of slots whether they are in use and can be loaded together with this one."""
+        users, front = self._users, self.frontswap
+        end = len(users)
+        if front is None:
+            return lambda other: other < end and users[other] > 0
+        stored, gone = front.stored, front.gone
+        there = slot in stored
+        return lambda other: (
+            other < end and users[other] > 0 and (other in stored) is there and other not in gone
+        )
 
     def _window_pages(self, slot: int) -> int:
         """As many as paid off last time (Linux's swapin_nr_pages)."""

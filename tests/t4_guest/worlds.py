@@ -261,13 +261,13 @@ def check_programs(kernel: Kernel, hypervisor: LocalHypervisor | None = None) ->
         assert swap.disk.is_used(slot) == wanted, f"slot {slot}"
     front = swap.frontswap
     if front is not None:
-        assert all(swap.disk.is_used(slot) for slot in front._stored)
-        assert front._stored.keys().isdisjoint(front._to_flush)
-        assert front._stored.keys().isdisjoint(front._gone)
+        assert all(swap.disk.is_used(slot) for slot in front.stored)
+        assert front.stored.keys().isdisjoint(front._to_flush)
+        assert front.stored.keys().isdisjoint(front.gone)
         if hypervisor is not None and front.attached:
             there = hypervisor.persistent_slots()
-            assert front._stored.keys() <= there
-            assert there <= front._stored.keys() | front._to_flush.keys()
+            assert front.stored.keys() <= there
+            assert there <= front.stored.keys() | front._to_flush.keys()
 
 
 def write_file(kernel: Kernel, path: str, data: bytes) -> None:
