@@ -1,7 +1,8 @@
 """Ask a running process over its control socket: one connection, one question, one answer.
 
 A workload may need files of the host, which a guest in its jail can't open: those go along with the
-question, opened with the rights of whoever asks.
+question, opened with the rights of whoever asks.  What a guest answers is looked at before anybody
+believes it (`tools.answers`).
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from typing import Final
 
 from ipc.codec import BadRecord, Record, encode, receive_record
 from ipc.errors import Disconnected
+from tools.answers import believed
 
 _FILES: Final = {
     "manifest": os.O_RDONLY,
     "record": os.O_WRONLY | os.O_APPEND | os.O_CREAT,
 }
 """Parameters of a workload that name files, and how they are opened."""
+_GUEST: Final = "guest-"
+"""So begin the names of sockets at which somebody answers whom nobody trusts."""
 
 
 def ask(path: Path, question: Record, *, timeout_seconds: float = 10.0) -> Record:
@@ -42,7 +46,12 @@ def ask(path: Path, question: Record, *, timeout_seconds: float = 10.0) -> Recor
         raise Disconnected(f"{path.name}: {error}") from None
     if answer is None:
         raise Disconnected(f"{path.name}: closed without an answer")
-    return answer
+    if not path.name.startswith(_GUEST):
+        return answer
+    try:
+        return believed(question.get("verb"), answer)
+    except BadRecord as error:
+        raise Disconnected(f"{path.name}: {error}") from None
 
 
 @contextlib.contextmanager
