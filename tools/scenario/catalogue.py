@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Final
 
 from ipc.errors import ExitCode, OperatorError
-from tools.scenario import denial, poisoning, spying
+from tools.scenario import breakout, denial, poisoning, spying
 from tools.scenario.model import Scenario
 
 SCENARIOS: Final[dict[str, Scenario]] = {
     scenario.name: scenario
-    for scenario in (*poisoning.SCENARIOS, *spying.SCENARIOS, *denial.SCENARIOS)
+    for scenario in (
+        *poisoning.SCENARIOS,
+        *spying.SCENARIOS,
+        *denial.SCENARIOS,
+        *breakout.SCENARIOS,
+    )
 }
 
 

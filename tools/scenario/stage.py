@@ -11,6 +11,7 @@ import contextlib
 import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -176,6 +177,8 @@ class World:
         self.stage = stage
         self.cluster = cluster
         self.directory = directory
+        self.expendable: set[str] = set()
+        """Guests whose end is no problem: attackers that get what they deserve."""
         self._tally = stage.tally
 
     # --- the administrator
@@ -200,7 +203,18 @@ class World:
     def look(self) -> None:
         """Note who has died, and that the hypervisor has not."""
         for line in self.cluster.watch():
-            self.stage.problem(line)
+            if line.split()[:1] == ["guest"] and line.split()[1] in self.expendable:
+                self.stage.say(line)
+            else:
+                self.stage.problem(line)
+
+    def end(self, name: str) -> None:
+        """End a guest, if it has not ended, and wait until it has."""
+        if name in self.cluster.alive:
+            self.cluster.signal(name, signal.SIGKILL)
+        while name in self.cluster.alive:
+            self.look()
+            time.sleep(_POLL_SECONDS)
 
     # --- work
 
