@@ -14,7 +14,18 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from ipc.errors import Disconnected, ExitCode, OperatorError
-from tools.cli import admin, cluster, experiment, guest, machine, scenario, security, sim, volume, xen
+from tools.cli import (
+    admin,
+    cluster,
+    experiment,
+    guest,
+    machine,
+    scenario,
+    security,
+    sim,
+    volume,
+    xen,
+)
 
 app = typer.Typer(
     name="tmem",
