@@ -105,6 +105,7 @@ NUMBERS: Final[dict[str, tuple[int | None, int | None]]] = {
     "prctl": (157, 167),
     "chroot": (161, 51),
     "mount": (165, 40),
+    "umount2": (166, 39),
     "gettid": (186, 178),
     "futex": (202, 98),
     "getdents64": (217, 61),
