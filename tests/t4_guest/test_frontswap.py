@@ -186,6 +186,29 @@ def test_a_store_of_unknown_fate_is_on_the_disk(
     check_programs(kernel, hypervisor)
 
 
+@pytest.mark.parametrize("fault", [Fault.LOSE_REQUEST, Fault.LOSE_REPLY])
+def test_a_hypervisor_that_dies_while_pages_are_written_back(
+    kernel: Kernel,
+    hypervisor: LocalHypervisor,
+    time: Time,
+    fault: Fault,
+    expect_warning: Callable[[str], None],
+) -> None:
+    """The pages are read where they stand in the window, and the window is gone with the call that
+    tells it that they are on the disk."""
+    expect_warning("event=disconnected")
+    process, address = fill(kernel)
+    faults = iter([Fault.NONE, fault])
+    hypervisor.draw_fault = lambda: next(faults, Fault.NONE)
+    assert kernel.userland.swap is not None
+    assert kernel.userland.swap.write_back(10) == 10
+    assert next(faults, None) is None
+    time.seconds += RETRY_SECONDS
+    read_all(process, address)
+    kernel.idle()
+    check_programs(kernel, hypervisor)
+
+
 def test_a_hypervisor_that_does_not_come_back(
     kernel: Kernel, hypervisor: LocalHypervisor, expect_warning: Callable[[str], None]
 ) -> None:
