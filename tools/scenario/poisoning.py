@@ -10,9 +10,8 @@ import mmap
 from pathlib import Path
 from typing import Any, Final
 
-from guests.adversaries.raw import page_of
+from guests.adversaries.raw import file_oid, page_of
 from ipc.abi import PAGE_BYTES
-from tools.scenario import defences
 from tools.scenario.model import Scenario
 from tools.scenario.stage import JAILED, MIB, Grant, Player, Stage, World, adversary
 from tools.scenario.volume import Volume, make_volume
@@ -123,10 +122,7 @@ def _reused_inode(stage: Stage) -> None:
 
 
 def _bit_rot(stage: Stage) -> None:
-    options = defences.checksums(on=stage.defence)
-    if options is None:
-        stage.problem("this hypervisor has no checksums of pages")
-        options = {}
+    options = {"checksums": stage.defence}
     with stage.cluster(Player("alpha"), arena_bytes=4 * MIB, hypervisor=options) as world:
         pool = world.play("alpha", task="fill", **_FILE).get("pool", 0)
         rotten = _rot(world, _PAGES // 2)
@@ -169,8 +165,6 @@ def _arena_file(stage: Stage) -> None:
 
 def _forged_pages(stage: Stage) -> None:
     volume = make_volume(stage, "alpha", "mallory")
-    if stage.defence and not defences.verification(on=True):
-        stage.problem("this build has no verification of contents")
     _poison_volume(stage, volume, volume.grants(), verify=stage.defence)
 
 
@@ -181,8 +175,10 @@ def _reader_node(stage: Stage) -> None:
 
 
 def _poison_volume(stage: Stage, volume: Volume, grants: list[Grant], *, verify: bool) -> None:
-    options = defences.verification(on=verify)
-    cast = (volume.player("alpha", **options), volume.player("mallory", "filepoison", **options))
+    cast = (
+        volume.player("alpha", verify=verify),
+        volume.player("mallory", "filepoison", verify=verify),
+    )
     with stage.cluster(*cast, grants=grants, arena_bytes=4 * MIB) as world:
         world.begin("alpha", "read_all", **volume.reading(1))
         world.finish("alpha")
@@ -196,6 +192,37 @@ def _poison_volume(stage: Stage, volume: Volume, grants: list[Grant], *, verify:
             stage.say(f"alpha: refused {refused} pages that are not what the disk holds")
         # A page that was kept has harmed nobody until somebody believed it.
         stage.tally.succeeded = stage.tally.victim_mismatches
+
+
+def _known_poisoner(stage: Stage) -> None:
+    uuid = _uuid(stage)
+    grants = [Grant(name, uuid) for name in ("alpha", "bravo", "mallory")]
+    kept = _PAGES // 2
+    with stage.cluster(*_cast("forgery"), grants=grants) as world:
+        report = world.play("mallory", uuid=uuid.hex(), pages=_PAGES)
+        stage.tally.attempts += report.get("attempts", 0)
+        stage.say(f"mallory: {report.get('succeeded', 0)} wrong pages were kept")
+        if stage.defence:
+            _find_and_quarantine(stage, world)
+        world.play("alpha", task="fill", uuid=uuid.hex(), **{**_FILE, "pages": kept})
+        found = world.check("bravo", uuid=uuid.hex(), **_FILE)
+        stage.tally.succeeded += found.get("mismatches", 0)
+
+
+def _find_and_quarantine(stage: Stage, world: World) -> None:
+    """What an administrator does who was told that a page is wrong."""
+    pages = world.ask("page", oid=file_oid(7, 1).hex(), index=0)["pages"]
+    names = sorted({page["guest"] for page in pages})
+    stage.say(f"administrator: page 0 of the file was put by {', '.join(names) or 'nobody'}")
+    if names != ["mallory"]:
+        stage.problem("provenance does not tell who put the page")
+        return
+    answer = world.ask("quarantine", guest="mallory", also_deny=True)
+    stage.tally.caught += answer["pages"]
+    stage.say(
+        f"administrator: quarantine; {answer['pages']} pages of mallory's can't be had any more, "
+        f"{len(answer['denied'])} grants taken back"
+    )
 
 
 SCENARIOS: Final = (
@@ -300,5 +327,17 @@ SCENARIOS: Final = (
         "A node whose files are of no use to the others needs no right to put. It still profits "
         "from what the others have put.",
         _reader_node,
+    ),
+    Scenario(
+        "known-poisoner",
+        "poisoning",
+        "forgery",
+        "a writer has put wrong bytes under another file's handle, and they lie there",
+        "provenance and quarantine: who put this page is known, and all that it put goes at once",
+        "nobody asks where the page came from",
+        "A page has an origin: which guest's process put it, when, and under which token. "
+        "'tmem pools --page' tells it and 'tmem quarantine --also-deny' disowns everything that "
+        "the guest has put into shared pools, by one word each, and takes its grants back.",
+        _known_poisoner,
     ),
 )
