@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from guests.attachment import RETRY_SECONDS
 from guests.kernel import Kernel
 from guests.memory import FRAMES_MIN
 from guests.monitor import GROW_PAGES
@@ -259,6 +260,27 @@ def test_frames_are_borrowed_when_they_are_needed_and_go_back_when_they_are_not(
         assert host.lent == balloon.size_pages == balloon.floor_pages - FRAMES_MIN + GROW_PAGES
         check_states(kernel)
         host.check()
+
+
+def test_what_could_be_taken_can_be_taken_after_an_attach(
+    image: Path, expect_warning: Callable[[str], None]
+) -> None:
+    """Somebody may have made sure of it a moment ago."""
+    expect_warning("tmem event=disconnected")
+    time, host = Time(), Host(MEMORY_BYTES // PAGE)
+    with running_kernel(
+        image, host, time=time, memory_bytes=MEMORY_BYTES, page_states=True, frontswap=False
+    ) as kernel:
+        kernel.memory.reclaim.make_room(FRAMES_MIN + 5)
+        claimable = kernel.memory.claimable_pages
+        assert claimable >= 5
+        assert kernel.attachment is not None
+        assert kernel.attachment.calls is not None
+        kernel.attachment.lose(kernel.attachment.calls)
+        time.seconds += RETRY_SECONDS
+        kernel.attachment.attach()
+        assert kernel.memory.claimable_pages == claimable
+        assert host.lent == kernel.userland.balloon.size_pages + claimable
 
 
 def test_what_is_dropped_can_be_lent_to_another(image: Path) -> None:

@@ -13,7 +13,12 @@ import pytest
 from ipc.errors import ExitCode, OperatorError
 from tests.support.clusters import short_folder, tmem_here
 from tools.experiment import demand
+from tools.experiment.classic import ACCESS_SECONDS, fresh_disks, prepare_images
 from tools.experiment.demand import Demand, chosen_modes, table, went_wrong
+from tools.experiment.modes import MODES
+from tools.experiment.onerun import Work, running
+from tools.interrupts import Interrupts
+from tools.rundir import ClusterDirectory
 
 TINY = Demand(guests=2, share_bytes=2 << 20, swap_bytes=8 << 20, tree_bytes=96 << 10)
 
@@ -46,6 +51,33 @@ def test_demand_that_moves_is_met_by_what_others_do_not_need(folder: Path) -> No
     assert swapped[1] < 0.8 * swapped[0]
     assert found["plan"]["total_bytes"] == 4 << 20
     assert not any((folder / "runs").glob("*/images")), "disks are gone"
+
+
+@pytest.mark.cluster
+def test_what_one_guest_has_read_makes_room_for_another(
+    folder: Path, cluster_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With page states, while it sleeps; the host has lent all of its memory then, and no more."""
+    monkeypatch.chdir(folder)
+    host = replace(TINY, name=cluster_name).host
+    reader, other = host.guests
+    images = prepare_images(host, 1 << 20, folder / "cache")
+    directory = ClusterDirectory(folder / "run")
+    with (
+        Interrupts() as interrupts,
+        fresh_disks(TINY.swap_bytes, directory, images) as disks,
+        running(MODES["cmm2"], host, disks, directory, interrupts, print) as run,
+    ):
+        manifest = {"manifest": str(images[reader].manifest)}
+        read = run.result({reader: Work(1, manifest, "read_all")}, ACCESS_SECONDS)
+        programs = {"programs": 1, "pages": 1000, "passes": 1}
+        found = run.result({other: Work(1, programs, "programs")}, ACCESS_SECONDS)
+        again = run.result({reader: Work(1, manifest, "read_all")}, ACCESS_SECONDS)
+    assert read["errors"] == again["errors"] == []
+    assert [one["mismatches"] for one in (read, found, again)] == [0, 0, 0]
+    assert again["disk_reads_pages"] > read["disk_reads_pages"] / 2
+    assert 0.9 * host.total_bytes < found["sizes_most_bytes"] <= host.total_bytes
+    assert found["oom_kills"] == 0
 
 
 @pytest.mark.cluster
