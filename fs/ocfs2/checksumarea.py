@@ -7,8 +7,8 @@
 
 An inode's block has room for 243 extent records, and a file needs one or a few. What lies behind
 the last one in use means nothing to OCFS2: Linux and fsck.ocfs2 look at `l_next_free_rec` records
-and never further. A record that comes to lie over a checksum wins: checksums are counted anew
-(`room`).
+and never further. A record that comes to lie over a checksum wins: then all are void (`closed`) and
+stored again as far as there is `room`.
 
 **The area is void unless its times are the inode's.** Linux, and a mount of ours that keeps no
 checksums, change data without telling this area, but not without changing the inode's mtime.
@@ -110,11 +110,10 @@ def write(block: bytearray, trailer: Trailer, values: array[int]) -> None:
 
 
 def shorten(block: bytearray, pages: int) -> None:
-    """Forget the checksums of pages from `pages` on, and of those that lost their room."""
+    """Forget the checksums of pages from `pages` on."""
     trailer = Trailer.read(block)
-    count = min(trailer.count, pages, room(block))
-    if trailer.signature == SIGNATURE and 0 <= count < trailer.count:
-        trailer.count = count
+    if trailer.signature == SIGNATURE and pages < trailer.count:
+        trailer.count = pages
         trailer.write_into(block)
 
 

@@ -181,12 +181,9 @@ class Checksums:
         buffer = self._dinodes.buffer(file)
         before = area.closed(buffer.data)
         yield
-        if before is not None:
-            area.shorten(buffer.data, PAGES_MAX)
-            now = area.closed(buffer.data)
-            if now is None or now.count < before.count:
-                self._weakened.add(file.ino)
-                self._unsaved[file.ino] = file
+        if before is not None and area.closed(buffer.data) is None:
+            self._weakened.add(file.ino)
+            self._unsaved[file.ino] = file
 
     def unsaved(self, ino: int) -> bool:
         """Before the lock of this inode goes to another node there has to be a commit."""

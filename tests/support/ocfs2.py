@@ -178,7 +178,7 @@ class Volume:
         """Mount it; it is unmounted at the end of the test at the latest."""
         fs = mount_image(self.path, clock_ns=self.clock, stack=stack, **options)
         assert isinstance(fs, Ocfs2)
-        vfs = Vfs(fs, DirectPages(fs))
+        vfs = Vfs(fs, DirectPages(fs, fs.checksums))
         self.mounts.append(vfs)
         return vfs
 
