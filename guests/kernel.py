@@ -369,8 +369,8 @@ class Kernel:
             "disk_read_calls": device.reads,
             "disk_writes_pages": device.write_pages,
             "disk_write_calls": device.writes,
-            # Of image and swap area together; known only if they are direct.
-            "disk_wait_seconds": self._disk_waits.total_ns / 1e9 if self._disk_waits else 0.0,
+            # The median of image and swap area together; known only if they are direct.
+            "disk_access_seconds": self._disk_waits.median_ns / 1e9 if self._disk_waits else 0.0,
             **self.findings.record(),
             "seconds": self._seconds + running,
             "page_cache": self._page_cache(),

@@ -14,8 +14,8 @@ Invariants: those of every `BlockDevice`, and
       device was opened has been written and dropped;
   D2  a file system that can't keep D1 is refused when the device is opened.
 
-Time that requests wait for the disk is added up (`Waits`), so that it can be told from the time of
-the processor.
+How long requests wait for the disk is known (`Waits`), so that a program's time can be told from
+its disk's.
 
 O_DIRECT is not durability: the disk may have a cache of its own, and the size and blocks of the
 file are metadata of the host's, so `flush` is fdatasync as before.
@@ -25,9 +25,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import mmap
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Final
@@ -39,20 +41,23 @@ from fs.errors import ImageError, error
 
 BOUNCE_BLOCKS: Final = 32
 """As long as the longest extent of a guest."""
+_SIZES_PER_DOUBLING: Final = 8
 
 
 class Waits:
-    """Time that this thread waited for one or more disks in reads, writes and flushes.
+    """How long this thread waited for one or more disks in their reads and writes.
 
     What it did itself meanwhile, in the kernel, is not in it, nor that it had to wait for a
     processor when the disk was done: where many guests share few cores, that is most of a call.
+    The kernel's account of the latter misses some, so it is the median that is known and no sum.
     """
 
     def __init__(self, now_ns: Callable[[], int] | None = None) -> None:
         """`now_ns` is a clock that stands still while the thread runs or waits for its turn."""
         self._now_ns = now_ns or self._but_for_processors_ns
         self._began_ns = 0
-        self.total_ns = 0
+        self._counts: Counter[int] = Counter()
+        """Of waits by size, `_SIZES_PER_DOUBLING` for each doubling: no memory grows with time."""
         self._schedstat = -1
         if now_ns is None:
             # Of the process' first thread.  Now, because a guest's jail lets it open nothing later.
@@ -63,7 +68,18 @@ class Waits:
         self._began_ns = self._now_ns()
 
     def __exit__(self, *exception: object) -> None:
-        self.total_ns += self._now_ns() - self._began_ns
+        waited_ns = max(1, self._now_ns() - self._began_ns)
+        self._counts[round(math.log2(waited_ns) * _SIZES_PER_DOUBLING)] += 1
+
+    @property
+    def median_ns(self) -> float:
+        """Within a twentieth; 0 before the first wait."""
+        left = self._counts.total() / 2
+        for size in sorted(self._counts):
+            left -= self._counts[size]
+            if left <= 0:
+                return float(2.0 ** (size / _SIZES_PER_DOUBLING))
+        return 0.0
 
     def _but_for_processors_ns(self) -> int:
         now_ns = time.perf_counter_ns() - time.thread_time_ns()
@@ -82,7 +98,7 @@ class Waits:
 class DirectFileDevice(FileDevice):
     """`FileDevice` around the host's page cache; raises ImageError also where that can't be.
 
-    `waits` adds up what it waits for the disk, and may be shared with other devices of the thread.
+    `waits` learns how long it waits for the disk, and may be of several devices of the thread.
     """
 
     open_flags = FileDevice.open_flags | os.O_DIRECT
@@ -173,11 +189,6 @@ class DirectFileDevice(FileDevice):
             if step < BLOCK_BYTES:
                 raise error(errno.EIO, f"image {self.path} takes no more at block {block}")
             done += step - step % BLOCK_BYTES
-
-    def flush(self) -> None:
-        """`fdatasync` of the image."""
-        with self._waits:
-            super().flush()
 
 
 def is_aligned(view: memoryview) -> bool:

@@ -14,9 +14,8 @@ over all of them.
     hdd, ssd    modelled, again of the slowest: the CPU time of its process and of the hypervisor
                 for it, measured, and its accesses to both its disks, counted, times 8 ms and
                 100 us.  So long it would take with a core and disks for itself
-    direct      with `--direct`, when no disk is in the host's page cache: the same CPU time and
-                the time that the guest waited in its accesses, measured on the disk below,
-                without what it waited for a processor then
+    direct      with `--direct`, when no disk is in the host's page cache: the same, times what the
+                guest's median access took on the disk below
 
 All figures are counted from when the work begins to when the last guest is done.
 """
@@ -73,7 +72,7 @@ MEASURES: Final = (
     "verified_bytes",
 )
 """Figures of a run; a point has the median of each over its runs."""
-DIRECT_MEASURE: Final = "direct_seconds"
+DIRECT_MEASURES: Final = ("direct_seconds", "disk_access_seconds")
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,10 @@ def measure(
     if disk is not None:
         counts = [run["host_cached_pages"] for run in found]
         cached = None if None in counts else max(counts)
-        document["disk"] = disk._asdict() | {"host_cached_pages": cached}
+        document["disk"] = disk._asdict() | {
+            "host_cached_pages": cached,
+            "access_seconds": median(run["disk_access_seconds"] for run in found),
+        }
     if unmerged is not None:
         document["ksm"] = {"why_not": unmerged}
     elif plan.ksm:
@@ -303,7 +305,7 @@ def fresh_disks(
 def _point(plan: Plan, mode: str, jobs: int, found: list[Record]) -> Record:
     """What the runs of one mode and level say together."""
     runs = [run for run in found if (run["mode"], run["jobs"]) == (mode, jobs)]
-    measures = (*MEASURES, *([DIRECT_MEASURE] if plan.direct else []))
+    measures = (*MEASURES, *(DIRECT_MEASURES if plan.direct else []))
     spread = {
         measure: [min(run[measure] for run in runs), max(run[measure] for run in runs)]
         for measure in measures

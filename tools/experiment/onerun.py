@@ -375,7 +375,14 @@ def _worked(
             f"{disk}_seconds": cpu_seconds + accesses * each
             for disk, each in access_seconds.items()
         },
-        **({"direct_seconds": cpu_seconds + grown("disk_wait_seconds")} if direct else {}),
+        **(_direct(accesses, after["disk_access_seconds"], cpu_seconds) if direct else {}),
+    }
+
+
+def _direct(accesses: int, access_seconds: float, cpu_seconds: float) -> Record:
+    return {
+        "disk_access_seconds": access_seconds,
+        "direct_seconds": cpu_seconds + accesses * access_seconds,
     }
 
 
