@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -205,8 +206,12 @@ class Swap:
             if why in _NO_ROOM:
                 self.disk.set_aside(slot)
             else:
-                log.error("swap event=write-error slot=%d", slot)
                 self.disk.retire(slot)
+        bad = {slot: why for slot, why in failed.items() if why not in _NO_ROOM}
+        if bad:
+            first, why = min(bad.items())
+            why_text = os.strerror(why)
+            log.error("swap event=write-error slots=%d first=%d why=%s", len(bad), first, why_text)
         self._note_written([slot for slot in slots if slot not in kept], failed)
         return failed
 
