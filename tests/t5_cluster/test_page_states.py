@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,15 @@ class Guests(LiveGuests):
         """Its figures."""
         return self.ask("web", "status")["counters"]
 
+    @cached_property
+    def pid(self) -> int:
+        """Of its process."""
+        return self.pids()["web"]
+
     @property
     def resident_pages(self) -> int:
         """Of its process, as the host has it."""
-        return int(Path(f"/proc/{self.pids()['web']}/statm").read_text().split()[1])
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
 
 
 @pytest.fixture

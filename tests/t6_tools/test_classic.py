@@ -183,26 +183,6 @@ def test_progress_says_what_is_on(sweep: Sweep) -> None:
     assert re.search(r"4/4 tmem at pressure \d\.\d+, \d+ s left", sweep.errors)
 
 
-@pytest.mark.cluster
-def test_guests_with_page_states_share_one_memory(
-    new_cluster_name: Callable[[], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One may have more of it than an even share, all never more than there is."""
-    plan = replace(TINY, name=new_cluster_name(), modes=("cmm2",), memory_pages=250)
-    plan = replace(plan, jobs=(22,))
-    monkeypatch.setattr(classic, "QUICK", plan)
-    with short_folder() as folder:
-        done = tmem_here("experiment", "classic", "--quick", "--json", cwd=folder)
-    assert done.returncode == ExitCode.OK, done.stderr
-    (found,) = json.loads(done.stdout)["points"]
-    assert found["mode"] == "cmm2"
-    assert found["mismatches"] == found["oom_kills"] == 0
-    assert found["swap_out_pages"] > 100
-    assert 0.7 * plan.host.total_bytes < found["sizes_most_bytes"] <= plan.host.total_bytes
-    assert found["migration_bytes"] > 0
-    assert found["tmem"]["hypercalls"] > 0 == found["tmem"]["pages_put"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [

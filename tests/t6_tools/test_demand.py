@@ -70,7 +70,7 @@ def test_what_one_guest_has_read_makes_room_for_another(
     ):
         manifest = {"manifest": str(images[reader].manifest)}
         read = run.result({reader: Work(1, manifest, "read_all")}, ACCESS_SECONDS)
-        programs = {"programs": 1, "pages": 1000, "passes": 1}
+        programs = {"programs": 1, "pages": 1000, "passes": 8}
         found = run.result({other: Work(1, programs, "programs")}, ACCESS_SECONDS)
         again = run.result({reader: Work(1, manifest, "read_all")}, ACCESS_SECONDS)
     assert read["errors"] == again["errors"] == []
