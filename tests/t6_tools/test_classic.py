@@ -24,7 +24,7 @@ from tools.experiment.classic import MEASURES, QUICK, Plan, verdict
 from tools.experiment.classic_page import page
 from tools.experiment.classic_report import compare, complete, goals, markdown
 from tools.experiment.modes import MODES, Disks
-from tools.experiment.svg import ticks
+from tools.experiment.svg import legend, line_plot, ticks
 from tools.progress import SweepReporter
 from tools.units import PAGE_BYTES
 
@@ -337,6 +337,104 @@ def test_no_mode_has_more_memory_than_another(mode: str, tmp_path: Path) -> None
 def test_ticks_are_round(most: float, expected: list[float]) -> None:
     """From zero to the first that is not below the most."""
     assert ticks(most) == expected
+
+
+def plot_of(**lines: list[tuple[float, float]]) -> ElementTree.Element:
+    """A plot, as an XML reader has it."""
+    return ElementTree.fromstring(line_plot("Reads & more", "pressure", "pages", lines))
+
+
+def heights(plot: ElementTree.Element) -> list[list[float]]:
+    """Of each line's points, from the top."""
+    return [
+        [float(place.split(",")[1]) for place in line.attrib["points"].split()]
+        for line in plot.findall(".//{*}polyline")
+    ]
+
+
+def labels(plot: ElementTree.Element) -> list[str]:
+    """All its texts."""
+    return ["".join(text.itertext()) for text in plot.findall(".//{*}text")]
+
+
+def test_values_far_apart_have_a_logarithmic_axis() -> None:
+    """Decades are equally far apart, zero is at the bottom; a hundred to one is not yet far."""
+    plot = plot_of(one=[(1, 0), (2, 0.01), (3, 0.1)], two=[(1, 1), (2, 10), (3, 20)])
+    (zero, hundredth, tenth), (unit, ten, twenty) = heights(plot)
+    assert zero - hundredth == pytest.approx(hundredth - tenth, abs=0.2)
+    assert tenth - unit == pytest.approx(unit - ten, abs=0.2)
+    assert zero > hundredth > tenth > unit > ten > twenty > 0
+    assert "pages, log scale" in labels(plot)
+    assert {"0", "0.01", "0.1", "1", "10", "20"} <= set(labels(plot))
+
+    (zero, fifth, _full) = heights(plot_of(one=[(1, 0), (2, 1), (3, 100)]))[0]
+    assert zero - fifth == pytest.approx((zero - _full) / 100, abs=0.1)
+    assert "pages" in labels(plot_of(one=[(1, 0), (2, 1), (3, 100)]))
+
+
+def test_lines_are_told_apart_without_colours() -> None:
+    """Each of eight has a dash and marker that no other has; the legend shows the same."""
+    names = [f"mode{number}" for number in range(8)]
+    plot = plot_of(**{name: [(1.0, 5.0), (2.0, 6.0)] for name in names})
+    lines = plot.findall(".//{*}polyline")
+    markers = [path.attrib["d"] for path in plot.findall("{*}path")][::2]
+    looks = [(line.get("stroke-dasharray"), d) for line, d in zip(lines, markers, strict=True)]
+    assert len(set(looks)) == 8
+    assert len({line.attrib["style"] for line in lines}) == 8
+    shown = ElementTree.fromstring(f"<p>{legend(names)}</p>")
+    assert [path.attrib["d"] for path in shown.iter("path")] == markers
+    assert [line.get("stroke-dasharray") for line in shown.iter("line")] == [
+        line.get("stroke-dasharray") for line in lines
+    ]
+
+
+def test_labels_of_levels_do_not_lie_on_each_other() -> None:
+    """One that is too near to the one before is left out; its points are not."""
+    plot = plot_of(one=[(1, 5), (1.02, 6), (4, 7)])
+    assert len(heights(plot)[0]) == 3
+    assert "1.02" not in labels(plot)
+    assert {"1", "4"} <= set(labels(plot))
+
+
+def test_the_page_fits_narrow_and_dark_screens() -> None:
+    """Tables scroll by themselves, widths are the reader's, colours change with the ground."""
+    plan = {**vars(TINY), "total_bytes": 4 << 20, "host_reserve_bytes": 1 << 19}
+    found = complete({"points": POINTS, "runs": [], "errors": [], "plan": plan})
+    html = page(found)
+    assert '<meta name="viewport" content="width=device-width' in html
+    assert html.count("<table>") == html.count('<div class="wide"><table>') == 2
+    _light, dark = html.split("prefers-color-scheme: dark", 1)
+    assert "--line-0: #f2f2f2" in dark
+    assert "stroke:var(--line-0, #000000)" in html
+    assert 'fill="currentColor"' in html
+    assert "Killed for memory: none in any mode." in html
+    assert "O_DIRECT" not in html
+    assert '<td class="figure">1,000</td>' in html
+    assert html.count('<tr class="begins">') == 1
+
+
+def test_what_was_asked_for_and_could_not_be_is_told() -> None:
+    """KSM that this machine has not; an unknown number of cached pages is not none."""
+    plan = {**vars(TINY), "total_bytes": 4 << 20, "host_reserve_bytes": 1 << 19}
+    spread = {"direct_seconds": [3.0, 3.0]}
+    points = [{**one, "direct_seconds": 3.0, "spread": one["spread"] | spread} for one in POINTS]
+    disk = {"device": "/dev/sda", "file_system": "xfs", "host_cached_pages": None}
+    extra = {"ksm": {"why_not": "not on this kernel"}, "disk": disk | {"access_seconds": 0.0004}}
+    document = {"points": points, "runs": [], "errors": [], "plan": plan}
+    text = markdown(complete(document | extra))
+    assert "* not measured: not on this kernel" in text
+    assert "files on xfs on /dev/sda" in text
+    assert "had an unknown number of pages of them" in text
+    assert "no longer than 400 us" in text
+    assert "never slower than static (O_DIRECT time): at worst +0.0%" in text
+
+
+def test_a_mode_of_the_heaviest_level_alone_is_compared_there() -> None:
+    """It has no time at low pressure to have lost."""
+    only = {**POINTS[3], "mode": "tmem+ksm"}
+    found = compare([*POINTS, only])["tmem+ksm"]
+    assert found["reads_saved"] == pytest.approx(0.6)
+    assert found["time_lost"] is None
 
 
 def test_time_left_is_judged_by_the_runs_so_far() -> None:

@@ -169,7 +169,7 @@ def rows_of(points: Sequence[Point]) -> Iterator[tuple[str, ...]]:
         yield (
             f"{point['pressure']:g}",
             point["mode"],
-            *(_spread(point, clock, 1) for clock in clocks(points)),
+            *(_spread(point, clock, 1 if point[clock] >= 10 else 2) for clock in clocks(points)),
             _spread(point, "disk_reads_pages", 0),
             f"{point['swap_in_pages']:,.0f}",
             f"{point['swap_out_pages']:,.0f}",
