@@ -37,7 +37,7 @@ import multiprocess.process
 import multiprocess.resource_tracker
 
 # Imported once in the fork server; nothing of guests or hypervisor, which don't know each other.
-_PRELOAD: Final = ["ipc.attach", "ipc.codec", "logging"]
+_PRELOAD: Final = ["ipc.attach", "ipc.codec", "ipc.jail.warmup", "logging"]
 
 
 class ProcessFactory:

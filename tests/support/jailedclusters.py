@@ -5,6 +5,7 @@ python -m tests.support.jailedclusters FOLDER       its report as JSON, for anot
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -28,6 +29,9 @@ from tools.interrupts import Interrupts
 from tools.rundir import ClusterDirectory
 
 MEMORY_BYTES = 1 << 20
+SOURCE = "source.py"
+ENCODING = "koi8-r"
+"""Of a Python source on the guests' disks; it is a module, first looked for when it is needed."""
 
 
 class JailedCluster:
@@ -143,7 +147,12 @@ class JailedCluster:
 def jailed_cluster(folder: Path, mode: Mode) -> Iterator[JailedCluster]:
     """From start to stop."""
     folder.mkdir()
-    images = {name: make_image(folder / f"{name}.img") for name in ("red", "blue")}
+    tree = folder / "tree"
+    tree.mkdir()
+    (tree / SOURCE).write_text(f"# coding: {ENCODING}\nname = 'имя'\n", encoding=ENCODING)
+    manifest = {SOURCE: hashlib.sha256((tree / SOURCE).read_bytes()).hexdigest()}
+    (folder / "manifest").write_text(json.dumps(manifest))
+    images = {name: make_image(folder / f"{name}.img", tree=tree) for name in ("red", "blue")}
     directory = ClusterDirectory(folder / "on")
     guests = [
         GuestPlan(name, MEMORY_BYTES, image, adversary="tests.support.jailprobe")

@@ -46,6 +46,7 @@ class Seen(NamedTuple):
     listed: list[bytes]
     read_characters: int
     recorded: str
+    compiled: tuple[int, int, int]
     no_record: str
     generations: tuple[int, int]
     listed_again: list[bytes]
@@ -65,6 +66,8 @@ def _look(folder: Path, mode: Mode) -> Seen:
         cluster.work("histories", record=str(record), prepare=1, pages=2, operations=10)
         absent = {"record": str(folder / "absent" / "record"), "operations": 1}
         answer = cluster.ask("run", workload="histories", seed=1, parameters=absent)
+        no_record = str(answer.get("error") or cluster.finish()["error"])
+        findings = cluster.work("compile", manifest=str(folder / "manifest"))["counters"]
         before = cluster.stats()["generation"]
         listed = cluster.exec("ls", "/").split()
         went_astray = cluster.lead_astray(folder / "bait")
@@ -74,7 +77,8 @@ def _look(folder: Path, mode: Mode) -> Seen:
             listed,
             cluster.ask("status")["counters"]["rchar_bytes"],
             record.read_text(),
-            str(answer.get("error") or cluster.finish()["error"]),
+            (findings["compiled_files"], findings["uncompilable_files"], findings["mismatches"]),
+            no_record,
             (before, cluster.stats()["generation"]),
             cluster.exec("ls", "/").split(),
             went_astray,
@@ -165,9 +169,10 @@ def _status(pid: int) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-def test_guests_work_in_their_jails(jailed: Seen) -> None:
-    """Commands, files of the host that come with a question, and its own /proc."""
-    assert jailed.listed == [b"histories", b"lost+found"]
+def test_guests_work_in_their_jails(jailed: Seen, unjailed: Seen) -> None:
+    """Commands, files of the host that come with a question, its own /proc, rare encodings."""
+    assert jailed.listed == [b"histories", b"lost+found", b"source.py"]
+    assert jailed.compiled == unjailed.compiled == (1, 0, 0)
     assert jailed.read_characters > 0
     assert len(jailed.recorded.splitlines()) >= 20
     # A folder that is not there: the asker can't open it, and the guest less.
