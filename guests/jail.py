@@ -225,9 +225,10 @@ class GuestJail:
         is_node = self.spec.node is not None
         without = "; ".join(landlock.second_locks_missing()) or "nothing"
         keptfiles.hold()
+        sizes = self._sizes()  # while files in folders of others can be looked at
         limits.keep_capabilities()
         limits.no_new_privileges()
-        limits.limit(self._sizes())
+        limits.limit(sizes)
         if self._queues is not None:
             rules = [
                 Rule(Path(), Access.RESOLVE_UNIX),

@@ -48,11 +48,11 @@ class Guests(LiveGuests):
 
 @pytest.fixture
 def guests(folder: Path, cluster_name: str) -> Iterator[Guests]:
-    """Two guests of 2 MiB and one of 8 with swap files of 16 MiB, over an arena of 6 MiB."""
+    """Two guests of 2 MiB with swap files of 16, and one of 8 with 80, over an arena of 6 MiB."""
     tree = write_tree(folder / "tree", files=6)
     lines = [f'name = "{cluster_name}"', "seed = 7", "[hypervisor]", 'arena = "6M"']
-    for name, memory in (("red", "2M"), ("blue", "2M"), ("green", "8M")):
-        lines += ["[[guest]]", f'name = "{name}"', f'memory = "{memory}"', 'swap = "16M"']
+    for name, memory, swap in (("red", "2M", "16M"), ("blue", "2M", "16M"), ("green", "8M", "80M")):
+        lines += ["[[guest]]", f'name = "{name}"', f'memory = "{memory}"', f'swap = "{swap}"']
         lines += [f'tree = "{tree}"']
     (folder / "cluster.toml").write_text("\n".join(lines) + "\n")
     done = tmem("up", "-d", "-f", "cluster.toml", cwd=folder)
@@ -103,6 +103,10 @@ def test_four_times_the_memory_is_read_back_right(guests: Guests) -> None:
 
 def test_ram_goes_to_the_host_and_comes_back(guests: Guests) -> None:
     """The process gets smaller by what the balloon takes."""
+    # A jail that allows less than the swap file has would have its slots retired, one by one.
+    limits = Path(f"/proc/{guests.pids()['green']}/limits").read_text()
+    (line,) = (line for line in limits.splitlines() if line.startswith("Max file size"))
+    assert line.split()[3] in ("unlimited", str(80 << 20))
     guests.run("green", 1, programs=1, pages=1900, passes=0)
     wait_until(lambda: guests.state("green") == "idle", "the end of the program")
     before = guests.resident_pages("green")
