@@ -120,10 +120,18 @@ def workload(
 
     def begin(job: Job) -> Iterator[None]:
         namespace = ModuleType(module)
+        begun = False
         try:
             exec(code, vars(namespace))
-            yield from namespace.run(Cell(job, kernel, spec))
-        except (BadParameters, OSError, ProcessKilled):
+            for _ in namespace.run(Cell(job, kernel, spec)):
+                yield
+                begun = True
+        except BadParameters as reason:
+            if not begun:
+                raise
+            # Only at the start does the kernel expect that.
+            raise error(errno.EINVAL, str(reason)) from reason
+        except (OSError, ProcessKilled):
             raise
         except Exception as reason:
             log.exception("adversary=%s event=failed", module)
