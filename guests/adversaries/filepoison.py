@@ -26,9 +26,11 @@ _MARK = b"poisoned by %s: "
 
 
 def run(cell: Cell) -> Iterator[None]:
-    """Parameters: folder, files (how many of it), pages (of each), rounds, pause_seconds."""
+    """Parameters: folder, files (how many of it), pages (of each), rounds, pause_seconds (after
+    each file), seconds (the most that it takes).  `paths` are files by inode number."""
     report = cell.report
-    report |= {"attempts": 0, "succeeded": 0, "caught": 0, "reasons": {}, "handles": []}
+    report |= {"attempts": 0, "succeeded": 0, "caught": 0, "reasons": {}, "paths": {}}
+    until = time.monotonic() + cell.number("seconds", 600.0, 0.0, 3600.0)
     folder = cell.text("folder", "/")
     names = sorted(name for name in cell.kernel.vfs.listdir(folder) if name != "lost+found")
     cell.random.shuffle(names)
@@ -43,6 +45,8 @@ def run(cell: Cell) -> Iterator[None]:
         for name in names:
             yield from _poison(cell, f"{folder.rstrip('/')}/{name}", page)
             cell.job.done += 1
+            if time.monotonic() >= until:
+                return
             awake_at = time.monotonic() + pause_seconds
             while time.monotonic() < awake_at:
                 time.sleep(0.002)
@@ -60,6 +64,7 @@ def _poison(cell: Cell, path: str, page: bytes) -> Iterator[None]:
         size_pages = -(-inode.size // PAGE_BYTES)
     finally:
         vfs.close(handle)
+    report["paths"][str(key.ino)] = [path, key.generation]
     token, pool = _standing(cell.kernel, key)
     raw = Raw(cell)
     oid = file_oid(*key)
@@ -68,8 +73,6 @@ def _poison(cell: Cell, path: str, page: bytes) -> Iterator[None]:
         report["attempts"] += 1
         if reply.map & 1:
             report["succeeded"] += 1
-            if len(report["handles"]) < 4:
-                report["handles"].append([path, key.ino, key.generation, index])
         else:
             report["caught"] += 1
             report["reasons"][why(reply)] = report["reasons"].get(why(reply), 0) + 1

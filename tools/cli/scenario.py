@@ -1,9 +1,13 @@
-"""scenario: attacks on a cluster of their own, with the defence off or on."""
+"""scenario list, run, attack: attacks on a cluster of their own, with the defence off or on."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +16,7 @@ from ipc.errors import ExitCode, OperatorError
 from tools.cli.common import JsonOption, print_json, print_table
 
 if TYPE_CHECKING:
-    from tools.scenario.model import Outcome, Scenario
+    from tools.scenario.model import Outcome, Scenario, Scene
 
 _WIDTH = 96
 
@@ -24,6 +28,7 @@ def register(app: typer.Typer) -> None:
     )
     scenarios.command("list")(list_scenarios)
     scenarios.command()(run)
+    scenarios.command()(attack)
     app.add_typer(scenarios, name="scenario")
 
 
@@ -61,6 +66,10 @@ def run(
     ] = False,
     json: JsonOption = False,
     seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the report of poisoned-cluster [a new one below ./runs]."),
+    ] = None,
 ) -> int:
     """Play an attack against victims that check every page, on a cluster of its own.
 
@@ -86,19 +95,88 @@ def run(
             print(f"  {line}", file=sys.stderr if json else sys.stdout, flush=True)
 
     outcomes = []
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, _watching(hidden=json or explain) as watch:
         for outcome in play_all(
-            chosen, defence=is_on, seed=seed, interrupts=interrupts, announce=announce, tell=tell
+            chosen,
+            defence=is_on,
+            seed=seed,
+            interrupts=interrupts,
+            announce=announce,
+            tell=tell,
+            watch=watch,
         ):
             outcomes.append(outcome)
             if not json:
                 _print(outcome, explain=explain)
+            if outcome.scenes and (name != "all" or out is not None):
+                _report(outcome, out, quiet=json)
     if json:
         records = [outcome.record() for outcome in outcomes]
         print_json(records if name == "all" else records[0])
     elif len(outcomes) > 1:
         _print_sum(outcomes)
     return exit_code([outcome.verdict for outcome in outcomes])
+
+
+def attack(
+    module: Annotated[str, typer.Argument(help="One of guests/adversaries, for example flood.")],
+    parameters: Annotated[
+        list[str] | None, typer.Argument(help="What the program takes.", metavar="[KEY=VALUE]...")
+    ] = None,
+    jail: Annotated[
+        str, typer.Option(help="off, auto or strict: how the guest is jailed.")
+    ] = "off",
+    seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 1,
+) -> int:
+    """Run one adversary by hand, in the only guest of a cluster of its own; print its report.
+
+    Exits with 2 if it could not be run to its end.
+    """
+    from ipc.jail import MODES
+    from tools.interrupts import Interrupts
+    from tools.scenario import play
+
+    mode = next((one for one in MODES if one == jail), None)
+    if mode is None:
+        raise OperatorError(f"--jail {jail}: say {', '.join(MODES)}", ExitCode.USAGE)
+    told = dict(_parameter(text) for text in parameters or [])
+    with Interrupts() as interrupts:
+        report, problems = play.attack(module, told, jail=mode, seed=seed, interrupts=interrupts)
+    print_json(report)
+    for line in problems:
+        print(f"tmem: {line}", file=sys.stderr)
+    return ExitCode.INCONCLUSIVE if problems else ExitCode.OK
+
+
+def _parameter(text: str) -> tuple[str, int | float | str]:
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise OperatorError(f"{text!r} is no parameter; write KEY=VALUE", ExitCode.USAGE)
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return key, kind(value)
+    return key, value
+
+
+@contextlib.contextmanager
+def _watching(*, hidden: bool) -> Iterator[Callable[[Scene], None]]:
+    from tools.scenario.screen import screen
+
+    if hidden:
+        yield lambda _scene: None
+        return
+    with screen(sys.stdout) as shown:
+        yield shown.watch
+
+
+def _report(outcome: Outcome, out: Path | None, *, quiet: bool) -> None:
+    from tools.rundir import RUNS, new_run
+    from tools.scenario.report import write
+
+    folder = out or new_run(RUNS, datetime.datetime.now().astimezone())
+    path = write(outcome, folder)
+    if not quiet:
+        print(f"  report: {path}")
 
 
 def _announce(scenario: Scenario, *, is_on: bool, explain: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from ipc.errors import ExitCode, OperatorError
-from tools.scenario import breakout, denial, poisoning, spying
+from tools.scenario import breakout, denial, poisoned, poisoning, spying
 from tools.scenario.model import Scenario
 
 SCENARIOS: Final[dict[str, Scenario]] = {
@@ -15,6 +15,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         *spying.SCENARIOS,
         *denial.SCENARIOS,
         *breakout.SCENARIOS,
+        poisoned.SCENARIO,
     )
 }
 

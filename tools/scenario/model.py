@@ -60,6 +60,45 @@ class Tally:
     """What else was measured."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """One guest in a scene, in sums since the beginning of its act."""
+
+    name: str
+    role: str
+    poisoned_pages: int = 0
+    read_files: int = 0
+    wrong_files: int = 0
+    tmem_pages: int = 0
+    caught_pages: int = 0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A moment of a scenario that can be watched; an act is one cluster from start to end."""
+
+    act: str
+    at_seconds: float
+    parts: tuple[Part, ...]
+    said: tuple[str, ...] = ()
+    """The last that was said."""
+
+    @property
+    def poisoned(self) -> int:
+        """Wrong pages that the pool took."""
+        return sum(part.poisoned_pages for part in self.parts)
+
+    @property
+    def served(self) -> int:
+        """Files that a victim read and that were not what they had to be."""
+        return sum(part.wrong_files for part in self.parts)
+
+    @property
+    def caught(self) -> int:
+        """Wrong pages that a victim got and did not believe."""
+        return sum(part.caught_pages for part in self.parts)
+
+
 def verdict(tally: Tally, *, must_catch: bool) -> Verdict:
     """What follows."""
     if tally.succeeded or tally.victim_mismatches:
@@ -79,6 +118,7 @@ class Outcome:
     seconds: float
     tally: Tally
     events: list[str]
+    scenes: list[Scene] = field(default_factory=list)
 
     @property
     def verdict(self) -> Verdict:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ipc.errors import Disconnected, OperatorError
+from ipc.codec import Record
+from ipc.errors import Disconnected, ExitCode, OperatorError
+from ipc.jail import Mode
 from tools.interrupts import Interrupts
-from tools.scenario.model import Outcome, Scenario
-from tools.scenario.stage import Stage
+from tools.scenario.model import Outcome, Scenario, Scene
+from tools.scenario.stage import Player, Stage, adversary
 
 
 def play(
@@ -22,12 +25,13 @@ def play(
     cache: Path,
     interrupts: Interrupts,
     tell: Callable[[str], None] = lambda _line: None,
+    watch: Callable[[Scene], None] = lambda _scene: None,
 ) -> Outcome:
     """One scenario from beginning to end.  A cluster that can't be started makes it unknown."""
     # Short: sockets lie in it.
     folder = Path(tempfile.mkdtemp(prefix="tmem-scn-"))
     began_at = time.monotonic()
-    stage = Stage(folder, cache, defence, seed, interrupts, tell)
+    stage = Stage(folder, cache, defence, seed, interrupts, tell, watch)
     try:
         try:
             scenario.run(stage)
@@ -39,7 +43,27 @@ def play(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     seconds = time.monotonic() - began_at
-    return Outcome(scenario, defence, seed, seconds, stage.tally, stage.events)
+    return Outcome(scenario, defence, seed, seconds, stage.tally, stage.events, stage.scenes)
+
+
+def attack(
+    noun: str, parameters: Record, *, jail: Mode, seed: int, interrupts: Interrupts
+) -> tuple[Record, list[str]]:
+    """Run one adversary by hand, in a guest of a cluster that has no other; its report, and what
+    went wrong."""
+    if importlib.util.find_spec(adversary(noun)) is None:
+        raise OperatorError(
+            f"there is no adversary {noun!r}; 'tmem scenario list --json' names them",
+            ExitCode.USAGE,
+        )
+    folder = Path(tempfile.mkdtemp(prefix="tmem-scn-"))
+    stage = Stage(folder, folder / "cache", True, seed, interrupts)
+    try:
+        guest = Player("mallory", adversary(noun), cleancache=True)
+        with stage.cluster(guest, jail=jail) as world:
+            return world.play("mallory", **parameters), stage.tally.problems
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def play_all(
@@ -50,6 +74,7 @@ def play_all(
     interrupts: Interrupts,
     announce: Callable[[Scenario], None],
     tell: Callable[[str], None],
+    watch: Callable[[Scene], None] = lambda _scene: None,
 ) -> Iterator[Outcome]:
     """Scenarios in turn; what they have in common is made once."""
     with tempfile.TemporaryDirectory(prefix="tmem-scn-cache-") as cache:
@@ -62,4 +87,5 @@ def play_all(
                 cache=Path(cache),
                 interrupts=interrupts,
                 tell=tell,
+                watch=watch,
             )

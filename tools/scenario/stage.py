@@ -28,7 +28,7 @@ from tools.cluster import Cluster, ClusterPlan, GuestPlan, check_limits
 from tools.image import build_image, copy_image
 from tools.interrupts import Interrupts
 from tools.rundir import ClusterDirectory
-from tools.scenario.model import Tally
+from tools.scenario.model import Scene, Tally
 
 MIB: Final = 1 << 20
 WITNESS: Final = "guests.adversaries.witness"
@@ -88,8 +88,10 @@ class Stage:
     seed: int
     interrupts: Interrupts
     tell: Callable[[str], None] = lambda _line: None
+    watch: Callable[[Scene], None] = lambda _scene: None
     tally: Tally = field(default_factory=Tally)
     events: list[str] = field(default_factory=list)
+    scenes: list[Scene] = field(default_factory=list)
     clusters: int = 0
 
     def __post_init__(self) -> None:
@@ -99,6 +101,11 @@ class Stage:
         """Something happened."""
         self.events.append(line)
         self.tell(line)
+
+    def show(self, scene: Scene) -> None:
+        """How things stand: kept for the report, and shown to who watches."""
+        self.scenes.append(scene)
+        self.watch(scene)
 
     def problem(self, line: str) -> None:
         """Something went wrong that keeps the scenario from being judged."""
