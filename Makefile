@@ -19,7 +19,7 @@ WORKERS ?= auto --maxprocesses=4
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench fuzz sim model crash-restart coherence races campaigns crash-cluster vm-check lock clean
+.PHONY: help setup demo test lint format bench fuzz sim model crash-restart coherence races scenarios campaigns crash-cluster vm-check lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -76,6 +76,10 @@ races: SEEDS = 20
 races: setup  ## Let real nodes race for names, files, inodes and locks over SEEDS=20 seeds (SEED=first)
 	TMEM_RACES=$(SEEDS) TMEM_RACES_FIRST=$(or $(SEED),1) $(BIN)/python -m pytest -q -n $(WORKERS) \
 	    tests/t5_cluster/test_shared_races*.py tests/t5_cluster/test_shared_values.py
+
+scenarios: setup  ## Play every attack with its defence on, and once with it off to see it work (SEED=n)
+	@$(BIN)/tmem scenario run all --defence on --seed $(or $(SEED),1)
+	@$(BIN)/tmem scenario run all --defence off --seed $(or $(SEED),1); test $$? -le 1
 
 campaigns: setup  ## Long campaigns of journal, lock manager, membership and swap: SEEDS=1000, STATES=1000000
 	$(BIN)/python -m tests.t3_fs.jbd2.campaign --seeds $(SEEDS)

@@ -1,0 +1,107 @@
+"""What guests answer is looked at before a command believes it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipc.codec import BadRecord, encode
+from ipc.errors import Disconnected
+from tools.answers import believed
+from tools.control import ask
+
+STATUS: dict[str, Any] = {
+    "state": "idle",
+    "workload": "",
+    "done": 0,
+    "total": 0,
+    "error": None,
+    "report": {},
+    "counters": {"disk_reads_pages": 3, "mismatch_paths": ["/a"], "cleancache": {"puts": 1}},
+    "node": None,
+}
+ESCAPE = "\x1b]0;owned\x07\u202e"
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """A map in a map, so often."""
+    record: dict[str, Any] = {}
+    for _ in range(depth):
+        record = {"a": record}
+    return record
+
+
+def test_a_good_answer_is_as_it_was() -> None:
+    """Nothing is lost of what real guests say."""
+    assert believed("status", STATUS) == STATUS
+    assert believed("locks", {"error": "not a node"}) == {"error": "not a node"}
+    assert believed("unheard-of", {"anything": 1}) == {"anything": 1}
+
+
+@pytest.mark.parametrize(
+    ("verb", "answer"),
+    [
+        ("status", {}),
+        ("status", {"error": "what a status never is"}),
+        ("status", STATUS | {"state": 7}),
+        ("status", STATUS | {"done": True}),
+        ("status", STATUS | {"total": "all"}),
+        ("status", STATUS | {"counters": "many"}),
+        ("status", STATUS | {"counters": {"cleancache": {"puts": b"x"}}}),
+        ("status", STATUS | {"node": 3}),
+        ("status", STATUS | {"node": {"volume": "data"}}),
+        ("status", STATUS | {"more": nested(40)}),
+        ("exec", {"exit_code": 0, "stdout": "text", "stderr": b""}),
+        ("exec", {"stdout": b"", "stderr": b""}),
+        ("locks", {"resources": 5}),
+        ("locks", {"resources": [{"name": "N"}]}),
+        ("volume", {"type": "ext2"}),
+    ],
+)
+def test_an_answer_of_another_shape_is_none(verb: str, answer: dict[str, Any]) -> None:
+    """Each would have ended a command in a traceback."""
+    with pytest.raises(BadRecord):
+        believed(verb, answer)
+
+
+def test_texts_drive_no_terminal() -> None:
+    """Wherever they stand, and also as keys."""
+    status = believed("status", STATUS | {"state": ESCAPE, "error": f"a\n{ESCAPE}b"})
+    assert status["state"] == "?]0;owned??"
+    assert status["error"] == "a\n?]0;owned??b"
+    assert believed("exec", {"error": ESCAPE})["error"].isprintable()
+    inside = believed("locks", {"resources": [], "x": {ESCAPE: [ESCAPE]}})
+    assert ESCAPE not in str(inside)
+    assert "\x1b" not in repr(inside).encode().decode("unicode_escape")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_believed"), [("guest-red.sock", False), ("control.sock", True)]
+)
+def test_only_guests_are_not_believed(tmp_path: Path, name: str, is_believed: bool) -> None:
+    """The hypervisor is ours."""
+    path = tmp_path / name
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(path))
+        door.listen(1)
+
+        def answer() -> None:
+            connection, _ = door.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(encode({"state": 7}))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            if is_believed:
+                assert ask(path, {"verb": "status"}) == {"state": 7}
+            else:
+                with pytest.raises(Disconnected, match="makes no sense"):
+                    ask(path, {"verb": "status"})
+        finally:
+            thread.join()

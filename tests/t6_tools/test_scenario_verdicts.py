@@ -1,0 +1,183 @@
+"""Scenarios without a cluster: what follows from what was counted, timing, reports."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from guests.adversary import load
+from ipc.errors import ExitCode, OperatorError
+from tools.interrupts import Interrupts
+from tools.scenario.catalogue import SCENARIOS, find
+from tools.scenario.model import KINDS, Outcome, Part, Scene, Tally, Verdict, exit_code, verdict
+from tools.scenario.poisoned import last_mismatch
+from tools.scenario.report import markdown, page, write
+from tools.scenario.stage import Stage, World, adversary
+from tools.scenario.timing import distinguish
+
+HELD = {"attempts": 3, "caught": 3, "victim_checks": 9}
+
+
+@pytest.mark.parametrize(
+    ("counts", "must_catch", "expected"),
+    [
+        (HELD, True, "held"),
+        (HELD | {"caught": 0}, False, "held"),
+        # Nobody was seen to stop it: it may never have reached the defence.
+        (HELD | {"caught": 0}, True, "unknown"),
+        (HELD | {"attempts": 0}, True, "unknown"),
+        (HELD | {"victim_checks": 0}, True, "unknown"),
+        (HELD | {"problems": ["a guest died"]}, True, "unknown"),
+        (HELD | {"succeeded": 1}, True, "broken"),
+        (HELD | {"victim_mismatches": 1}, True, "broken"),
+        # Harm is harm, whatever else went wrong.
+        (HELD | {"succeeded": 1, "problems": ["a guest died"]}, True, "broken"),
+        ({"victim_mismatches": 1}, False, "broken"),
+        ({}, False, "unknown"),
+    ],
+)
+def test_what_follows_from_the_counts(
+    counts: dict[str, Any], must_catch: bool, expected: Verdict
+) -> None:
+    """The verdict."""
+    assert verdict(Tally(**counts), must_catch=must_catch) == expected
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        (["held"], ExitCode.OK),
+        (["held", "held"], ExitCode.OK),
+        (["broken"], ExitCode.VIOLATED),
+        (["unknown"], ExitCode.INCONCLUSIVE),
+        (["held", "unknown"], ExitCode.INCONCLUSIVE),
+        (["unknown", "broken", "held"], ExitCode.VIOLATED),
+        ([], ExitCode.INCONCLUSIVE),
+    ],
+)
+def test_exit_codes(verdicts: list[Verdict], expected: ExitCode) -> None:
+    """Of one scenario and of many."""
+    assert exit_code(verdicts) == expected
+    assert (ExitCode.OK, ExitCode.VIOLATED, ExitCode.INCONCLUSIVE) == (0, 1, 2)
+
+
+def stage(tmp_path: Path) -> Stage:
+    """A stage on which nothing is played."""
+    return Stage(tmp_path, tmp_path, True, 1, Interrupts())
+
+
+def test_only_the_defence_in_question_catches(tmp_path: Path) -> None:
+    """An attack that failed for another reason proves nothing: that is a problem and no catch."""
+    played = stage(tmp_path)
+    world = World(played, cast("Any", None), cast("Any", None))
+
+    report = {"attempts": 5, "succeeded": 0, "reasons": {"stale_token": 3, "no_such_pool": 2}}
+    world.count_attack("mallory", report, by=("stale_token",))
+
+    assert (played.tally.attempts, played.tally.caught) == (5, 3)
+    assert "no_such_pool" in played.tally.problems[0]
+    played.tally.victim_checks = 1
+    assert verdict(played.tally, must_catch=True) == "unknown"
+
+
+def test_lost_pages_are_harm(tmp_path: Path) -> None:
+    """A page that is missing where none may be counts like a wrong one."""
+    played = stage(tmp_path)
+    world = World(played, cast("Any", None), cast("Any", None))
+    world.count_check("alpha", {"checked": 4, "mismatches": 1, "missing": 3, "lost": 2})
+    assert (played.tally.victim_checks, played.tally.victim_mismatches) == (4, 3)
+
+
+def test_every_scenario_is_told_and_has_its_program() -> None:
+    """In `tmem scenario list` and in the source."""
+    assert {scenario.kind for scenario in SCENARIOS.values()} == set(KINDS)
+    for name, scenario in SCENARIOS.items():
+        assert name == scenario.name
+        # Compiled and not run; its docstring says what it tries and what ought to stop it.
+        document = load(adversary(scenario.adversary)).co_consts[0]
+        assert "Tries:" in document, scenario.adversary
+        assert "Stopped by:" in document, scenario.adversary
+    with pytest.raises(OperatorError, match="no scenario 'nonsense'"):
+        find("nonsense")
+
+
+def times(seed: int, difference: float, trials: int = 800) -> tuple[list[bool], list[float]]:
+    """Labels, and times that are longer by so much for one of them."""
+    numbers = random.Random(seed)
+    labels = [numbers.random() < 0.5 for _ in range(trials)]
+    return labels, [numbers.gauss(100 + difference * label, 10) for label in labels]
+
+
+@pytest.mark.parametrize("difference", [-20, 20])
+def test_times_that_differ_leak(difference: float) -> None:
+    """In either direction."""
+    found = distinguish(*times(7, difference))
+    assert found.leaks
+    # Two bells two deviations apart: 84 % is the best that a threshold can do.
+    assert 0.78 < found.accuracy < 0.9
+    assert found.trials == 400
+
+
+def test_times_that_do_not_differ_tell_nothing() -> None:
+    """The threshold is tried on trials that it was not learnt on, so noise gains nothing."""
+    found = [distinguish(*times(seed, 0)) for seed in range(40)]
+    assert sum(one.leaks for one in found) <= 1
+    mean = sum(one.accuracy for one in found) / len(found)
+    assert abs(mean - 0.5) < 0.02
+    assert found[0].error == pytest.approx(3 * 0.5 / 400**0.5)
+
+
+def test_no_trials_tell_nothing() -> None:
+    """Nothing to learn from."""
+    assert not distinguish([], []).leaks
+
+
+def outcome(*, served: int) -> Outcome:
+    """A run of the poisoned cluster in which so many files were served wrong."""
+    scenes = [
+        Scene(
+            "act <one>",
+            float(second),
+            (
+                Part("alpha", "victim", read_files=second, wrong_files=served, caught_pages=2),
+                Part("mallory", "attacker", poisoned_pages=second * 3),
+            ),
+        )
+        for second in range(60)
+    ]
+    tally = Tally(attempts=9, succeeded=served, caught=2, victim_checks=59)
+    events = ["mallory put <b>bold</b> bytes"]
+    return Outcome(SCENARIOS["poisoned-cluster"], True, 5, 1.0, tally, events, scenes)
+
+
+def test_a_report_has_a_timeline_and_nothing_of_a_guest_in_it_is_markup(tmp_path: Path) -> None:
+    """What a guest says ends up in the page as text."""
+    path = write(outcome(served=4), tmp_path / "out")
+    text = path.read_text()
+    assert text.count("<svg") > 1
+    assert "<b>bold" not in text
+    assert "&lt;b&gt;bold" in text
+    assert ">177<" in text, "pages put, in the last scene"
+    assert (tmp_path / "out" / "timeline1.svg").read_text().startswith("<svg")
+    assert "| mallory | attacker | 177 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_report_says_the_verdict() -> None:
+    """In its headline, in both forms."""
+    assert "poisoned-cluster: broken" in page(outcome(served=4))
+    assert markdown(outcome(served=0)).startswith("# poisoned-cluster: held\n")
+
+
+def test_where_a_page_was_caught_is_read_from_the_victims_log(tmp_path: Path) -> None:
+    """The last line of many."""
+    log = tmp_path / "alpha.log"
+    assert last_mismatch(log) is None
+    log.write_text(
+        "12:00:00 WARNING verification event=mismatch ino=11 generation=3 page=4 untold=0\n"
+        "12:00:01 WARNING verification event=mismatch ino=12 generation=3 page=40 untold=7\n"
+        "12:00:02 INFO event=stop\n"
+    )
+    assert last_mismatch(log) == (12, 40)
