@@ -139,18 +139,23 @@ def test_more_descriptors_than_any_question_needs_end_the_connection(guest: Gues
 
 
 def test_other_questions_close_what_comes_with_them(guest: Guest) -> None:
-    """Only `run` takes files."""
-    before = _open_files()
+    """At once, and not only when the connection ends."""
     null = os.open("/dev/null", os.O_RDONLY)
     try:
-        answer = guest.ask_raw({"verb": "status"}, [null, null])
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(5)
+            connection.connect(str(guest.path))
+            guest.serve()
+            before = _open_files()
+            for _ in range(3):
+                socket.send_fds(connection, [encode({"verb": "status"})], [null, null])
+                guest.serve()
+                answer = receive_record(connection)
+                assert answer is not None
+                assert answer["state"] == "idle"
+                assert _open_files() == before
     finally:
         os.close(null)
-    guest.serve()
-
-    assert answer is not None
-    assert answer["state"] == "idle"
-    assert _open_files() == before
 
 
 def test_kept_files_are_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
