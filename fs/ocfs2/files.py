@@ -9,7 +9,7 @@ failed write or another writer's reserve left them) before its size passes them.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -37,6 +37,8 @@ class Files:
         self._volume = volume
         self._open: set[int] = set()
         """Inodes that this node holds open; its own open locks don't keep it from freeing them."""
+        self.forget: Callable[[Inode], None] = lambda _inode: None
+        """What a page cache is told of a file that is gone."""
 
     # Locks around data
 
@@ -174,7 +176,7 @@ class Files:
             self._close(name, Mode.PR)
             if not self._volume.read_only:
                 # Whoever removed it may have found it open here, and left it to this node.
-                self.free(file)
+                self.free_orphan(file)
             raise error(errno.ENOENT, f"inode {file.ino} is removed")
         self._open.add(file.ino)
 
@@ -216,6 +218,14 @@ class Files:
             return True
         finally:
             self._close(name, Mode.EX)
+
+    def free_orphan(self, inode: Inode) -> bool:
+        """The same for one that nobody removed here: the page cache may know it all the same, as
+        one whose dead user is distrusted, and its number will be another file's."""
+        freed = self.free(inode)
+        if freed:
+            self.forget(inode)
+        return freed
 
     def _free(self, file: Ocfs2Inode) -> bool:
         volume = self._volume

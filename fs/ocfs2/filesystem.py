@@ -273,6 +273,7 @@ class Ocfs2:
         """Where this mount's file data is cached."""
         self._pages = pages
         self._volume.locks.distrust = pages.distrust
+        self._files.forget = pages.forget
         self._volume.transactions.before_commit = self._before_commit
 
     def _before_commit(self) -> None:

@@ -162,7 +162,7 @@ def freeing_orphans(volume: Volume, files: Files, names: Names, slot: int) -> It
     for ino in numbers:
         try:
             inode = names.iget(ino)
-            freed = inode.nlink == 0 and files.free(inode)
+            freed = inode.nlink == 0 and files.free_orphan(inode)
         except OSError as reason:
             # Freed by another node meanwhile, or damaged: that one stays for the checker to see.
             if reason.errno not in (errno.ESTALE, errno.EUCLEAN):

@@ -244,3 +244,25 @@ def test_each_part_is_needed(
     else:
         found = "nothing was found in 40 histories"
     assert found.startswith("node")
+
+
+def test_number_of_an_orphan_of_a_dead_node(new_world: Callable[[int], World]) -> None:
+    """Whoever frees the orphan has distrusted it; then its number is another file's."""
+    world = new_world(1)
+    survivor, dead, _ = world.nodes
+    handle = dead.vfs.open("/0", os.O_RDWR)
+    number = dead.vfs.fstat(handle).st_ino
+    dead.vfs.unlink("/0")
+    dead.vfs.pwrite(handle, b"the last one", 0)
+    dead.vfs.sync()
+    dead.device.cut = True
+    world.cluster.table.bury(dead, survivor)
+    survivor.vfs.sync()
+    # As at a node that looks for a free number for the first time.
+    for allocator in survivor.fs._volume.space._allocators.values():
+        allocator._places.clear()
+    handle = survivor.vfs.open("/new", os.O_CREAT | os.O_RDWR)
+    assert survivor.vfs.fstat(handle).st_ino == number
+    survivor.vfs.pwrite(handle, b"new", 0)
+    assert survivor.vfs.pread(handle, 100, 0) == b"new"
+    survivor.vfs.close(handle)
