@@ -414,6 +414,19 @@ def frontswap(console: Console, arguments: list[str]) -> None:
     console.line(f"curr_pages {front.pages}")
 
 
+def verify(console: Console, arguments: list[str]) -> None:
+    """verify [on|off]"""  # noqa: D400, D403
+    verification = console.kernel.verification
+    if verification is None:
+        raise UsageError("this guest keeps no checksums: its volume needs verify = true")
+    if arguments:
+        if len(arguments) != 1 or arguments[0] not in ("on", "off"):
+            raise UsageError("on or off")
+        verification.checking = arguments[0] == "on"
+    for name, value in verification.counters().items():
+        console.line(f"{name} {value:d}")
+
+
 COMMANDS: Final[dict[str, Command]] = {
     "cat": cat,
     "cp": cp,
@@ -431,4 +444,5 @@ COMMANDS: Final[dict[str, Command]] = {
     "sha256sum": sha256sum,
     "stat": stat_,
     "sync": sync,
+    "verify": verify,
 }

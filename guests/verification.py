@@ -5,8 +5,9 @@ from the pool, so that the others do not get it either. A page of which no check
 miss as well and not even asked for: nothing is believed. The disk is asked instead, and what comes
 from there is known from then on (`fs.ocfs2.checksums`).
 
-`checking` may be switched while the guest runs. Checksums are kept in either position, by all nodes
-of a volume that is configured with `verify`; without that there is no `Verification` at all.
+`checking` may be switched while the guest runs (`tmem exec GUEST -- verify off`); pages that came
+in meanwhile are in the page cache and stay there. Checksums are kept in either position, by all
+nodes of a volume that is configured with `verify`; else there is no `Verification` at all.
 
 Not for ext2: a guest's own file system has a private pool, which nobody else can put into. What
 rots there is the hypervisor's business.
