@@ -260,6 +260,7 @@ class Arena:
         self._view = view
         self.data = view[where.data : where.object_word]
         self.words = self.data.cast("Q")
+        self.halves = self.data.cast("I")
         self.state = view[where.state_column : where.object_column].cast("Q")
         self.object = view[where.object_column : where.index_column].cast("I")
         self.index = view[where.index_column : where.index_column + 4 * frames].cast("I")
@@ -450,6 +451,7 @@ class Arena:
     def close(self) -> None:
         for view in (
             self.words,
+            self.halves,
             self.data,
             self.state,
             self.object,

@@ -14,7 +14,8 @@ into the arena on purpose is the user that runs the hypervisor, and needs no poi
 A raw page is summed where it lies, after the copy: what its guest writes into the window meanwhile
 is either in both or in neither.
 
-Pages behind entries (`contents`) have no place beside them.  Their tokens are not kept.
+Pages behind entries (`contents`) have both in the tables of their entries, which are wide then.
+Their checksum is that of the page as it was put, not of what is stored.
 """
 
 from __future__ import annotations
@@ -61,6 +62,19 @@ class Beside:
             for at in range(count):
                 self._arena.sum[first + at] = self._sum(owner, index + at, state, first + at)
 
+    def of_page(
+        self, owner: TmemObject, index: int, state: int, page: bytes | memoryview
+    ) -> tuple[int, int]:
+        """Token and checksum; 0 where there is none."""
+        token = 0 if owner.pool.tokens is None else self.token
+        return token, self.sum_of(owner, index, state, page) if self.sums else 0
+
+    def write(self, frame: int, token: int, sum_: int) -> None:
+        """Beside a raw page that is about to be live."""
+        self._arena.token[frame] = token
+        if self.sums:
+            self._arena.sum[frame] = sum_
+
     def is_right(self, owner: TmemObject, number: int, index: int) -> bool:
         """Whether a raw page is what was put."""
         state = self._arena.state[number]
@@ -68,14 +82,17 @@ class Beside:
 
     def spoil(self, owner: TmemObject, number: int, index: int) -> None:
         """Let a raw page that is not what was put stay so."""
-        self._arena.sum[number] = ~self._sum(owner, index, self._arena.state[number], number) & (
-            _SUM_MASK
-        )
+        wrong = ~self._sum(owner, index, self._arena.state[number], number)
+        self._arena.sum[number] = wrong & _SUM_MASK
 
     def _sum(self, owner: TmemObject, index: int, state: int, frame: int) -> int:
+        page = self._data[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES]
+        return self.sum_of(owner, index, state, page)
+
+    def sum_of(self, owner: TmemObject, index: int, state: int, page: bytes | memoryview) -> int:
+        """Of a page under its handle."""
         salt = owner.salt or _salt(owner)
         seed = salt + index * _SPREAD ^ state
-        page = self._data[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES]
         return xxh3_64_intdigest(page, seed & _WORD) & _SUM_MASK
 
 

@@ -20,7 +20,7 @@ from hypervisor.jail import HypervisorJail
 from hypervisor.machine import Machine
 from hypervisor.recovery import recover
 from hypervisor.server import FAULTS_MAX, Server
-from hypervisor.settings import load, save
+from hypervisor.settings import Administered, load, save
 from ipc.errors import ExitCode, OperatorError
 from ipc.jail import JailSpec
 from ipc.logfile import log_to
@@ -78,25 +78,26 @@ def _serve(spec: HypervisorSpec) -> None:
     registry.add_process(os.getpid())
     name, arena = _open_arena(spec, registry)
     administered = load(spec.run_directory)
-    machine = Machine(
-        arena,
-        policy=spec.eviction,
-        scheduling=administered.scheduling or spec.scheduling,
-        admission=spec.admission,
-        lends=spec.lend,
-        settings=administered.settings,
-        grants=administered.grants,
-        secret=os.urandom(8),
-        now_ns=time.thread_time_ns,
-        clock_ns=time.monotonic_ns,
-    )
-    recovered = recover(machine)
+    try:
+        machine = _machine(spec, arena, administered)
+        recovered = recover(machine)
+    except Exception:
+        if not arena.checksums:
+            raise
+        # So much of it is damaged that nothing can be made of it: guests are better off without.
+        log.critical("event=arena-given-up segment=%s", name, exc_info=True)
+        (spec.run_directory / ARENA_FILE).unlink()
+        remove_segment(name, registry)
+        name, arena = _open_arena(spec, registry)
+        machine = _machine(spec, arena, administered)
+        recovered = recover(machine)
     log.info(
         "event=start generation=%d frames=%d guests=%d pools=%d objects=%d persistent=%d "
-        "ephemeral=%d freed=%d lent=%d",
+        "ephemeral=%d freed=%d lent=%d damaged=%d",
         machine.generation,
         arena.frames_count,
         *recovered,
+        machine.store.damaged_pages,
     )
 
     def keep() -> None:
@@ -124,6 +125,21 @@ def _serve(spec: HypervisorSpec) -> None:
     remove_segment(name, registry)
     registry.remove_process(os.getpid())
     log.info("event=stop")
+
+
+def _machine(spec: HypervisorSpec, arena: Arena, administered: Administered) -> Machine:
+    return Machine(
+        arena,
+        policy=spec.eviction,
+        scheduling=administered.scheduling or spec.scheduling,
+        admission=spec.admission,
+        lends=spec.lend,
+        settings=administered.settings,
+        grants=administered.grants,
+        secret=os.urandom(8),
+        now_ns=time.thread_time_ns,
+        clock_ns=time.monotonic_ns,
+    )
 
 
 def _choose_transport(transport: str) -> bool:

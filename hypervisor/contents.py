@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from hypervisor.arena import CONTENT_FRAME, HELD, Arena
+from hypervisor.beside import Beside
 from hypervisor.compression import LZ4, decompress
 from hypervisor.entries import (
     ENTRY_BYTES,
@@ -47,6 +48,7 @@ from hypervisor.entries import (
 )
 from hypervisor.fill import page_of, pattern_of
 from hypervisor.frames import CONTENT, EPHEMERAL, PERSISTENT, Frames
+from hypervisor.objects import TmemObject
 from hypervisor.pools import RAW_COST_BYTES, Client, Member
 from hypervisor.sharing import SharedContents
 from hypervisor.slab import BACK_BYTES, Slabs, class_bytes
@@ -103,6 +105,10 @@ class Contents:
         """-1 where there is none; of no length until there is one."""
         self.shared_frames = [0, 0]
         """Frames that hold a content of ephemeral, of persistent pages."""
+        self.beside: Beside
+        """The store sets it."""
+        self.owner: TmemObject | None = None
+        """Whose page is put, if something is to stand beside it."""
         self.member_at: Callable[[int], Member] = _nobody
         self.filled = Saving()
         self.compressed = Saving()
@@ -150,6 +156,8 @@ class Contents:
         `remaining` further pages of this call have their frames and entries reserved.
         """
         self._puts += 1
+        if self.owner is not None:
+            self._prepare(page, index, state)
         now_ns = _no_clock if self._puts % TIMED_EVERY else self._now_ns
         started_ns = now_ns()
         pattern = pattern_of(page)
@@ -210,6 +218,11 @@ class Contents:
         self._name(content, location)
         return self._share(member, content, object_number, index, state)
 
+    def _prepare(self, page: bytes, index: int, state: int) -> None:
+        """What is to stand beside the page that is published next."""
+        assert self.owner is not None
+        self._entries.beside = self.beside.of_page(self.owner, index, state, page)
+
     def _fits(self, length: int, frames: int, entries: int, *, persistent: bool) -> bool:
         """Whether a slab has a place that takes nothing from what is reserved: so many frames, and
         what so many entries need."""
@@ -227,6 +240,8 @@ class Contents:
     ) -> int:
         frame = self._frames.take(PERSISTENT if member.policy is None else EPHEMERAL)
         self._data[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES] = page
+        if self._entries.beside is not None:
+            self.beside.write(frame, *self._entries.beside)
         self._arena.object[frame] = object_number
         self._arena.index[frame] = index
         self._arena.state[frame] = state
@@ -290,6 +305,7 @@ class Contents:
         return self._bytes_at(location)
 
     def _bytes_at(self, location: int) -> bytes:
+        """None at all if they are damaged, in an arena with checksums."""
         place = location_place(location)
         if location & KIND_MASK == FRAME:
             frame = place >> 8
@@ -298,8 +314,16 @@ class Contents:
         data = self.slabs.read(place, location_length(location), BACK_BYTES)
         page = decompress(LZ4.number if codec == LZ4_BEST else codec, data)
         if page is None:
+            if self.beside.sums:
+                return b""
             raise InvariantError(f"the compressed page at {location:#x} is damaged")
         return page
+
+    def forget_bytes(self, number: int) -> None:
+        """Recovery: nothing that an entry says of its page is to be believed."""
+        words, at = self._arena.words, self._entries.at(number)
+        words[at + 2] = FILLED
+        words[at + 3] = 0
 
     # --- release
 

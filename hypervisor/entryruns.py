@@ -72,6 +72,8 @@ class EntryRuns(Contents):
         packed = packed_bytes = 0
         for at, page in enumerate(pages, index):
             left -= 1
+            if self.owner is not None:
+                self._prepare(page, at, state)
             pattern = pattern_of(page)
             if pattern is not None:
                 number = spare.pop()

@@ -156,7 +156,7 @@ def _check_entries(store: Store, owned: Owned) -> None:
     free = entries.free_numbers()
     if len(free) != len(set(free)) or live & set(free):
         _fail("an entry is free twice, or free and live")
-    if len(free) + len(live) != 128 * entries.tables:
+    if len(free) + len(live) != entries.room:
         _fail(f"{len(free)} free and {len(live)} live entries in {entries.tables} tables")
     for number in live:
         owner, index = owned[number]

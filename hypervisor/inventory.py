@@ -117,7 +117,8 @@ class Inventory(EntryRuns):
         started_ns = self._now_ns()
         content = self._content_at(location)
         length = location_length(location)
-        data = recompress(self._bytes_at(location), length + BACK_BYTES)
+        page = self._bytes_at(location)
+        data = recompress(page, length + BACK_BYTES) if page else None
         member = self.member_at(number)
         persistent = member.policy is None
         new_bytes = 0 if data is None else class_bytes(len(data) + BACK_BYTES)

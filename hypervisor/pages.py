@@ -82,7 +82,7 @@ class Pages:
         self.contents = Inventory(arena, self.frames, self.entries, options.secret, options.now_ns)
         self.contents.member_at = self._member_at
         self._entry_base = self.entries.base
-        self.beside = Beside(arena)
+        self.beside = self.contents.beside = Beside(arena)
         self.policy_name = options.policy
         self.admission = options.admission
         # Refuses a wrong name now.

@@ -18,6 +18,7 @@ from hypervisor.arena import SEQUENCE_SHIFT
 from hypervisor.entries import FILLED, KIND_MASK, SLAB
 from hypervisor.machine import Machine
 from hypervisor.pools import Pool
+from hypervisor.store import Store
 from ipc.abi import OID_BYTES
 from ipc.errors import OperatorError
 
@@ -76,16 +77,21 @@ def pages_of(machine: Machine, pools: list[Pool], oid: bytes, index: int) -> lis
                 "sequence": state >> SEQUENCE_SHIFT,
                 "after_ns": after_ns,
                 "before_ns": before_ns,
-                "token": store.arena.token[number] if raw and pool.tokens is not None else None,
+                "token": None if pool.tokens is None else _token(store, number),
                 "needed_token": None if pool.tokens is None else pool.tokens.needed(oid),
                 "stored": "raw" if raw else _stored(store.entries.location(number)),
                 "disowned": state >> SEQUENCE_SHIFT <= member.disowned,
-                "right": store.beside.is_right(owner, number, index)
-                if raw and store.beside.sums
-                else None,
+                "right": store.is_right(owner, number, index) if store.beside.sums else None,
             }
         )
     return found
+
+
+def _token(store: Store, number: int) -> int | None:
+    if number < store.entries.base:
+        return store.arena.token[number]
+    beside = store.entries.read_beside(number)
+    return None if beside is None else beside[0]
 
 
 def _stored(location: int) -> str:

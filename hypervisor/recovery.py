@@ -20,6 +20,7 @@ from typing import Final, NamedTuple
 from hypervisor.arena import (
     CONTENT_FRAME,
     ENTRY_TABLE,
+    HELD,
     HINTS_MASK,
     LENT_FRAME,
     SEQUENCE_SHIFT,
@@ -67,7 +68,7 @@ def recover(machine: Machine) -> Recovered:
     pools = _recover_pools(machine, records)
     stray_members = _recover_members(machine, pools, member_records)
     _drop_deserted(machine, pools)
-    orphans = _recover_objects(store, pools)
+    orphans, rivals = _recover_objects(store, pools)
     borrowers: dict[int, Client] = {client.number: client for client in machine.clients.values()}
     freed = _Pages(store, borrowers if machine.lending.on else {}).recover()
     for number in orphans:
@@ -77,6 +78,7 @@ def recover(machine: Machine) -> Recovered:
     for pool_record in records:
         if pool_record.number not in pools:
             arena.free_pool(pool_record.number)
+    _settle_rivals(store, rivals)
     _drop_empty_objects(store)
     machine.memberships.sweep_heirs()
     machine.balance.recovered()
@@ -172,9 +174,11 @@ def _drop_deserted(machine: Machine, pools: dict[int, Pool]) -> None:
             machine.store.free_pool_numbers.append(number)
 
 
-def _recover_objects(store: Store, pools: dict[int, Pool]) -> list[int]:
-    """Fill `store.objects`; the numbers whose records are to be freed once no page names them."""
+def _recover_objects(store: Store, pools: dict[int, Pool]) -> tuple[list[int], list[TmemObject]]:
+    """Fill `store.objects`; the numbers whose records are to be freed once no page names them, and
+    objects of an id that another one has: a record of a damaged arena."""
     orphans = []
+    rivals = []
     words = store.arena.object_word.tolist()
     used = max((number for number, word in enumerate(words) if word), default=-1) + 1
     for number in range(used):
@@ -188,8 +192,40 @@ def _recover_objects(store: Store, pools: dict[int, Pool]) -> list[int]:
         else:
             found = TmemObject(number, pool, entry[1])
             store.objects.append(found)
-            pool.objects[entry[1]] = found
-    return orphans
+            if pool.objects.get(entry[1]) is None:
+                pool.objects[entry[1]] = found
+            else:
+                rivals.append(found)
+    return orphans, rivals
+
+
+def _settle_rivals(store: Store, rivals: list[TmemObject]) -> None:
+    """Of two objects with one id the one is real whose pages are what was put."""
+    for rival in rivals:
+        pool = rival.pool
+        other = pool.objects.get(rival.oid)
+        assert other is not None
+        loser = rival
+        if _right_pages(store, rival) > _right_pages(store, other):
+            pool.objects[rival.oid] = rival
+            loser = other
+        if loser.pages:
+            store.doom_object(loser)
+        else:
+            store.arena.free_object(loser.number)
+            store.objects[loser.number] = None
+            store.free_object_numbers.append(loser.number)
+
+
+def _right_pages(store: Store, owner: TmemObject) -> int:
+    if not store.beside.sums:
+        return owner.pages
+    return sum(
+        store.is_right(owner, number, leaf_number << 6 | place)
+        for leaf_number, leaf in owner.leaves()
+        for place, number in enumerate(leaf)
+        if number >= 0
+    )
 
 
 class _Pages:
@@ -212,11 +248,15 @@ class _Pages:
         indexes = arena.index.tolist()
         contents = []
         for frame, state in enumerate(self._raw_states):
+            if owners[frame] == ENTRY_TABLE and state != HELD and store.beside.sums:
+                # A table that was lost with its entries, or is: they must not come back with it.
+                arena.object[frame] = arena.state[frame] = self._raw_states[frame] = 0
+                continue
             if not state or owners[frame] == SLAB_PART:
                 continue
             if owners[frame] == ENTRY_TABLE:
                 store.frames.mark(frame, 1, TABLE)
-                store.entries.adopt(frame, persistent=bool(indexes[frame]))
+                store.entries.adopt(frame, indexes[frame] & 3)
             elif owners[frame] == CONTENT_FRAME:
                 contents.append(frame)
             elif owners[frame] == LENT_FRAME:
@@ -282,27 +322,35 @@ class _Pages:
         leaf[place] = number
 
     def _vet(self) -> None:
-        """Look at every raw page that lives: of those that are not what was put the ephemeral ones
-        go, persistent ones stay to be told.  Only now: a damaged page may be the younger of two,
-        and then the older one is nothing to be had either."""
+        """Look at every page that lives: of those that are not what was put the ephemeral ones go,
+        persistent ones stay to be told.  Only now: a damaged page may be the younger of two, and
+        then the older one is nothing to be had either."""
         store, arena = self._store, self._arena
         owners, indexes = arena.object.tolist(), arena.index.tolist()
         for frame, state in enumerate(self._raw_states):
-            if not state or not _is_raw(owners[frame]):
-                continue
-            owner = store.objects[owners[frame]]
-            assert owner is not None
-            if store.is_right(owner, frame, indexes[frame]):
-                continue
-            store.damaged_pages += 1
-            if owner.pool.persistent:
-                # Its sequence may be anything, and the next put's has to be above it.
-                self._raw_states[frame] = 1 << SEQUENCE_SHIFT | state & _BELOW_SEQUENCE
-                arena.state[frame] = self._raw_states[frame]
-                store.beside.spoil(owner, frame, indexes[frame])
-            else:
-                self._drop(frame)
-                store.forget(owner, indexes[frame])
+            if state and _is_raw(owners[frame]):
+                self._vet_page(frame, state, owners[frame], indexes[frame])
+        for number, state in list(self._states.items()):
+            self._vet_page(number, state, *store.entries.handle(number))
+
+    def _vet_page(self, number: int, state: int, object_number: int, index: int) -> None:
+        store = self._store
+        owner = store.objects[object_number]
+        assert owner is not None
+        if store.is_right(owner, number, index):
+            return
+        store.damaged_pages += 1
+        if not owner.pool.persistent:
+            self._drop(number)
+            store.forget(owner, index)
+            return
+        # Its sequence may be anything, and the next put's has to be above it.
+        sane = 1 << SEQUENCE_SHIFT | state & _BELOW_SEQUENCE
+        store.spoil(owner, number, index, sane)
+        if number < store.entries.base:
+            self._raw_states[number] = sane
+        else:
+            self._states[number] = sane
 
     def _state(self, number: int) -> int:
         return (

@@ -222,6 +222,7 @@ class Store(Vetting):
         persistent = member.pool.persistent
         reserved = 0
         if filled:
+            self.entries.wide = member.pool.notes
             reserved = self.entries.frames_needed(count, persistent=persistent)
         if frames.free < count + reserved + self.spare_frames:
             self.make_room(count + reserved, member.client)
@@ -392,6 +393,7 @@ class Store(Vetting):
         key: int,
         remaining: int,
     ) -> None:
+        self.contents.owner = target if member.pool.notes else None
         numbers = self.contents.put_run(
             member,
             slots[slot * PAGE_BYTES :],
@@ -401,6 +403,7 @@ class Store(Vetting):
             self.sequence << SEQUENCE_SHIFT | member.state_bits | flags,
             remaining,
         )
+        self.entries.beside = None
         leaf[place : place + count] = array("i", numbers)
         if member.policy is not None:
             for at, length, first in self._runs(leaf[place : place + count]):

@@ -29,6 +29,7 @@ from hypervisor.objects import NO_PAGE, NO_PAGES, TmemObject
 from hypervisor.pages import REMOVED, Run, StoreOptions
 from hypervisor.pools import Member, Pool
 from hypervisor.reclaim import REAP_SLICE_PAGES, Reclaim
+from ipc.errors import InvariantError
 
 _LOOK_FRAMES: Final = 512
 _LOOK_WORK: Final = 32
@@ -85,7 +86,16 @@ class Vetting(Reclaim):
 
     def is_right(self, owner: TmemObject, number: int, index: int) -> bool:
         """Whether a page is what was put, as far as its checksum tells."""
-        return number >= self._entry_base or self.beside.is_right(owner, number, index)
+        if number < self._entry_base:
+            return self.beside.is_right(owner, number, index)
+        beside = self.entries.read_beside(number)
+        try:
+            page = self.contents.read(number)
+        except (LookupError, ValueError, InvariantError):
+            # What the entry says of its page was damaged itself.
+            return False
+        state = self.entries.state(number)
+        return beside is not None and beside[1] == self.beside.sum_of(owner, index, state, page)
 
     def _passing(
         self, owner: TmemObject, leaf_number: int, place: int, runs: list[Run]
@@ -104,6 +114,16 @@ class Vetting(Reclaim):
         assert leaf is not None
         self._remove(owner, index >> 6, leaf, index & 63, [(0, 1, number)], REMOVED)
 
+    def spoil(self, owner: TmemObject, number: int, index: int, state: int) -> None:
+        """Recovery: a page that is not what was put stays so, under another state word."""
+        if number < self._entry_base:
+            self._state_column[number] = state
+            self.beside.spoil(owner, number, index)
+            return
+        self.contents.forget_bytes(number)
+        wrong = ~self.beside.sum_of(owner, index, state, self.contents.read(number))
+        self.entries.spoil(number, state, wrong & 0xFFFFFFFF)
+
     def forget(self, owner: TmemObject, index: int) -> None:
         """Recovery: the page of this handle is no more; it was not charged yet."""
         leaf = owner.leaf(index >> 6)
@@ -114,6 +134,11 @@ class Vetting(Reclaim):
         if leaf == NO_PAGES[len(leaf)]:
             self._count_leaf_gone(owner.pool)
             owner.drop_leaf(index >> 6)
+
+    def doom_object(self, found: TmemObject) -> None:
+        """Recovery: an object that nobody finds by its id."""
+        self._doom_object(found)
+        self.doomed = True
 
     # --- quarantine
 

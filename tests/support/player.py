@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from hypervisor.entries import FILLED, KIND_MASK, SLAB, frame_location, location_place
 from hypervisor.frames import KINDS
+from hypervisor.slab import BACK_BYTES
 from ipc.abi import PAGE_BYTES, Reason, oid_from_int
 from tests.support.notation import guest_of, handles, split, uuid_of
 from tests.support.playing import Playing
@@ -118,15 +120,24 @@ class Player(Playing):
         yield f"{label} {where} is not there"
 
     def do_rot(self, words: list[str]) -> Iterator[str]:
-        """A bit of a page flips where the page lies, raw."""
+        """A bit of a page flips where the page lies, in whatever form."""
         label, where = words
         oid, _, index = where.partition(":")
         pool = self._client(guest_of(label)).members[self._id(label)].pool
         found = pool.objects.get(oid_from_int(int(oid)))
         assert found is not None
-        frame = found.find(int(index))
-        assert frame < self.machine.store.entries.base, "a raw page"
-        self.machine.store.arena.data[frame * PAGE_BYTES] ^= 1
+        store = self.machine.store
+        number = found.find(int(index))
+        entry = number >= store.entries.base
+        location = store.entries.location(number) if entry else frame_location(number)
+        place, kind = location_place(location), location & KIND_MASK
+        if kind == FILLED:
+            store.arena.words[store.entries.at(number) + 3] ^= 1
+        elif kind == SLAB:
+            byte = store.contents.slabs.read(place, 1, BACK_BYTES + 9)[0] ^ 1
+            store.contents.slabs.write(place, bytes([byte]), BACK_BYTES + 9)
+        else:
+            store.arena.data[(place >> 8) * PAGE_BYTES] ^= 1
         yield f"{label} {where} rots"
 
     def do_grants(self, _words: list[str]) -> Iterator[str]:

@@ -4,6 +4,7 @@ and goes, what he may no longer do he can't, and no secret lies where he could f
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -13,11 +14,12 @@ from unittest.mock import patch
 
 import pytest
 
-from guests.api import NotAllowed, Tmem
+from guests.api import DamagedPage, NotAllowed, Pool, Tmem
 from hypervisor.audit import BURST_LINES
 from ipc import attach
 from ipc.abi import TOKEN_BYTES, Reason
 from ipc.errors import Disconnected, OperatorError
+from ipc.segment import SHARED_MEMORY_DIRECTORY
 from tests.support.clusters import short_folder, tmem_here, volume_toml, wait_until, write_tree
 from tests.support.secrecy import Secrets, found_at, readable_by_others
 from tools.cluster import Cluster
@@ -29,9 +31,10 @@ from tools.rundir import ClusterDirectory
 pytestmark = pytest.mark.cluster
 
 UUID = bytes(range(16))
-GOOD, BAD, LATER = (
-    word + bytes(range(256)) * 15 + bytes(252) for word in (b"good", b"bad ", b"newr")
+GOOD, LATER, OWN = (
+    word + bytes(range(256)) * 15 + bytes(252) for word in (b"good", b"newr", b"mine")
 )
+BAD = b"bad " * 1024
 FILE = 77
 TOKEN = 3 << 32 | 9
 TREE_FILES = 12
@@ -125,7 +128,7 @@ def test_bad_pages_are_found_and_go_and_their_putter_is_out(
             live.say("auth", "allow", name, UUID.hex())
         pool, his = victim.pool(shared_uuid=UUID), mallory.pool(shared_uuid=UUID)
         own = mallory.pool(persist=True)
-        assert own.put(1, 0, GOOD)
+        assert own.put(1, 0, OWN)
         for index in range(64):
             assert pool.put(FILE, index, GOOD, token=TOKEN)
         for index in range(0, 64, 2):
@@ -151,7 +154,7 @@ def test_bad_pages_are_found_and_go_and_their_putter_is_out(
         assert (done["pages"], done["pools"], done["denied"]) == (32, 1, [UUID.hex()])
         got = pool.get_extent(FILE, 0, 64)
         assert got == [None if index % 2 == 0 else GOOD for index in range(64)]
-        assert own.get(1, 0) == GOOD, "what is private is its own"
+        assert own.get(1, 0) == OWN, "what is private is its own"
         assert live.cluster.stats()["quarantined_pages"] == {"mallory": 32}
         for call in (
             lambda: his.put(FILE, 0, BAD, token=TOKEN),
@@ -170,7 +173,24 @@ def test_bad_pages_are_found_and_go_and_their_putter_is_out(
         (line,) = live.audit("--guest", "mallory", "--event", "quarantine")
         assert (line["guest"], line["pages"], line["result"]) == ("administrator", "32", "done")
 
+        _rot(live, own)
     _flood(live)
+
+
+def _rot(live: Live, own: Pool) -> None:
+    """A bit of a persistent page flips where it lies: that is an error, and no page."""
+    segment = SHARED_MEMORY_DIRECTORY / (live.path / "arena").read_text().strip().lstrip("/")
+    with segment.open("r+b") as file, mmap.mmap(file.fileno(), 0) as arena:
+        at = arena.find(OWN)
+        assert at > 0
+        arena[at + 77] ^= 16
+    for _ in range(2):
+        with pytest.raises(DamagedPage):
+            own.get(1, 0)
+    assert live.cluster.stats()["damaged_pages"] == 2
+    told = live.audit("--event", "checksum")
+    assert [(event["guest"], event["reason"]) for event in told] == [("mallory", "damaged")] * 2
+    assert told[0]["detail"].endswith("01:0 put by mallory")
 
 
 def _flood(live: Live) -> None:
