@@ -304,6 +304,7 @@ class Cluster:
                 self._registry.remove_process(process.pid)
                 log.error("event=guest-died guest=%s exit_code=%d", name, process.exitcode)
                 news.append(f"guest {name} died (exit code {process.exitcode})")
+                process.close()
         if self._hypervisor is not None and self._hypervisor.exitcode is not None:
             news.append(self._note_hypervisor_death())
         if self._restart_at is not None and time.monotonic() >= self._restart_at:
@@ -319,6 +320,7 @@ class Cluster:
             self._backoff_seconds = _BACKOFF_SECONDS
         exit_code = self._hypervisor.exitcode
         self._registry.remove_process(self._hypervisor.pid)
+        self._hypervisor.close()
         self._hypervisor = None
         self._restart_at = now + self._backoff_seconds
         log.warning(
