@@ -105,19 +105,11 @@ class JailedCluster:
 
     def work(self, workload: str, **parameters: object) -> Record:
         """The status after a workload that succeeds."""
-        answer = self.ask("run", workload=workload, seed=1, parameters=parameters)
-        assert answer == {"accepted": True}
-        status = self.finish()
-        assert status["error"] is None, status
-        return status
+        return wait_for_work(self.cluster, "red", parameters, workload)
 
     def finish(self) -> Record:
         """The status when nothing is left to do."""
-        deadline = time.monotonic() + 60
-        while (status := self.ask("status"))["state"] == "running":
-            assert time.monotonic() < deadline, status
-            time.sleep(0.02)
-        return status
+        return _finish(self.cluster, "red")
 
     def attempts(self) -> dict[str, Any]:
         """What the probe reports."""
@@ -141,6 +133,25 @@ class JailedCluster:
         finally:
             queue.unlink()
         return dict(status["report"])
+
+
+def wait_for_work(
+    cluster: Cluster, name: str, parameters: dict[str, object], workload: str = "adversary"
+) -> Record:
+    """The status of a guest after a workload that succeeds."""
+    question = {"verb": "run", "workload": workload, "seed": 1, "parameters": parameters}
+    assert cluster.ask_guest(name, question) == {"accepted": True}
+    status = _finish(cluster, name)
+    assert status["error"] is None, status
+    return status
+
+
+def _finish(cluster: Cluster, name: str) -> Record:
+    deadline = time.monotonic() + 60
+    while (status := cluster.ask_guest(name, {"verb": "status"}))["state"] == "running":
+        assert time.monotonic() < deadline, status
+        time.sleep(0.02)
+    return status
 
 
 @contextmanager

@@ -3,6 +3,9 @@
 `report` maps the name of an attempt to `done`, or to the name of the errno.  None of them does harm
 where it succeeds: signals are signal 0, what is made is removed, a child ends at once.
 
+As a node (parameter `node` 1) it tries what only a node may, on whom it may not, and last of all on
+its sibling, another node of its volume, which ends by it.
+
 Parameters: `sibling` and `hypervisor` (process ids), `image` (of the sibling), `folder` (the run
 directory), `segment` and `queue` (names of somebody's), `port` (of a listener on 127.0.0.1).
 """
@@ -15,6 +18,7 @@ import errno
 import mmap
 import os
 import resource
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,19 +39,51 @@ _KEYCTL_GET_KEYRING_ID = 0
 
 def run(cell: Cell) -> Iterator[None]:
     """All attempts, in one step each."""
-    attempts = {
-        **files(cell),
-        **processes(cell),
-        **sockets(cell),
-        **privileges(cell),
-        **sizes(cell),
-    }
+    attempts = (
+        of_node(cell)
+        if cell.count("node", 0, 0, 1)
+        else {
+            **files(cell),
+            **processes(cell),
+            **sockets(cell),
+            **privileges(cell),
+            **sizes(cell),
+        }
+    )
     for name, attempt in attempts.items():
         cell.report[name] = outcome(attempt)
         yield
     cell.report["uid"] = os.geteuid()
     cell.report["real_uid"] = os.getuid()
     cell.job.done = len(attempts)
+
+
+def of_node(cell: Cell) -> dict[str, Callable[[], object]]:
+    """Fencing, and what comes with it."""
+    hypervisor, stranger, sibling = (
+        cell.count(who, 0, 1, 2**22) for who in ("hypervisor", "stranger", "sibling")
+    )
+    return {
+        "read /etc/shadow": lambda: _open("/etc/shadow"),
+        "write into /proc": lambda: _open("/proc/sys/kernel/core_pattern", os.O_WRONLY),
+        "read the stranger's stat": lambda: _open(f"/proc/{stranger}/stat"),
+        "open the stranger's memory": lambda: _open(f"/proc/{stranger}/mem"),
+        "open the sibling's memory": lambda: _open(f"/proc/{sibling}/mem"),
+        "end the stranger": lambda: _end(stranger, signal.SIGTERM),
+        "kill the stranger": lambda: _end(stranger, signal.SIGKILL),
+        "kill the hypervisor": lambda: _end(hypervisor, signal.SIGKILL),
+        "kill the supervisor": lambda: _end(os.getppid(), signal.SIGKILL),
+        "end the sibling": lambda: _end(sibling, signal.SIGTERM),
+        "kill the sibling": lambda: _end(sibling, signal.SIGKILL),
+    }
+
+
+def _end(pid: int, number: signal.Signals) -> None:
+    pidfd = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    finally:
+        os.close(pidfd)
 
 
 def outcome(attempt: Callable[[], object]) -> str:
