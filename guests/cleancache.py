@@ -31,9 +31,13 @@ When the hypervisor dies
   If the hypervisor did not keep the pools (`resumed` is False) the debts are void with them.
   A NEW_POOL whose fate is unknown may leave an empty pool behind, until this process ends.
 
+Nobody else puts into a private pool, so of a file of which no page was ever put (`_put_files`)
+nothing is asked and nothing need be forgotten.  While memory is not short that is every file, and a
+guest makes no call at all.
+
 Differs from Linux: put, get and their counters are in pages of extents (`puts` offered pages,
 whether kept or not, as in Linux), and what could not be asked because no hypervisor was there is
-not counted as a failed get but as `skipped`.
+not counted as a failed get but as `skipped`; what was known not to be there is `absent`.
 """
 
 from __future__ import annotations
@@ -53,6 +57,8 @@ log = logging.getLogger(__name__)
 
 OWED_PAGES_PER_FILE_MAX: Final = 64
 OWED_FILES_MAX: Final = 1024
+PUT_FILES_MAX: Final = 1 << 16
+"""Files that are known to have been put; with more, all are asked for."""
 
 _pack_oid: Final = struct.Struct("<QI12x").pack
 _DONE: Final = int(Status.DONE)
@@ -80,11 +86,14 @@ class Cleancache:
         self._owed: dict[FileKey, set[int] | None] = {}
         """Flushes owed: pages of a file, or None for all of it."""
         self._owes_everything = False
+        self._put_files: set[FileKey] | None = set()
+        """Files that may have pages in the pool; None if that may be any."""
         self.succ_gets = 0
         self.failed_gets = 0
         self.puts = 0
         self.invalidates = 0
         self.skipped = 0
+        self.absent = 0
         attachment.join(self)
 
     @property
@@ -100,6 +109,7 @@ class Cleancache:
             "puts": self.puts,
             "invalidates": self.invalidates,
             "skipped": self.skipped,
+            "absent": self.absent,
             "attached": self.attached,
             "reattaches": max(0, self._attachment.attaches - 1),
             "disconnects": self._attachment.disconnects,
@@ -113,6 +123,9 @@ class Cleancache:
         calls = self._calls or self.attach()
         if calls is None or self._pool is None:
             self.skipped += count
+            return 0
+        if self._is_absent(key):
+            self.absent += count
             return 0
         try:
             reply = calls.get(self._pool, object_id(key), index, count)
@@ -147,6 +160,7 @@ class Cleancache:
             return
         self._slots[: count * PAGE_BYTES] = pages[: count * PAGE_BYTES]
         self.puts += count
+        self._note_put(extents)
         try:
             if len(extents) == 1:
                 key, index, count, active = extents[0]
@@ -160,10 +174,20 @@ class Cleancache:
         if reply.status == _ENODEV:
             self._refused("put", reply.status)
 
+    def _is_absent(self, key: FileKey) -> bool:
+        """Whether it is certain that the pool has nothing of a file."""
+        return self._put_files is not None and key not in self._put_files
+
+    def _note_put(self, extents: Sequence[Extent]) -> None:
+        if self._put_files is not None:
+            self._put_files.update(extent.key for extent in extents)
+            if len(self._put_files) > PUT_FILES_MAX:
+                self._put_files = None
+
     def flush_page(self, key: FileKey, index: int) -> None:
         """Forget a page, now or before anything is got again."""
         calls = self._calls or self.attach()
-        if self._pool is None:
+        if self._pool is None or self._is_absent(key):
             return
         if calls is not None:
             self.invalidates += 1
@@ -177,12 +201,14 @@ class Cleancache:
     def flush_inode(self, key: FileKey) -> None:
         """Forget a file, now or before anything is got again."""
         calls = self._calls or self.attach()
-        if self._pool is None:
+        if self._pool is None or self._is_absent(key):
             return
         if calls is not None:
             self.invalidates += 1
             try:
                 calls.flush_object(self._pool, object_id(key))
+                if self._put_files is not None:
+                    self._put_files.discard(key)
                 return
             except Disconnected:
                 self._attachment.lose(calls)
@@ -265,6 +291,7 @@ class Cleancache:
         self._pool = None
         self._owed.clear()
         self._owes_everything = False
+        self._put_files = set()
 
     # --- losing
 

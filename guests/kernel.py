@@ -444,5 +444,5 @@ class Kernel:
 
 def no_cleancache() -> dict[str, int | bool]:
     """The figures of a guest without tmem."""
-    names = ("succ_gets", "failed_gets", "puts", "invalidates", "skipped", "owed_files")
+    names = ("succ_gets", "failed_gets", "puts", "invalidates", "skipped", "absent", "owed_files")
     return {**dict.fromkeys(names, 0), "attached": False, "reattaches": 0, "disconnects": 0}

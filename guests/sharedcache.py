@@ -74,6 +74,7 @@ class SharedCleancache(Cleancache):
         on_stale: Callable[[FileKey, int], None] = lambda _key, _needed: None,
     ) -> None:
         super().__init__(attachment)
+        self._put_files = None  # others put, too
         self._uuid = uuid
         self._token_of = token_of
         self._on_stale = on_stale

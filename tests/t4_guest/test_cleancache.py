@@ -86,6 +86,40 @@ def test_extent_comes_back_page_by_page(cleancache: Cleancache) -> None:
     assert get(cleancache, KEY, 10) is None, "a private ephemeral get is exclusive"
 
 
+def test_nothing_is_asked_of_a_file_that_was_never_put(
+    cleancache: Cleancache, hypervisor: LocalHypervisor
+) -> None:
+    """The pool is ours alone: what we have not put is not there."""
+    other = FileKey(13, 1)
+    put(cleancache, KEY, 0, 1, 2)
+    calls = hypervisor.machine.clients["guest"].account.calls
+    assert get(cleancache, other, 0) is None
+    cleancache.flush_page(other, 0)
+    cleancache.flush_inode(other)
+    assert hypervisor.machine.clients["guest"].account.calls == calls
+    assert (cleancache.absent, cleancache.failed_gets, cleancache.invalidates) == (1, 0, 0)
+
+    put(cleancache, other, 7, 3)
+    cleancache.flush_page(KEY, 0)
+    assert (get(cleancache, other, 7), get(cleancache, KEY, 0)) == (page(3), None)
+    cleancache.flush_inode(KEY)
+    assert get(cleancache, KEY, 1) is None
+    assert cleancache.absent == 2
+
+
+def test_with_too_many_files_all_are_asked_for(
+    cleancache: Cleancache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was forgotten may be there."""
+    monkeypatch.setattr("guests.cleancache.PUT_FILES_MAX", 3)
+    keys = [FileKey(ino, 1) for ino in range(20, 25)]
+    for key in keys:
+        put(cleancache, key, 0, key.ino)
+    assert [get(cleancache, key, 0) for key in keys] == [page(key.ino) for key in keys]
+    assert get(cleancache, KEY, 0) is None
+    assert (cleancache.failed_gets, cleancache.absent) == (1, 0)
+
+
 def test_counters_agree_with_the_hypervisor(image: Path) -> None:
     """Two independent counts, page for page, after real work in an arena that is too small."""
     hypervisor = LocalHypervisor(512 * 1024)
@@ -106,7 +140,8 @@ def test_counters_agree_with_the_hypervisor(image: Path) -> None:
         theirs = hypervisor.cleancache()
         assert {name: counters[name] for name in theirs} == theirs
         assert min(theirs.values()) > 0
-        assert theirs["succ_gets"] + theirs["failed_gets"] >= kernel.pages.counters.misses
+        asked = theirs["succ_gets"] + theirs["failed_gets"] + kernel.cleancache.absent
+        assert asked >= kernel.pages.counters.misses
 
 
 def test_hits_save_disk_reads(image: Path, hypervisor: LocalHypervisor) -> None:
@@ -232,10 +267,13 @@ def test_debts_are_bounded(
     assert get(cleancache, KEY, 0) is None, "covered by the flush of the whole file"
     assert get(cleancache, FileKey(14, 1), 0) == page(3)
 
+    files = [FileKey(ino, 1) for ino in range(1000, 1000 + OWED_FILES_MAX + 1)]
+    for key in files:
+        put(cleancache, key, 0, 4)
     put(cleancache, FileKey(14, 1), 0, 3)
     hypervisor.kill()
-    for ino in range(1000, 1000 + OWED_FILES_MAX + 1):
-        cleancache.flush_page(FileKey(ino, 1), 0)
+    for key in files:
+        cleancache.flush_page(key, 0)
     assert cleancache.counters()["owed_files"] == 0
     hypervisor.start()
     time.seconds += RETRY_SECONDS
