@@ -46,7 +46,7 @@ format: setup  ## Format the code and mend what can be mended
 
 bench: setup  ## Measure everything: peers in C, Redis, memcached, lmdb; options, policies, bounds, the demo
 	$(BIN)/python -m tools.bench
-	@for part in options "options --demo --repetitions 1" pages eviction scheduling giveback; do \
+	@for part in options "options --demo --repetitions 1" pages clients eviction scheduling giveback; do \
 	    echo; echo "tools.bench.$$part"; $(BIN)/python -m tools.bench.$$part || exit; \
 	done
 
