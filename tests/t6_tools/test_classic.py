@@ -23,7 +23,7 @@ from tools.experiment import classic
 from tools.experiment.classic import MEASURES, QUICK, Plan, verdict
 from tools.experiment.classic_page import page
 from tools.experiment.classic_report import compare, complete, goals, markdown
-from tools.experiment.modes import MODES, Disks
+from tools.experiment.modes import MODES, MODES_ON_DEMAND, Disks
 from tools.experiment.svg import legend, line_plot, ticks
 from tools.progress import SweepReporter
 from tools.units import PAGE_BYTES
@@ -302,6 +302,21 @@ def test_levels_modes_and_seeds_take_turns() -> None:
     ]
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_what_is_asked_of_the_host_reaches_all_guests(tmp_path: Path, *, wanted: bool) -> None:
+    """Disks around its page cache in any mode; merged RAM in the one mode that is for that."""
+    host = replace(TINY, direct=wanted).host
+    disks = {name: Disks(tmp_path, tmp_path, b"") for name in host.guests}
+    for mode in (*MODES.values(), *MODES_ON_DEMAND.values()):
+        assert {guest.direct for guest in mode.plan(host, disks).guests} == {wanted}
+    merged = {name: mode.plan(host, disks) for name, mode in (MODES | MODES_ON_DEMAND).items()}
+    assert [name for name, plan in merged.items() if all(guest.ksm for guest in plan.guests)] == [
+        "tmem+ksm"
+    ]
+    tmem = replace(MODES_ON_DEMAND["tmem+ksm"], ksm=False)
+    assert tmem == MODES["tmem"]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_no_mode_has_more_memory_than_another(mode: str, tmp_path: Path) -> None:
     """RAM that guests begin with, and the arena, are at most M; what is lent counts once."""
@@ -380,6 +395,7 @@ def test_lines_are_told_apart_without_colours() -> None:
     markers = [path.attrib["d"] for path in plot.findall("{*}path")][::2]
     looks = [(line.get("stroke-dasharray"), d) for line, d in zip(lines, markers, strict=True)]
     assert len(set(looks)) == 8
+    assert len({dash for dash, _ in looks}) > 4
     assert len({line.attrib["style"] for line in lines}) == 8
     shown = ElementTree.fromstring(f"<p>{legend(names)}</p>")
     assert [path.attrib["d"] for path in shown.iter("path")] == markers
