@@ -16,13 +16,13 @@ from tools.scenario.timing import distinguish
 _PAGES: Final = 32
 _SECRET: Final[dict[str, Any]] = {"owner": "alpha", "pages": _PAGES, "kind": "persistent"}
 _TWINS: Final = 256
-_TRIALS: Final = 1200
+_TRIALS: Final = 800
 
 
 def _spy(stage: Stage, noun: str, by: tuple[str, ...], parameters: Any, *, jailed: bool) -> None:
     """Alpha has secrets, mallory tries its program, alpha's pages are still right."""
     cast = (Player("alpha"), Player("mallory", adversary(noun)))
-    with stage.cluster(*cast, jail=stage.jail if jailed else "auto") as world:
+    with stage.cluster(*cast, jail=stage.jail if jailed else None) as world:
         pool = world.play("alpha", task="fill", **_SECRET).get("pool", 0)
         world.attack("mallory", by=by, **parameters(world))
         world.check("alpha", pool=pool, **_SECRET)

@@ -8,6 +8,7 @@ Nothing outside the folder and the cluster is touched, also with the defence off
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import shutil
@@ -27,6 +28,7 @@ from tools.administer import ask_politely
 from tools.cluster import Cluster, ClusterPlan, GuestPlan, check_limits
 from tools.image import build_image, copy_image
 from tools.interrupts import Interrupts
+from tools.jails import missing_here
 from tools.rundir import ClusterDirectory
 from tools.scenario.model import Scene, Tally
 
@@ -35,6 +37,7 @@ WITNESS: Final = "guests.adversaries.witness"
 _MEMORY_BYTES: Final = MIB
 _PATIENCE_SECONDS: Final = 60.0
 """For one piece of work: far beyond what it takes, on a machine that is busy with others."""
+_ANSWER_SECONDS: Final = 15.0
 _POLL_SECONDS: Final = 0.02
 _FILES: Final = 6
 JAILED: Final = ("operation not permitted", "permission denied")
@@ -71,6 +74,12 @@ class Grant:
             "uuid": self.uuid.hex(),
             "role": self.role,
         }
+
+
+@functools.cache
+def whole_jail() -> Mode:
+    """The strictest jail that this machine can give."""
+    return "auto" if missing_here() else "strict"
 
 
 def adversary(noun: str) -> str:
@@ -115,7 +124,7 @@ class Stage:
     @property
     def jail(self) -> Mode:
         """Of all guests where the jail is the defence."""
-        return "auto" if self.defence else "off"
+        return whole_jail() if self.defence else "off"
 
     @contextlib.contextmanager
     def cluster(
@@ -125,9 +134,9 @@ class Stage:
         hypervisor: Mapping[str, Any] | None = None,
         questions: Sequence[Record] = (),
         grants: Sequence[Grant] = (),
-        jail: Mode = "auto",
+        jail: Mode | None = None,
     ) -> Iterator[World]:
-        """A cluster that is up, and goes in the end."""
+        """A cluster that is up, and goes in the end; guests are jailed if nothing else is said."""
         self.clusters += 1
         name = f"scn{os.getpid()}-{self.clusters}"
         directory = ClusterDirectory(self.folder / f"c{self.clusters}")
@@ -136,7 +145,7 @@ class Stage:
         directory.images.mkdir(mode=0o700, parents=True, exist_ok=True)
         guests = [self._guest(player, directory) for player in players]
         told = [*questions, *(grant.question() for grant in grants)]
-        plan = ClusterPlan(name, guests, arena_bytes, hypervisor or {}, told, jail)
+        plan = ClusterPlan(name, guests, arena_bytes, hypervisor or {}, told, jail or whole_jail())
         try:
             with Cluster(plan, directory, self.interrupts) as cluster:
                 world = World(self, cluster, directory)
@@ -244,7 +253,7 @@ class World:
     def status(self, name: str) -> Record | None:
         """How far a guest is; None if it does not answer."""
         try:
-            return self.cluster.ask_guest(name, {"verb": "status"}, timeout_seconds=5.0)
+            return self.cluster.ask_guest(name, {"verb": "status"}, timeout_seconds=_ANSWER_SECONDS)
         except Disconnected:
             return None
 

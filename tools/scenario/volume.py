@@ -22,12 +22,12 @@ FILE_BYTES: Final = 48 * 1024
 _KEY_BYTES: Final = 32
 TIMING: Final = Timing(
     heartbeat_interval_ns=200_000_000,
-    dead_threshold=16,
-    idle_timeout_ns=2_000_000_000,
+    dead_threshold=50,
+    idle_timeout_ns=6_000_000_000,
     keepalive_ns=200_000_000,
     reconnect_ns=100_000_000,
 )
-"""A node that is silent for 3 s is dead: on a busy machine less would fence good ones."""
+"""A node that is silent for 10 s is dead: on a busy machine less would fence good ones."""
 
 
 @dataclass(frozen=True)
