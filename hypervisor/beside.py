@@ -59,8 +59,11 @@ class Beside:
             else:
                 self._arena.token[first : first + count] = array("Q", [self.token]) * count
         if self.sums:
-            for at in range(count):
-                self._arena.sum[first + at] = self._sum(owner, index + at, state, first + at)
+            if count == 1:
+                self._arena.sum[first] = self._sum(owner, index, state, first)
+            else:
+                sums = self._sums(owner, first, index, [state] * count)
+                self._arena.sum[first : first + count] = array("I", sums)
 
     def of_page(
         self, owner: TmemObject, index: int, state: int, page: bytes | memoryview
@@ -80,6 +83,13 @@ class Beside:
         state = self._arena.state[number]
         return self._arena.sum[number] == self._sum(owner, index, state, number)
 
+    def are_right(self, owner: TmemObject, first: int, count: int, index: int) -> bool:
+        """Whether `count` raw pages from frame `first` on all are what was put."""
+        arena = self._arena
+        states = arena.state[first : first + count].tolist()
+        sums = arena.sum[first : first + count].tolist()
+        return sums == self._sums(owner, first, index, states)
+
     def spoil(self, owner: TmemObject, number: int, index: int) -> None:
         """Let a raw page that is not what was put stay so."""
         wrong = ~self._sum(owner, index, self._arena.state[number], number)
@@ -88,6 +98,18 @@ class Beside:
     def _sum(self, owner: TmemObject, index: int, state: int, frame: int) -> int:
         page = self._data[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES]
         return self.sum_of(owner, index, state, page)
+
+    def _sums(self, owner: TmemObject, first: int, index: int, states: list[int]) -> list[int]:
+        salt = owner.salt or _salt(owner)
+        data, start = self._data, first * PAGE_BYTES
+        return [
+            xxh3_64_intdigest(
+                data[start + PAGE_BYTES * at : start + PAGE_BYTES * (at + 1)],
+                (salt + (index + at) * _SPREAD ^ state) & _WORD,
+            )
+            & _SUM_MASK
+            for at, state in enumerate(states)
+        ]
 
     def sum_of(self, owner: TmemObject, index: int, state: int, page: bytes | memoryview) -> int:
         """Of a page under its handle."""

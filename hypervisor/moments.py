@@ -3,8 +3,8 @@
 A *moment* says which sequence was reached at what time.  One is noted once a second while pages are
 put; a page was put between the two moments around the sequence in its state word.  They are in the
 segment's first page, so a restart forgets none, and there is room for `MOMENTS_MAX`: when that is
-used up every second one goes, so what is old is known more coarsely than what is recent (of a day
-of uninterrupted puts the last minutes to seconds, the first hours to some ten minutes).
+used up the one goes that is missed least, measured by its age.  So the last minute is known to
+seconds, an hour ago to some minutes, and a day ago to an hour.
 
 Times are of the wall clock, and go back when that does.
 """
@@ -37,17 +37,22 @@ class Moments:
         if not sequence:
             return
         if not self._free:
-            self._thin()
+            self._thin(now_ns)
         at = self._free.pop()
         self._arena.publish_moment(at, sequence, now_ns)
         self._moments.append((sequence, now_ns, at))
 
-    def _thin(self) -> None:
-        # The last one stays: it says how far notes have come.
-        for _, _, at in self._moments[-2::-2]:
-            self._arena.publish_moment(at, 0, 0)
-            self._free.append(at)
-        self._moments = self._moments[-1::-2][::-1]
+    def _thin(self, now_ns: int) -> None:
+        """Of all but the first and the last, which say how far notes reach, drop that one without
+        which the gap is the smallest part of how long ago it was."""
+        times = [moment_ns for _, moment_ns, _ in self._moments]
+        least = min(
+            range(1, len(times) - 1),
+            key=lambda at: (times[at + 1] - times[at - 1]) / max(1, now_ns - times[at]),
+        )
+        _, _, at = self._moments.pop(least)
+        self._arena.publish_moment(at, 0, 0)
+        self._free.append(at)
 
     def around(self, sequence: int) -> tuple[int, int]:
         """(not before, not after) of a put, ns since 1970; 0 for unknown."""

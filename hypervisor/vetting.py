@@ -102,12 +102,23 @@ class Vetting(Reclaim):
     ) -> list[Run]:
         """Of the runs of a leaf, from `place` on, the pages that may be had."""
         index = (leaf_number << 6) + place
-        return [
-            (at + step, 1, first + step)
-            for at, length, first in runs
-            for step in range(length)
-            if self._passes(owner, first + step, index + at + step)
-        ]
+        whole = self.beside.sums and owner.pool not in self._sweeping
+        passing: list[Run] = []
+        for run in runs:
+            at, length, first = run
+            if (
+                whole
+                and first < self._entry_base
+                and self.beside.are_right(owner, first, length, index + at)
+            ):
+                passing.append(run)
+                continue
+            passing += [
+                (at + step, 1, first + step)
+                for step in range(length)
+                if self._passes(owner, first + step, index + at + step)
+            ]
+        return passing
 
     def _drop(self, owner: TmemObject, number: int, index: int) -> None:
         leaf = owner.leaf(index >> 6)
