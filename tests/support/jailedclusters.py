@@ -1,6 +1,9 @@
 """A cluster whose guest red runs the probe of `tests.support.jailprobe`.
 
-python -m tests.support.jailedclusters FOLDER       its report as JSON, for another user's tests
+    python -m tests.support.jailedclusters FOLDER
+
+prints its report as JSON, and how it goes when this process, of the same user and in no jail, looks
+into the others: for tests of an ordinary user.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import posix_ipc
 from ipc.codec import Record
 from ipc.jail import Mode
 from tests.support.clusters import wait_until
+from tests.support.jailprobe import outcome
 from tests.t4_guest.worlds import make_image
 from tools.cluster import Cluster, ClusterPlan, GuestPlan
 from tools.control import ask
@@ -176,4 +180,12 @@ def jailed_cluster(folder: Path, mode: Mode) -> Iterator[JailedCluster]:
 
 if __name__ == "__main__":
     with jailed_cluster(Path(sys.argv[1]), "auto") as running:
-        json.dump(running.attempts(), sys.stdout)
+        told = {"report": running.attempts()}
+        for name, pid in running.pids().items():
+            told[name] = {
+                "environ": outcome(Path(f"/proc/{pid}/environ").read_bytes),
+                "stat": outcome(Path(f"/proc/{pid}/stat").read_bytes),
+                "schedstat": outcome(Path(f"/proc/{pid}/schedstat").read_bytes),
+                "statm": outcome(Path(f"/proc/{pid}/statm").read_bytes),
+            }
+        json.dump(told, sys.stdout)

@@ -65,6 +65,7 @@ def of_node(cell: Cell) -> dict[str, Callable[[], object]]:
     )
     return {
         "read /etc/shadow": lambda: _open("/etc/shadow"),
+        "read what everybody may": lambda: _open("/etc/passwd"),
         "write into /proc": lambda: _open("/proc/sys/kernel/core_pattern", os.O_WRONLY),
         "read the stranger's stat": lambda: _open(f"/proc/{stranger}/stat"),
         "open the stranger's memory": lambda: _open(f"/proc/{stranger}/mem"),
