@@ -202,11 +202,11 @@ class Checksums:
     def _store(self, file: Ocfs2Inode) -> bool:
         """Whether nothing is left that a later commit could store."""
         known = file.checksums
-        if file.gone or known is None:
+        if known is None:
             return True
         buffer = self._dinodes.buffer(file)
         raw = Dinode.read(buffer.data)
-        if not raw.flags & InodeFlag.VALID or raw.generation != file.generation:
+        if not raw.flags & InodeFlag.VALID or raw.generation != file.generation:  # it is gone
             return True
         room = area.room(buffer.data)
         if room < 0:

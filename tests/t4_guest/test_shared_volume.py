@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -25,6 +26,7 @@ from guests.attachment import RETRY_SECONDS, Attachment
 from guests.memory import FRAMES_MIN, TRANSFER_PAGES, Budget, Memory
 from guests.pagecache import PageCache
 from guests.sharedcache import SharedCleancache
+from guests.verification import Verification
 from hypervisor.auth import Role
 from ipc.channel import Channel
 from ipc.errors import Disconnected
@@ -38,6 +40,14 @@ FILE_PAGES = 4
 NODES = 3
 STEPS = 600
 SEEDS = 6
+
+
+class NewWorld(Protocol):
+    """Makes a world of a seed."""
+
+    def __call__(self, seed: int, *, verify: bool = False) -> World:
+        """On a fresh volume."""
+        ...
 
 
 class Locks(nodes.TableLocks):
@@ -87,8 +97,11 @@ class Member:
 class World:
     """Volume, nodes, hypervisor, and what every page must hold."""
 
-    def __init__(self, path: Path, seed: int) -> None:
+    def __init__(self, path: Path, seed: int, *, verify: bool = False) -> None:
         self.random = random.Random(seed)
+        self.verifications: list[Verification] = []
+        """With `verify` one for each node."""
+        self._verify = verify
         self.seconds = 0.0
         self.hypervisor = SharedHypervisor()
         self.cluster = nodes.Cluster(path)
@@ -117,11 +130,20 @@ class World:
             )
             self.caches.append(cache)
             budget = Budget(FRAMES_MIN + TRANSFER_PAGES, FRAMES_MIN, TRANSFER_PAGES, 0, 0)
-            made = PageCache(fs, Memory(budget), cache, cache)
+            verification = None
+            if fs.checksums is not None:
+                verification = Verification(fs.checksums, cache.refuse_page, lambda: self.seconds)
+                self.verifications.append(verification)
+            made = PageCache(fs, Memory(budget), cache, cache, verification)
             fs.attach_pages(made)
             return made
 
-        return self.cluster.join(number, pages)
+        return self.cluster.join(
+            number,
+            pages,
+            keep_checksums=self._verify,
+            random_bytes=random.Random(number).randbytes,
+        )
 
     def step(self) -> None:
         """One thing that happens."""
@@ -175,20 +197,20 @@ def silent() -> Iterator[None]:
 
 
 @pytest.fixture
-def new_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], World]]:
-    """A world on a fresh volume."""
+def new_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NewWorld]:
+    """Makes worlds, each on a fresh volume."""
     monkeypatch.setattr(nodes, "TableLocks", Locks)
     worlds: list[World] = []
 
-    def make(seed: int) -> World:
-        path = tmp_path / f"{seed}.img"
+    def make(seed: int, *, verify: bool = False) -> World:
+        path = tmp_path / f"{seed}-{verify}.img"
         parameters = Parameters(slots=NODES, uuid=UUID, generation=1, now_s=1)
         with path.open("xb") as file:
             file.truncate((blocks_needed(parameters) + 512) * PAGE)
         device = FileDevice(path)
         make_volume(device, parameters, fresh=True)
         device.close()
-        worlds.append(World(path, seed))
+        worlds.append(World(path, seed, verify=verify))
         return worlds[-1]
 
     yield make
@@ -198,7 +220,7 @@ def new_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
 
 @pytest.mark.parametrize("number", range(SEEDS))
-def test_no_read_is_old(number: int, new_world: Callable[[int], World]) -> None:
+def test_no_read_is_old(number: int, new_world: NewWorld) -> None:
     """Whoever reaches the hypervisor when, and whoever does not."""
     seed = random.SystemRandom().randrange(1 << 30) // SEEDS * SEEDS + number
     world = new_world(seed)
@@ -215,7 +237,7 @@ def test_no_read_is_old(number: int, new_world: Callable[[int], World]) -> None:
     assert any(count["puts"] for count in counts), f"World seed {seed}"
 
 
-def test_histories_meet_what_they_are_for(new_world: Callable[[int], World]) -> None:
+def test_histories_meet_what_they_are_for(new_world: NewWorld) -> None:
     """Hits, debts that went with a lock, and files that were distrusted."""
     sums = dict.fromkeys(("succ_gets", "handed_over", "distrusted"), 0)
     for seed in range(4):
@@ -228,9 +250,7 @@ def test_histories_meet_what_they_are_for(new_world: Callable[[int], World]) -> 
     assert all(sums.values()), sums
 
 
-def test_each_part_is_needed(
-    new_world: Callable[[int], World], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_part_is_needed(new_world: NewWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without distrust some history reads an old page."""
     monkeypatch.setattr(PageCache, "distrust", lambda *_: None)
     for seed in range(40):
@@ -246,7 +266,7 @@ def test_each_part_is_needed(
     assert found.startswith("node")
 
 
-def test_number_of_an_orphan_of_a_dead_node(new_world: Callable[[int], World]) -> None:
+def test_number_of_an_orphan_of_a_dead_node(new_world: NewWorld) -> None:
     """Whoever frees the orphan has distrusted it; then its number is another file's."""
     world = new_world(1)
     survivor, dead, _ = world.nodes
