@@ -151,7 +151,7 @@ def test_guests_of_an_ordinary_user_are_jailed(jailed: Seen) -> None:
     # From outside: figures as ever, memory to nobody.
     open_to_all = {"stat": "done", "schedstat": "done", "statm": "done"}
     expected = {"environ": "EACCES"} | open_to_all
-    assert told == {name: expected for name in ("red", "blue", "hypervisor")}
+    assert told == dict.fromkeys(("red", "blue", "hypervisor"), expected)
     assert (got.pop("uid"), got.pop("real_uid")) == (USER, USER)
     assert got == dict.fromkeys(got, "EPERM") | OTHER_ERRNOS | OF_THE_SAME_USER
     assert set(got) == set(jailed.report) - {"uid", "real_uid"}
