@@ -50,10 +50,10 @@ from tests.support.expectations import (
     held_pages,
 )
 from tests.support.kills import WRITERS, killed_at
+from tests.support.ram import Ram
 from tests.support.wishes import Wishes
 
 ARENA_BYTES: Final = 1 << 20
-_FRAMES_A_CALL: Final = 1024
 
 
 class CheckedMachine:
@@ -74,10 +74,7 @@ class CheckedMachine:
         """Part of the steps that end in a death."""
         self.scheduling = scheduling
         self.lends = lends
-        self.lent: dict[str, int] = dict.fromkeys(GUESTS, 0)
-        """Frames that each guest has as RAM."""
-        self.lend_intent: tuple[str, int] | None = None
-        """Guest, and the size that it wants, of a LEND that is killed."""
+        self.ram = Ram(lends=lends)
         self.mapping = mmap.mmap(-1, ARENA_BYTES)
         format_arena(self.mapping)
         self.windows: dict[str, Window] = {name: anonymous_window() for name in GUESTS}
@@ -116,7 +113,7 @@ class CheckedMachine:
         )
         self.administration = Administration(self.machine)
         recover(self.machine)
-        self.settle_lent()
+        self.ram.started(self.machine, self.settings)
         self.wishes.started(self.machine)
         for known in self.known.values():
             known.restarted(known.newest)
@@ -184,7 +181,7 @@ class CheckedMachine:
 
     def depart(self, name: str) -> None:
         self.machine.depart(self.machine.clients[name])
-        self.lent[name] = 0
+        self.ram.lent[name] = 0
         self.left(name, [part for part in PARTS if (name, part) in self.ids])
         self.join(name)
 
@@ -196,8 +193,8 @@ class CheckedMachine:
         answer = self.ask(verb="list")
         self.wishes.listed(answer["guests"])
         lent = {name: record["lent_pages"] for name, record in answer["guests"].items()}
-        if lent != self.lent or answer["arena"]["lent_frames"] != sum(lent.values()):
-            raise Mismatch(f"{lent} is listed as RAM: {self.lent}")
+        if lent != self.ram.lent or answer["arena"]["lent_frames"] != sum(lent.values()):
+            raise Mismatch(f"{lent} is listed as RAM: {self.ram.lent}")
 
     def bound(self, name: str, cap_bytes: int, reserve_bytes: int) -> None:
         """Set a cap and a reservation; what is lent can't be reserved."""
@@ -205,61 +202,10 @@ class CheckedMachine:
             {"verb": "set", "guest": name, "cap_bytes": cap_bytes, "reserve_bytes": reserve_bytes}
         )
         own = self.settings[name].reserve_bytes if name in self.settings else 0
-        if "error" in answer and reserve_bytes <= max(own, self.lendable * PAGE_BYTES + own):
+        if "error" in answer and reserve_bytes <= max(own, self.ram.lendable * PAGE_BYTES + own):
             raise Mismatch(f"{reserve_bytes} bytes could be reserved: {answer['error']}")
-        if "error" not in answer and self.lendable < 0:
+        if "error" not in answer and self.ram.lendable < 0:
             raise Mismatch(f"{reserve_bytes} bytes are reserved of what is lent")
-
-    # --- RAM
-
-    @property
-    def lendable(self) -> int:
-        """Frames that are neither lent nor reserved."""
-        reserved_bytes = sum(one.reserve_bytes for one in self.settings.values())
-        frames = self.machine.store.frames.count
-        return frames - sum(self.lent.values()) - -(-reserved_bytes // PAGE_BYTES)
-
-    def most_lent(self, name: str, wanted: int) -> int:
-        """What a guest gets by one LEND if there is room for it."""
-        had = self.lent[name]
-        if wanted <= had:
-            return max(wanted, had - _FRAMES_A_CALL)
-        return had + min(wanted - had, _FRAMES_A_CALL, max(0, self.lendable))
-
-    def lend(self, name: str, wanted: int) -> None:
-        """A guest wants to have so many frames."""
-        had, most = self.lent[name], self.most_lent(name, wanted)
-        reply = self.call(name, Op.LEND, index=wanted)
-        if not self.lends:
-            if (reply.status, reply.reason) != (Status.ENOSYS, Reason.LENDING_OFF):
-                raise Mismatch(f"a machine that does not lend: {reply}")
-            return
-        if reply.status != Status.DONE or not min(had, most) <= reply.value <= most:
-            raise Mismatch(f"{name} had {had}, wants {wanted} and may have {most}: {reply}")
-        self.lent[name] = reply.value
-        store = self.machine.store
-        if had <= reply.value < most:
-            if store.frames.free:
-                raise Mismatch(f"{store.frames.free} frames are free and {name} was lent too few")
-            protected = any(one.reserve_bytes for one in self.settings.values())
-            evictable = any(known.pages for known in self.known.values() if not known.persistent)
-            if evictable and not protected and store.evictions_left > 0 and self.really_evictable():
-                raise Mismatch(f"ephemeral pages are there and {name} was lent too few")
-
-    def really_evictable(self) -> bool:
-        """The oracle may believe in pages that were evicted long ago."""
-        return any(member.pages for member in self.machine.store.victims.members.values())
-
-    def settle_lent(self) -> None:
-        """A hypervisor has started: every guest that is here has what it had."""
-        intent, self.lend_intent = self.lend_intent, None
-        for name, had in self.lent.items():
-            client = self.machine.clients.get(name)
-            has = len(client.lent) if client is not None else 0
-            wanted = intent[1] if intent is not None and intent[0] == name else had
-            if client is not None and not min(had, wanted) <= has <= max(had, wanted):
-                raise Mismatch(f"{name} had {had} frames as RAM, and has {has} after a restart")
-            self.lent[name] = has
 
     def left(self, name: str, parts: list[int]) -> None:
         """A guest has given these pools back: what nobody has any more is gone."""
@@ -269,6 +215,13 @@ class CheckedMachine:
             kind = KIND_OF[part]
             if kind not in UUIDS or not any(KIND_OF[one] == kind for _, one in self.ids):
                 self.known.pop(("" if kind in UUIDS else name, kind), None)
+
+    # --- RAM
+
+    def lend(self, name: str, wanted: int) -> None:
+        """A guest wants to have so many frames."""
+        most = self.ram.most(name, wanted)
+        self.ram.answered(name, wanted, most, self.call(name, Op.LEND, index=wanted))
 
     # --- calls
 
@@ -288,7 +241,7 @@ class CheckedMachine:
             self.version & 0xFFFF, op, flags, count, pool, index, oid_from_int(oid), slot, token, 0
         )
         client = self.machine.clients[name]
-        most = self.most_lent(name, index) if op == Op.LEND else 0
+        most = self.ram.most(name, index) if op == Op.LEND else 0
         reply = decode_reply(self.machine.execute(client, request, self.windows[name]))
         if op != Op.NEW_POOL and reply.flags:
             raise Mismatch(f"{op.name} of {name} is a fault: {reply}")

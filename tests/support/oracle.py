@@ -37,7 +37,7 @@ class World(CheckedMachine):
         part = rng.choice((0, 0, 0, 1, 1, 2, 2, 3, 3, 4))
         choice = rng.random()
         if self.lends and rng.random() < 0.05:
-            self.lend(name, self.ram(name))
+            self.lend(name, self.wanted_ram(name))
         elif (name, part) not in self.ids:
             self.say(f"{name} makes pool {part}")
             self.make_pool(name, part, rng.choice(list(Priority)))
@@ -63,10 +63,10 @@ class World(CheckedMachine):
             self.say("restart")
             self.start()
 
-    def ram(self, name: str) -> int:
+    def wanted_ram(self, name: str) -> int:
         """What a guest wants: mostly little, or nothing would be left for pages."""
         rng = self.random
-        had = self.lent[name]
+        had = self.ram.lent[name]
         wanted = rng.choice((0, 0, had // 2, rng.randrange(60), had + rng.randrange(20), 2000))
         self.say(f"{name} has {had} frames as RAM and wants {wanted}")
         return wanted
@@ -158,10 +158,10 @@ class World(CheckedMachine):
         elif choice == 7:
             self.die(number, lambda: self.depart(name))
         elif choice == 9:
-            wanted = self.ram(name)
-            self.lend_intent = name, wanted
+            wanted = self.wanted_ram(name)
+            self.ram.intent = name, wanted
             self.die(number, lambda: self.lend(name, wanted))
-            self.lend_intent = None
+            self.ram.intent = None
         else:
             self.die(
                 number,

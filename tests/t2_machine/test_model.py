@@ -183,7 +183,7 @@ def test_all_outcomes_are_met() -> None:
     for seed in range(10):
         world = longrun.world_of(seed)
         _steps(world, 1000)
-        lent += sum(world.lent.values())
+        lent += sum(world.ram.lent.values())
         answers |= world.answers().keys()
         requests += world.wishes.requests
         taken_back += world.wishes.taken_back
