@@ -56,7 +56,7 @@ def audit(
 
 def rotate_token(
     guest: Annotated[
-        str | None, typer.Argument(help="Name or number of a guest [default: all].")
+        str | None, typer.Argument(help="Name or number of a guest (default: all).")
     ] = None,
     run: RunOption = None,
 ) -> int:
