@@ -6,9 +6,11 @@ or refused, a wrong page and work that does not go on are harm.  `mallory` is a 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any, Final
 
+from hypervisor.audit import BURST_LINES, LINES_PER_SECOND
 from ipc.codec import Record
 from tools.scenario.model import Scenario
 from tools.scenario.stage import JAILED, MIB, Grant, Player, Stage, World, adversary
@@ -133,15 +135,17 @@ def _log_spam(stage: Stage) -> None:
     calls = 4000
     options = {"faults_max": 256 if stage.defence else 1 << 30}
     with stage.cluster(*_cast("logspam"), hypervisor=options) as world:
+        began_at = time.monotonic()
         report = _disturb(stage, world, calls=calls, seconds=_SECONDS)
+        seconds = time.monotonic() - began_at
         stage.tally.caught += report.get("caught", 0)
         lines = sum("guest=mallory" in line for line in world.audit())
         thrown_out = ", then it was thrown out" if report.get("out") else ""
         stage.say(f"audit log: {lines} lines of mallory for {report.get('attempts')} broken calls")
         stage.say(f"mallory made {report.get('attempts')} broken calls{thrown_out}")
-        # 50 at once and 5 a second, and a line for what was suppressed with each.
-        bound = 2 * (50 + 5 * 60)
-        stage.tally.succeeded += max(0, lines - bound)
+        # With each line there may be one for what was suppressed before it.
+        bound = 2 * (BURST_LINES + LINES_PER_SECOND * seconds)
+        stage.tally.succeeded += max(0, lines - round(bound))
         if stage.defence and not report.get("out"):
             stage.problem("mallory was not thrown out")
 
