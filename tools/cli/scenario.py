@@ -68,7 +68,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 1,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the report of poisoned-cluster (default: a new one below ./runs)."),
+        typer.Option(help="Folder for the report of poisoned-cluster (default: below ./runs)."),
     ] = None,
 ) -> int:
     """Play an attack against victims that check every page, on a cluster of its own.
