@@ -436,6 +436,8 @@ def guest_result(counters: Record, memory_bytes: int, *, on: bool) -> Record:
         result[part] = counters.get(part, {})
     if on:
         result["cleancache"] = counters.get("cleancache", {})
+        if counters.get("verification") is not None:
+            result["verification"] = counters["verification"]
     return result
 
 

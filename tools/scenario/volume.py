@@ -60,10 +60,12 @@ class Volume:
 
 
 def make_volume(stage: Stage, *names: str, files: int = FILES) -> Volume:
-    """A fresh copy of the volume, made once for all scenarios that need one like it."""
+    """A fresh copy of the volume, made once for all scenarios that need one like it.  It has
+    checksums of its files, whether anybody looks at them or not."""
     tree = stage.cache / f"tree{files}"
     write_tree(tree, files, FILE_BYTES, seed=2)
-    built = build_volume(str(tree), files * FILE_BYTES + MIB, "data", len(names), stage.cache)
+    room_bytes = files * FILE_BYTES + MIB
+    built = build_volume(str(tree), room_bytes, "data", len(names), stage.cache, verify=True)
     image = stage.folder / "data.img"
     copy_image(built.path, image)
     layout = read_layout(image)
