@@ -19,7 +19,7 @@ _HEADER: Final = (
     "role",
     "wrong pages put",
     "files read",
-    "from tmem",
+    "pages from tmem",
     "read wrong",
     "caught",
 )
@@ -87,7 +87,7 @@ def _cells(part: Part) -> list[Any]:
         part.role,
         "",
         f"{part.read_files:,}",
-        f"{part.tmem_pages:,} pages",
+        f"{part.tmem_pages:,}",
         wrong,
         caught,
     ]
