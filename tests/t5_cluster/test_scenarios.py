@@ -18,6 +18,8 @@ from tools.scenario.catalogue import find
 from tools.scenario.model import Outcome
 from tools.scenario.play import play
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
