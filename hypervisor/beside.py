@@ -78,6 +78,10 @@ class Beside:
         if self.sums:
             self._arena.sum[frame] = sum_
 
+    def read(self, frame: int) -> tuple[int, int]:
+        """What stands beside a raw page."""
+        return self._arena.token[frame], self._arena.sum[frame] if self.sums else 0
+
     def is_right(self, owner: TmemObject, number: int, index: int) -> bool:
         """Whether a raw page is what was put."""
         state = self._arena.state[number]

@@ -130,7 +130,12 @@ class Deferral(Pages):
             return False
         state = self._state_column[frame]
         page = self._data[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES].tobytes()
+        # A put is being served, whose tables may be of another kind.
+        entries, wide = self.entries, self.entries.wide
+        entries.wide = owner.pool.notes
+        entries.beside = self.beside.read(frame) if entries.wide else None
         number = self.contents.pack(member, page, owner.number, index, state)
+        entries.wide, entries.beside = wide, None
         if number < 0:
             return False
         leaf = owner.leaf(index >> 6)

@@ -67,6 +67,7 @@ PARAMETERS: Final = {
     "scheduling": Parameter(str, "how guests share the arena: greedy, static or scheduled"),
     "compress": Parameter(_switch, "on or off: compress the pages of all guests"),
     "borrow": Parameter(_switch, "on or off: swapped pages of a guest may use what is idle"),
+    "checksums": Parameter(_switch, "on or off: pages are checked when they are read"),
     "lend": Parameter(_switch, "on or off: guests' RAM comes out of the arena, too"),
     "group": Parameter(str, "group in which all guests' equal pages may be one"),
     "timing": Parameter(str, "of a shared disk's cluster: o2cb (its defaults) or fast"),
@@ -133,7 +134,9 @@ def _cluster(values: dict[str, Any]) -> dict[str, Any]:
     count = values["n"]
     names = guest_names(count)
     hypervisor = {
-        key: values[key] for key in ("eviction", "scheduling", "transport", "lend") if key in values
+        key: values[key]
+        for key in ("eviction", "scheduling", "transport", "lend", "checksums")
+        if key in values
     }
     settings: dict[str, Any] = {
         key: values[key] for key in ("compress", "borrow", "swap", "ksm", "direct") if key in values

@@ -134,7 +134,10 @@ def _show_page(admin: Administrator, name: str | None, page: str, *, json: bool)
         print_json(answer)
     else:
         print_table(view.PAGES_HEADER, view.pages_table(answer))
-    return ExitCode.OK if answer["pages"] else ExitCode.VIOLATED
+    if not answer["pages"]:
+        print(f"tmem: no pool has page {page}", file=sys.stderr)
+        return ExitCode.VIOLATED
+    return ExitCode.OK
 
 
 def freeze(
