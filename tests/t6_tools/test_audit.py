@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -77,13 +78,23 @@ def test_a_follower_misses_nothing_when_the_log_is_turned_over(
     def look(_directory: ClusterDirectory) -> SimpleNamespace | None:
         """Asked once a look: the log grows meanwhile, by less than a file."""
         at = next(looks)
-        write(at % 83)
+        write(at % 41)
         return SimpleNamespace(lives=at < 200)
 
+    turned_over = AuditReader._was_turned_over
+
+    def ask(reader: AuditReader, file: Any) -> bool:
+        """It grows between a reading and this question, too."""
+        at = next(looks)
+        write(at % 37 if at < 200 else 0)
+        return turned_over(reader, file)
+
+    monkeypatch.setattr(AuditReader, "_was_turned_over", ask)
     write(300)
     monkeypatch.setattr(ClusterDirectory, "read", look)
     found = [int(detail) for detail in details(AuditReader(directory), follow=True)]
     audit.close()
+    assert next(looks) > 200, "it did not follow to the end"
     last = next(numbers) - 1
     assert found == list(range(found[0], last + 1))
     assert 0 < found[0] < 300, "two files were not full"
