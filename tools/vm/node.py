@@ -35,6 +35,7 @@ from fs.ocfs2.filesystem import Ocfs2
 from fs.vfs import Vfs
 from guests.memory import Memory, divide
 from guests.pagecache import PageCache
+from guests.verification import Verification
 from tools.vm import contents
 from tools.vm.judge import NODES_MAX
 from tools.vm.tree import to_json
@@ -44,14 +45,20 @@ MEMORY_BYTES: Final = 4 << 20
 
 
 def mount(image: Path, node: int, live_nodes: Collection[int] = ()) -> Vfs:
-    """The volume as a guest has it: with a page cache, and alone in its cluster."""
+    """The volume as a guest has it: with a page cache, and alone in its cluster. It keeps checksums
+    of pages, which Linux does not know of and must not mind."""
     fs = Ocfs2(
         FileDevice(image),
         clock_ns=time.time_ns,
         node=node,
         live_nodes=lambda: live_nodes,
+        keep_checksums=True,
     )
-    return Vfs(fs, PageCache(fs, Memory(divide(MEMORY_BYTES, attach=False)), NoHooks()))
+    assert fs.checksums is not None
+    hooks = NoHooks()
+    verification = Verification(fs.checksums, hooks.flush_page, time.monotonic)
+    memory = Memory(divide(MEMORY_BYTES, attach=False))
+    return Vfs(fs, PageCache(fs, memory, hooks, verification=verification))
 
 
 def _mkfs(image: Path, slots: int, cluster: bytes, random: Random) -> None:
