@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ipc.errors import ExitCode
+from ipc.jail import landlock
 from tests.support.clusters import command, environment, tmem
 from tools import doctor
 
@@ -28,8 +29,32 @@ def test_doctor_has_a_line_for_each_limit(tmp_path: Path) -> None:
     assert {"python", "message queues", "/dev/shm", "free memory", "mke2fs"} <= {
         finding["subject"] for finding in findings
     }
+    parts = {finding["subject"] for finding in findings if finding["subject"].startswith("jail: ")}
+    assert parts == {"jail: files", "jail: system calls", "jail: user ids", "jail: memory"}
     missing = [finding for finding in findings if finding["state"] == "missing"]
     assert done.returncode == (69 if missing else 0)
+
+
+@pytest.mark.parametrize(
+    ("level", "state", "says"),
+    [
+        (0, "warning", "no Landlock (Linux 5.13 or newer, and landlock among the kernel's lsm=)"),
+        (3, "ok", "Landlock, level 3, without Landlock on TCP (Linux 6.7), Landlock on device"),
+        (9, "ok", "Landlock, level 9"),
+    ],
+)
+def test_doctor_says_what_jails_can_do(
+    monkeypatch: pytest.MonkeyPatch, level: int, state: str, says: str
+) -> None:
+    """No jail is no reason not to run; what newer kernels add is named."""
+    monkeypatch.setattr(landlock, "level", lambda: level)
+    monkeypatch.setattr(landlock, "open_queues", lambda: os.open("/dev/null", os.O_RDONLY))
+
+    finding = doctor._jail_files()
+
+    assert finding.state == state
+    assert finding.found.startswith(says)
+    assert (state == "ok") == (finding.fix == "")
 
 
 def test_doctor_explains_a_small_queue_limit(tmp_path: Path) -> None:
