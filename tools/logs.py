@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,10 +43,12 @@ class LogReader:
         width = max((len(path.stem) for path in paths), default=0)
         for path in paths:
             with path.open("rb") as file:
-                file.seek(self._offsets.get(path, 0))
+                # One that was cut meanwhile (`ipc.logfile`) goes on where it now ends.
+                start = min(self._offsets.get(path, 0), file.seek(0, os.SEEK_END))
+                file.seek(start)
                 text = file.read()
             # A line that is still being written waits for its end.
             whole = text[: text.rfind(b"\n") + 1]
-            self._offsets[path] = self._offsets.get(path, 0) + len(whole)
+            self._offsets[path] = start + len(whole)
             for line in whole.decode(errors="replace").splitlines():
                 yield f"{path.stem:<{width}} | {line}"
