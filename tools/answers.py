@@ -7,7 +7,7 @@ no text in it can drive a terminal.  Keys that are not listed are looked at only
     a type              a value of it; `int` takes no bool
     None in a tuple     may be missing or None
     {...}, [...]        a map with these keys, a list of these
-    NUMBERS             a map of numbers, of lists, texts, and of such maps
+    COUNTS              a map of numbers
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from ipc.codec import BadRecord, Record
 
-NUMBERS: Final = "numbers"
+COUNTS: Final = "counts"
 _DEPTH_MAX: Final = 12
 
 _NODE: Final = {
@@ -27,6 +27,31 @@ _NODE: Final = {
     "epoch": int,
     "heartbeat_age_seconds": (float, None),
     "resources_mastered": int,
+}
+_COUNTERS: Final = {
+    **dict.fromkeys(
+        (
+            "disk_reads_pages",
+            "disk_read_calls",
+            "disk_writes_pages",
+            "disk_write_calls",
+            "files_verified",
+            "bytes_verified",
+            "mismatches",
+        ),
+        int,
+    ),
+    "seconds": float,
+    "mismatch_paths": [str],
+    "cleancache": COUNTS,
+    "page_cache": COUNTS,
+    "balloon": {
+        "size_pages": int,
+        "target_pages": int,
+        "floor_pages": int,
+        "maximum_pages": int,
+    },
+    "verification": (COUNTS, None),
 }
 _LOCK: Final = {
     "kind": str,
@@ -53,7 +78,7 @@ _SHAPES: Final[dict[str, dict[str, Any]]] = {
         "total": int,
         "error": (str, None),
         "report": (dict, None),
-        "counters": NUMBERS,
+        "counters": _COUNTERS,
         "node": (_NODE, None),
     },
     "exec": {"exit_code": int, "stdout": bytes, "stderr": bytes},
@@ -105,8 +130,10 @@ def _check(value: Any, shape: Any, place: str) -> None:
         if value is None:
             return
         shape = shape[0]
-    if shape == NUMBERS:
-        fits = _is_numbers(value)
+    if shape == COUNTS:
+        fits = isinstance(value, dict) and all(
+            isinstance(item, int | float) for item in value.values()
+        )
     elif isinstance(shape, dict):
         fits = isinstance(value, dict)
         if fits:
@@ -122,10 +149,3 @@ def _check(value: Any, shape: Any, place: str) -> None:
         fits = isinstance(value, shape) and not (shape is int and isinstance(value, bool))
     if not fits:
         raise BadRecord(f"an answer that makes no sense ({place})")
-
-
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(item, int | float | list | str | None) or _is_numbers(item)
-        for item in value.values()
-    )

@@ -18,6 +18,7 @@ import guests.control
 from guests.adversary import Cell
 from ipc.codec import encode
 
+QUESTIONS = 6
 _ESCAPE = "\x1b]0;owned\x07\x1b[31m"
 
 
@@ -28,6 +29,16 @@ def lies() -> list[bytes]:
     for _ in range(200):
         deep = {"a": deep}
     strange: dict[str, Any] = {"state": 7, "workload": [1], "counters": "many", "report": None}
+    hollow: dict[str, Any] = {
+        "state": "idle",
+        "workload": "",
+        "done": 0,
+        "total": 0,
+        "error": None,
+        "report": {},
+        "counters": {},
+        "node": None,
+    }
     records: list[dict[str, Any]] = [
         {},
         deep,
@@ -35,6 +46,9 @@ def lies() -> list[bytes]:
         {"error": _ESCAPE},
         {"state": _ESCAPE, "workload": _ESCAPE, "done": 1, "total": 1, "node": 3},
         {"resources": [{"name": _ESCAPE, "locks": 9}], "exit_code": "no", "stdout": 5},
+        hollow,
+        {**hollow, "counters": {"balloon": {}, "cleancache": {}, "disk_reads_pages": -1}},
+        {**hollow, "counters": {"balloon": 5, "cleancache": [], "disk_reads_pages": "x"}},
     ]
     frames = [
         b"\0",
@@ -43,8 +57,8 @@ def lies() -> list[bytes]:
         struct.pack("<I", 1) + b"\x07",
         struct.pack("<I", len(nested)) + nested,
     ]
-    # A record for each of the three questions that are asked in turn.
-    return [*frames, *(encode(record) for record in records for _ in range(3))]
+    # A record for each of the questions that are asked in turn.
+    return [*frames, *(encode(record) for record in records for _ in range(QUESTIONS))]
 
 
 def run(cell: Cell) -> Iterator[None]:

@@ -14,6 +14,22 @@ from ipc.errors import Disconnected
 from tools.answers import believed
 from tools.control import ask
 
+COUNTERS: dict[str, Any] = {
+    "disk_reads_pages": 3,
+    "disk_read_calls": 2,
+    "disk_writes_pages": 0,
+    "disk_write_calls": 0,
+    "files_verified": 1,
+    "bytes_verified": 9,
+    "mismatches": 1,
+    "mismatch_paths": ["/a"],
+    "seconds": 0.5,
+    "cleancache": {"puts": 1, "attached": True},
+    "page_cache": {"hits": 5},
+    "balloon": {"size_pages": 1, "target_pages": 1, "floor_pages": 1, "maximum_pages": 1},
+    "verification": None,
+    "something new": {"of": ["any", "kind"]},
+}
 STATUS: dict[str, Any] = {
     "state": "idle",
     "workload": "",
@@ -21,7 +37,7 @@ STATUS: dict[str, Any] = {
     "total": 0,
     "error": None,
     "report": {},
-    "counters": {"disk_reads_pages": 3, "mismatch_paths": ["/a"], "cleancache": {"puts": 1}},
+    "counters": COUNTERS,
     "node": None,
 }
 ESCAPE = "\x1b]0;owned\x07\u202e"
@@ -51,7 +67,10 @@ def test_a_good_answer_is_as_it_was() -> None:
         ("status", STATUS | {"done": True}),
         ("status", STATUS | {"total": "all"}),
         ("status", STATUS | {"counters": "many"}),
-        ("status", STATUS | {"counters": {"cleancache": {"puts": b"x"}}}),
+        ("status", STATUS | {"counters": {}}),
+        ("status", STATUS | {"counters": COUNTERS | {"cleancache": {"puts": b"x"}}}),
+        ("status", STATUS | {"counters": COUNTERS | {"balloon": {}}}),
+        ("status", STATUS | {"counters": COUNTERS | {"mismatch_paths": [7]}}),
         ("status", STATUS | {"node": 3}),
         ("status", STATUS | {"node": {"volume": "data"}}),
         ("status", STATUS | {"more": nested(40)}),

@@ -172,14 +172,21 @@ def _lies(stage: Stage) -> None:
         world.expendable.add("mallory")
         told = world.play("mallory").get("lies", 0)
         run = os.fspath(world.directory.path)
-        commands = (["ps"], ["locks"], ["exec", "mallory", "--", "ls"])
+        commands = (
+            ["ps", "--run", run],
+            ["locks", "--run", run],
+            ["exec", "--run", run, "mallory", "--", "ls"],
+            ["stats", "--run", run],
+            ["balloon", "--run", run, "mallory"],
+            ["fs", "stat", "--run", run, "--guest", "mallory"],
+        )
         for number in range(told):
             command = commands[number % len(commands)]
             output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
             stage.tally.attempts += 1
             try:
                 with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-                    main([command[0], "--run", run, *command[1:]])
+                    main(command)
             except Exception as error:  # noqa: BLE001
                 stage.tally.succeeded += 1
                 stage.say(f"tmem {command[0]}: {type(error).__name__}: {error}"[:200])
@@ -190,7 +197,7 @@ def _lies(stage: Stage) -> None:
                 stage.say(f"tmem {command[0]} printed what drives a terminal")
             else:
                 stage.tally.caught += 1
-        stage.say(f"mallory told {told} lies to ps, locks and exec")
+        stage.say(f"mallory told {told} lies to ps, locks, exec, stats, balloon and fs stat")
         world.count_check("alpha", world.play("alpha", rounds=5, **_WORK))
 
 
