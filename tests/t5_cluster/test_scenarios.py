@@ -14,6 +14,7 @@ import pytest
 from ipc.errors import ExitCode
 from tests.support.clusters import tmem
 from tools.interrupts import Interrupts
+from tools.jails import missing_here
 from tools.scenario.catalogue import find
 from tools.scenario.model import Outcome
 from tools.scenario.play import play
@@ -74,6 +75,18 @@ def test_stale_pages_are_refused_for_their_tokens(cache: Path) -> None:
     assert outcome.verdict == "held", (outcome.tally, outcome.events)
     assert outcome.tally.caught == 32
     assert outcome.tally.victim_checks == 16
+
+
+@pytest.mark.skipif(bool(missing_here()), reason="a jail that lacks something holds less")
+@pytest.mark.parametrize("defence", [False, True])
+def test_a_spy_without_and_in_its_jail(cache: Path, defence: bool) -> None:
+    """Whatever lies in the run directory is read without a jail, and nothing of it from inside."""
+    outcome = played("run-directory", cache, defence=defence)
+    tally = outcome.tally
+    assert outcome.verdict == ("held" if defence else "broken"), (tally, outcome.events)
+    assert tally.attempts > 10
+    assert tally.caught == (tally.attempts if defence else 0)
+    assert (tally.victim_checks, tally.victim_mismatches) == (32, 0)
 
 
 def test_a_scenario_that_is_not_there(folder: Path) -> None:

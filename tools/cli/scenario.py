@@ -214,3 +214,7 @@ def _print_sum(outcomes: list[Outcome]) -> None:
     }
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     print(f"{len(outcomes)} scenarios: {told}")
+    switched = [one for one in outcomes if not one.defence and one.scenario.off is not None]
+    if switched:
+        seen = sum(one.verdict == "broken" for one in switched)
+        print(f"{seen} of the {len(switched)} attacks whose defence can be off were seen to work")
