@@ -34,6 +34,7 @@ else's process is among them.  Where nobody has an id of his own, that is any pr
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import resource
@@ -48,7 +49,7 @@ from guests import keptfiles
 from guests.kernel import GuestSpec
 from ipc.jail import cgroup, check_strict, landlock, limits, missing_parts, seccomp
 from ipc.jail.landlock import Access, Rule
-from ipc.jail.seccomp import Argument, Call
+from ipc.jail.seccomp import Argument, Call, one_of
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,16 @@ _TCGETS: Final = 0x5401
 _FIONBIO: Final = 0x5421
 _FIOCLEX: Final = 0x5451
 _PROT_EXEC: Final = 4
+_FCNTL: Final = (
+    fcntl.F_DUPFD_CLOEXEC,
+    fcntl.F_GETFD,
+    fcntl.F_SETFD,
+    fcntl.F_GETFL,
+    fcntl.F_SETFL,
+    fcntl.F_OFD_GETLK,
+    fcntl.F_OFD_SETLK,
+    fcntl.F_OFD_SETLKW,
+)
 _ANY_WRITING: Final = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC
 
 CALLS: Final = (
@@ -92,7 +103,8 @@ CALLS: Final = (
     Call("sync_file_range", "a part of the disk's image is on its way"),
     Call("fallocate", "blocks that are free are holes in the image"),
     Call("ftruncate", "its log is cut"),
-    Call("fcntl", "flags of a descriptor; locks on the bytes of a shared image"),
+    # Not F_SETOWN, by which the kernel would send signals to others.
+    *one_of("fcntl", "flags of a descriptor; locks on the bytes of a shared image", 1, _FCNTL),
     Call("flock", "the lock of a node's socket is given back"),
     Call("ioctl", "a file object asks whether it is a terminal", (Argument(1, _WORD, _TCGETS),)),
     Call("ioctl", "a socket does not block", (Argument(1, _WORD, _FIONBIO),)),
@@ -204,7 +216,10 @@ class GuestJail:
             check_strict(self.missing)
         self._queues = landlock.open_queues()
         if jail.group is not None:
-            cgroup.enter(jail.group)
+            try:
+                cgroup.enter(jail.group)
+            except OSError as reason:
+                log.warning("event=no-memory-group why=%s", reason)
         os.chdir(spec.run_directory)
         self.spec = replace(
             spec,

@@ -24,6 +24,7 @@ What it keeps, and why:
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import resource
@@ -33,7 +34,7 @@ from typing import Final
 from ipc.jail import JailSpec, check_strict, landlock, limits, missing_parts, seccomp
 from ipc.jail.landlock import Access, Rule
 from ipc.jail.limits import Capability
-from ipc.jail.seccomp import Argument, Call
+from ipc.jail.seccomp import Argument, Call, one_of
 from ipc.segment import SHARED_MEMORY_DIRECTORY
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,15 @@ _TCGETS: Final = 0x5401
 _FIONBIO: Final = 0x5421
 _FIOCLEX: Final = 0x5451
 _PROT_EXEC: Final = 4
+_FCNTL: Final = (
+    fcntl.F_DUPFD_CLOEXEC,
+    fcntl.F_GETFD,
+    fcntl.F_SETFD,
+    fcntl.F_GETFL,
+    fcntl.F_SETFL,
+    fcntl.F_ADD_SEALS,
+    fcntl.F_GET_SEALS,
+)
 
 _RUN_DIRECTORY: Final = (
     Access.READ_FILE
@@ -83,7 +93,7 @@ def calls(pid: int) -> tuple[Call, ...]:
         Call("ftruncate", "a window has its size; its log is cut"),
         Call("fallocate", "memory of the arena goes back to the host"),
         Call("memfd_create", "a window"),
-        Call("fcntl", "a window is sealed; flags of a descriptor"),
+        *one_of("fcntl", "a window is sealed; flags of a descriptor", 1, _FCNTL),
         Call(
             "ioctl", "a file object asks whether it is a terminal", (Argument(1, _WORD, _TCGETS),)
         ),

@@ -68,6 +68,11 @@ class Call(NamedTuple):
     """An errno instead: the call is not allowed, but the C library wants to hear another one."""
 
 
+def one_of(name: str, reason: str, position: int, values: Iterable[int]) -> tuple[Call, ...]:
+    """A call that is allowed with these values of one argument."""
+    return tuple(Call(name, reason, (Argument(position, 0xFFFF_FFFF, value),)) for value in values)
+
+
 def program(calls: Iterable[Call], machine: Architecture) -> list[Instruction]:
     """The filter.  A name that is there twice is allowed under either condition."""
     code = [

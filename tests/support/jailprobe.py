@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import resource
@@ -152,6 +153,7 @@ def processes(cell: Cell) -> dict[str, Callable[[], object]]:
         pid = cell.count(who, 0, 1, 2**22)
         attempts |= {
             f"signal the {who}": partial(os.kill, pid, 0),
+            f"have the {who} signalled": partial(fcntl.fcntl, 2, fcntl.F_SETOWN, pid),
             f"trace the {who}": partial(_trace, pid),
             f"open the {who}'s memory": partial(_open, f"/proc/{pid}/mem"),
             f"copy the {who}'s memory": partial(_copy_memory, pid),
