@@ -33,6 +33,10 @@ class PageChecksums(Protocol):
         """The disk holds this page, as was just seen."""
         ...
 
+    def save(self, inode: Inode) -> None:
+        """What is known of a file goes to the disk with the next commit; its lock is held in EX."""
+        ...
+
     def known(self, inode: Inode, index: int, count: int) -> int:
         """Bit i: there is a checksum of page `index+i`."""
         ...

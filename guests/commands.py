@@ -415,14 +415,17 @@ def frontswap(console: Console, arguments: list[str]) -> None:
 
 
 def verify(console: Console, arguments: list[str]) -> None:
-    """verify [on|off]"""  # noqa: D400, D403
+    """verify [on|off|learn]"""  # noqa: D400, D403
     verification = console.kernel.verification
     if verification is None:
         raise UsageError("this guest keeps no checksums: its volume needs verify = true")
     if arguments:
-        if len(arguments) != 1 or arguments[0] not in ("on", "off"):
-            raise UsageError("on or off")
-        verification.checking = arguments[0] == "on"
+        if len(arguments) != 1 or arguments[0] not in ("on", "off", "learn"):
+            raise UsageError("on, off or learn")
+        if arguments[0] == "learn":
+            console.line(f"learnt {verification.learn(console.vfs)}")
+        else:
+            verification.checking = arguments[0] == "on"
     for name, value in verification.counters().items():
         console.line(f"{name} {value:d}")
 

@@ -23,8 +23,9 @@ with e extents has room for 478 - 2e pages. Compared:
 
 What has no checksum on the disk (the rest of a large file; what Linux wrote) this node keeps in
 memory once it has read it from the disk, as long as nobody else changes the file. Under PR nothing
-can be stored; whoever next writes the file stores what it knows. So such pages are verified where
-they were read before, and come from the disk at each other node: nothing wrong, nothing shared.
+can be stored; whoever next writes the file stores what it knows, or is told to (`save`). Until then
+such pages are verified where they were read before, and come from the disk at each other node:
+nothing wrong, nothing shared.
 
 What a crash leaves
   K1  A checksum on the disk is that of what the disk holds, at each moment, in whatever order what
@@ -134,6 +135,10 @@ class Checksums:
             before = known.values[index] if index < len(known.values) else 0
             self.contradicted += before not in (0, value)
             known.set(index, value)
+
+    def save(self, inode: Inode) -> None:
+        """The next commit stores what is known of this file."""
+        self._unsaved[inode.ino] = own(inode)
 
     def known(self, inode: Inode, index: int, count: int) -> int:
         """Which pages can be verified."""

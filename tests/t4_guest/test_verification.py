@@ -23,7 +23,7 @@ from hypervisor.auth import Role
 from tests.support.expectations import held_pages
 from tests.t3_fs.ocfs2 import nodes
 from tests.t4_guest import test_shared_volume
-from tests.t4_guest.test_shared_volume import FILE_PAGES, UUID, NewWorld, World
+from tests.t4_guest.test_shared_volume import FILE_PAGES, FILES, UUID, NewWorld, World
 
 new_world = test_shared_volume.new_world
 silent = test_shared_volume.silent
@@ -185,6 +185,25 @@ def test_a_change_in_place_is_voided_on_the_disk_first(world: World) -> None:
         voids.append(checksums.voids - before)
     node.vfs.close(handle)
     assert voids == [1, 1, 0, 0]
+
+
+def test_a_node_learns_for_all(world: World) -> None:
+    """What no node has written is read once, by one of them, and known to all after that."""
+    first, learner, reader = world.nodes
+    for node in (first, reader):
+        checksums = node.fs.checksums
+        assert checksums is not None
+        inode = node.fs.iget(node.vfs.stat("/0").st_ino)
+        with node.fs.writing(inode):
+            inode.checksums = FileChecksums(bytes(16), array("Q"))
+            checksums.save(inode)
+    assert read(learner.vfs) == right()
+    assert world.verifications[1].unknown == FILE_PAGES
+    assert world.verifications[1].learn(learner.vfs) == FILES
+    assert read(first.vfs) == right()
+    assert world.verifications[0].counters() == {
+        "checking": True, "verified": FILE_PAGES, "mismatches": 0, "unknown": 0,
+    }  # fmt: skip
 
 
 def test_one_page_without_a_checksum_among_others(world: World) -> None:
