@@ -65,7 +65,7 @@ def _poison(cell: Cell, path: str, page: bytes) -> Iterator[None]:
     finally:
         vfs.close(handle)
     report["paths"][str(key.ino)] = [path, key.generation]
-    token, pool = _standing(cell.kernel, key)
+    token, pool = standing(cell.kernel, key)
     raw = Raw(cell)
     oid = file_oid(*key)
     for index in range(min(size_pages, cell.count("pages", 1 << 20, 1, 1 << 20))):
@@ -81,7 +81,7 @@ def _poison(cell: Cell, path: str, page: bytes) -> Iterator[None]:
     yield
 
 
-def _standing(kernel: Kernel, key: FileKey) -> tuple[int, int]:
+def standing(kernel: Kernel, key: FileKey) -> tuple[int, int]:
     """The token of a file's lock and the pool of the volume: guest code has all of its kernel."""
     cleancache = kernel.cleancache
     token = kernel._token_of(key) or 0  # noqa: SLF001

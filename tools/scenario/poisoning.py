@@ -6,6 +6,7 @@ there and compares every page, `mallory` is up to no good.
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 from pathlib import Path
 from typing import Any, Final
@@ -14,9 +15,13 @@ from guests.adversaries.raw import file_oid, page_of
 from ipc.abi import PAGE_BYTES
 from tools.scenario.model import Scenario
 from tools.scenario.stage import JAILED, MIB, Grant, Player, Stage, World, adversary
-from tools.scenario.volume import Volume, make_volume
+from tools.scenario.volume import TIMING, Volume, make_volume
 
 _PAGES: Final = 32
+_SOON_DEAD: Final = dataclasses.replace(TIMING, dead_threshold=12, idle_timeout_ns=1_500_000_000)
+"""A silent node is dead after 2.4 s: here one has to die."""
+_DEAF_SECONDS: Final = 6.0
+_LOOKS: Final = 8
 _FILE: Final[dict[str, Any]] = {"owner": "alpha", "pages": _PAGES}
 
 
@@ -194,6 +199,34 @@ def _poison_volume(stage: Stage, volume: Volume, grants: list[Grant], *, verify:
         stage.tally.succeeded = stage.tally.victim_mismatches
 
 
+def _fenced_node(stage: Stage) -> None:
+    volume = make_volume(stage, "alpha", "bravo", "mallory", timing=_SOON_DEAD)
+    cast = (
+        volume.player("alpha"),
+        volume.player("bravo"),
+        volume.player("mallory", "sleeper"),
+    )
+    with stage.cluster(*cast, grants=volume.grants()) as world:
+        world.expendable.add("mallory")
+        world.begin("mallory", path="/file000", seconds=_DEAF_SECONDS)
+        stage.say("mallory has read /file000 and holds its lock; it hears nobody from now on")
+        world.execute("alpha", "cp", "/file001", "/file000")
+        stage.say("alpha has changed /file000, when mallory had been declared dead")
+        expected = world.execute("alpha", "sha256sum", "/file001").split()[:1]
+        others = [f"/file{number:03}" for number in range(2, 18)]
+        for _ in range(_LOOKS):
+            found = world.execute("bravo", "sha256sum", "/file000").split()[:1]
+            stage.tally.victim_checks += 1
+            stage.tally.victim_mismatches += found != expected
+            # Out of bravo's own page cache, so that it has to ask again.
+            world.execute("bravo", "sha256sum", *others)
+            stage.interrupts.sleep(0.2)
+        stale = sum(pool["stale_pages"] for pool in world.ask("pools")["pools"])
+        stage.tally.attempts += stale
+        stage.tally.caught += stale
+        stage.say(f"hypervisor: refused {stale} pages for their old tokens")
+
+
 def _known_poisoner(stage: Stage) -> None:
     uuid = _uuid(stage)
     grants = [Grant(name, uuid) for name in ("alpha", "bravo", "mallory")]
@@ -270,6 +303,18 @@ SCENARIOS: Final = (
         "changes the file. When the node wakes up, everything it does looks right to itself. No "
         "checksum helps: the pages are whole. Only the order of the locks tells.",
         _stale_pages,
+    ),
+    Scenario(
+        "fenced-node",
+        "poisoning",
+        "sleeper",
+        "a node of a real cluster that hears nobody is declared dead, and puts what it has read",
+        "fencing tokens from the real lock manager: the file's new holder has a higher one",
+        None,
+        "The same as stale-pages with everything real: heartbeats that stay out, a view without "
+        "the node, its journal replayed, the lock granted anew. The node's process lives on and "
+        "still has its queue.",
+        _fenced_node,
     ),
     Scenario(
         "reused-inode",

@@ -279,6 +279,15 @@ class World:
         self.begin(name, **parameters)
         return self.finish(name)
 
+    def execute(self, name: str, *argv: str) -> str:
+        """What a command in a guest prints."""
+        question = {"verb": "exec", "argv": list(argv)}
+        answer = self.cluster.ask_guest(name, question, timeout_seconds=_PATIENCE_SECONDS)
+        if answer.get("exit_code"):
+            self.stage.problem(f"{name}: {' '.join(argv)}: exit code {answer['exit_code']}")
+        output: bytes = answer.get("stdout", b"")
+        return output.decode(errors="replace")
+
     def attack(self, name: str, *, by: Collection[str], **parameters: Any) -> Record:
         """The same, counted as what the attacker did; see `count_attack`."""
         report = self.play(name, **parameters)

@@ -39,13 +39,14 @@ class Volume:
     uuid: bytes
     names: tuple[str, ...]
     key: bytes
+    timing: Timing
 
     def player(
         self, name: str, noun: str = "witness", *, verify: bool = False, **options: Any
     ) -> Player:
         """A node, with the adversary of this noun."""
         number = self.names.index(name)
-        spec = NodeSpec("data", number, self.names, self.key, TIMING, verify=verify)
+        spec = NodeSpec("data", number, self.names, self.key, self.timing, verify=verify)
         return Player(
             name, adversary(noun), image=self.image, node=spec, cleancache=True, **options
         )
@@ -59,7 +60,7 @@ class Volume:
         return {"manifest": os.fspath(self.manifest), "passes": passes}
 
 
-def make_volume(stage: Stage, *names: str, files: int = FILES) -> Volume:
+def make_volume(stage: Stage, *names: str, files: int = FILES, timing: Timing = TIMING) -> Volume:
     """A fresh copy of the volume, made once for all scenarios that need one like it.  It has
     checksums of its files, whether anybody looks at them or not."""
     tree = stage.cache / f"tree{files}"
@@ -69,4 +70,4 @@ def make_volume(stage: Stage, *names: str, files: int = FILES) -> Volume:
     image = stage.folder / "data.img"
     copy_image(built.path, image)
     layout = read_layout(image)
-    return Volume(image, built.manifest, layout.uuid, names, os.urandom(_KEY_BYTES))
+    return Volume(image, built.manifest, layout.uuid, names, os.urandom(_KEY_BYTES), timing)
