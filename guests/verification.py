@@ -9,6 +9,9 @@ from there is known from then on (`fs.ocfs2.checksums`).
 in meanwhile are in the page cache and stay there. Checksums are kept in either position, by all
 nodes of a volume that is configured with `verify`; else there is no `Verification` at all.
 
+Costs 4.5 us of CPU a page that comes from tmem, 4.3 a page written back, nothing but one test of an
+attribute without `verify`.
+
 Not for ext2: a guest's own file system has a private pool, which nobody else can put into. What
 rots there is the hypervisor's business.
 """

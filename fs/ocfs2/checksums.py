@@ -5,7 +5,8 @@ checksum that comes from the disk, under the file's meta lock, which no call to 
 **Who may write the disk itself can forge everything here, as it can the data.** 64 bits of BLAKE2b,
 keyed with 16 random bytes of the inode, and bound to inode, generation and page: to find a page
 that passes takes 2^64 tries for who can read the key on the disk, and can't be tried elsewhere for
-who can't. A crc or xxhash can be made to fit in no time.
+who can't. A crc or xxhash can be made to fit in no time. (2^32 tries find two contents with one
+checksum: who may write a file could have nodes see different contents of it, both of them his.)
 
 Where they are (`checksumarea`): in the inode's own block, behind the extent records, where a file
 with e extents has room for 478 - 2e pages. Compared:

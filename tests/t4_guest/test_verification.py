@@ -206,6 +206,26 @@ def test_a_node_learns_for_all(world: World) -> None:
     }  # fmt: skip
 
 
+def test_what_is_to_be_saved_is_saved_before_the_lock_goes(world: World) -> None:
+    """Later it would be written under another node's lock, over what that one wrote."""
+    first, other, third = world.nodes
+    inode = first.fs.iget(first.vfs.stat("/0").st_ino)
+    checksums = first.fs.checksums
+    assert checksums is not None
+    with first.fs.writing(inode):
+        first.vfs.fs.sync()
+        checksums.save(inode)
+    handle = other.vfs.open("/0", os.O_RDWR)
+    assert other.vfs.pread(handle, PAGE, 0) == right()[:PAGE]
+    assert not checksums.unsaved(inode.ino)
+    other.vfs.pwrite(handle, b"new", 0)
+    other.vfs.close(handle)
+    forget(world)
+    assert read(third.vfs) == b"new" + right()[3:]
+    assert world.verifications[2].mismatches == 0
+    assert world.verifications[2].verified > 0
+
+
 def test_one_page_without_a_checksum_among_others(world: World) -> None:
     """What the pool has of it is neither believed nor an accusation."""
     victim, verification = world.nodes[0], world.verifications[0]
