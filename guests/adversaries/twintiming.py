@@ -17,7 +17,7 @@ from guests.adversaries.raw import Raw, page_of
 from guests.adversary import Cell
 from ipc.abi import Op
 
-_EXTENT = 16
+_EXTENT = 64
 
 
 def run(cell: Cell) -> Iterator[None]:

@@ -16,7 +16,7 @@ from tools.scenario.timing import distinguish
 _PAGES: Final = 32
 _SECRET: Final[dict[str, Any]] = {"owner": "alpha", "pages": _PAGES, "kind": "persistent"}
 _TWINS: Final = 256
-_TRIALS: Final = 800
+_TRIALS: Final = 1200
 
 
 def _spy(stage: Stage, noun: str, by: tuple[str, ...], parameters: Any, *, jailed: bool) -> None:
