@@ -150,7 +150,10 @@ def test_settings_outlive_a_killed_hypervisor(up: Path) -> None:
     after = settings(up, "red"), settings(up, "blue"), [say(up, *words) for words in looked_at]
     assert after == before
     assert before[1]["frozen"]
-    assert before[2][1] == "NAME   TARGET\nblue        -\nred   4.0 MiB\n"
+    balloons = [line.split() for line in before[2][1].splitlines()]
+    assert [row[0] for row in balloons] == ["NAME", "blue", "red"]
+    assert balloons[0][2] == "TARGET"
+    assert (balloons[1][3], balloons[2][3:5]) == ("-", ["4.0", "MiB"])
     assert say(up, "schedule") == "greedy\n"
 
     assert len(list(up.glob("runs/*/on/settings"))) == 1
