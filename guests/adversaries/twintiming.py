@@ -53,3 +53,4 @@ def run(cell: Cell) -> Iterator[None]:
         report["labels"].append(held)
         report["times_ns"].append(best_ns)
         yield
+    raw.call(Op.DESTROY_POOL, pool=pool)

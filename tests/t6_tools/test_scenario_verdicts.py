@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,12 +13,13 @@ import pytest
 from guests.adversary import load
 from ipc.errors import ExitCode, OperatorError
 from tools.interrupts import Interrupts
+from tools.scenario import spying
 from tools.scenario.catalogue import SCENARIOS, find
 from tools.scenario.model import KINDS, Outcome, Part, Scene, Tally, Verdict, exit_code, verdict
 from tools.scenario.poisoned import last_mismatch
 from tools.scenario.report import markdown, page, write
 from tools.scenario.stage import Stage, World, adversary
-from tools.scenario.timing import distinguish
+from tools.scenario.timing import Batch, Distinguished, distinguish
 
 HELD = {"attempts": 3, "caught": 3, "victim_checks": 9}
 
@@ -104,35 +107,104 @@ def test_every_scenario_is_told_and_has_its_program() -> None:
         find("nonsense")
 
 
-def times(seed: int, difference: float, trials: int = 800) -> tuple[list[bool], list[float]]:
-    """Labels, and times that are longer by so much for one of them."""
+def batches(seed: int, difference: float, taken: list[int], trials: int = 400) -> Iterator[Batch]:
+    """Labels, and times that are longer by so much for one of them; what was asked for is noted."""
     numbers = random.Random(seed)
-    labels = [numbers.random() < 0.5 for _ in range(trials)]
-    return labels, [numbers.gauss(100 + difference * label, 10) for label in labels]
+    for number in range(13):
+        taken.append(number)
+        labels = [numbers.random() < 0.5 for _ in range(trials)]
+        yield labels, [numbers.gauss(100 + difference * label, 10) for label in labels]
 
 
 @pytest.mark.parametrize("difference", [-20, 20])
 def test_times_that_differ_leak(difference: float) -> None:
-    """In either direction."""
-    found = distinguish(*times(7, difference))
+    """In either direction, and one batch to learn from and one to try are enough."""
+    taken: list[int] = []
+    found = distinguish(batches(7, difference, taken))
     assert found.leaks
+    assert not found.tells_nothing
     # Two bells two deviations apart: 84 % is the best that a threshold can do.
     assert 0.78 < found.accuracy < 0.9
     assert found.trials == 400
+    assert taken == [0, 1]
+
+
+def test_times_that_differ_little_take_more_trials() -> None:
+    """What a busy machine leaves of a difference is found, by trying longer."""
+    taken: list[int] = []
+    found = distinguish(batches(7, 4, taken))
+    assert found.leaks, found
+    assert 0.53 < found.accuracy < 0.6
+    assert 2 < len(taken) < 13
 
 
 def test_times_that_do_not_differ_tell_nothing() -> None:
     """The threshold is tried on trials that it was not learnt on, so noise gains nothing."""
-    found = [distinguish(*times(seed, 0)) for seed in range(40)]
-    assert sum(one.leaks for one in found) <= 1
+    found = [distinguish(batches(seed, 0, [])) for seed in range(40)]
+    assert not any(one.leaks for one in found)
+    assert all(one.tells_nothing for one in found)
     mean = sum(one.accuracy for one in found) / len(found)
-    assert abs(mean - 0.5) < 0.02
-    assert found[0].error == pytest.approx(3 * 0.5 / 400**0.5)
+    assert abs(mean - 0.5) < 0.01
+    assert all(one.accuracy + one.error < 0.55 for one in found)
 
 
-def test_no_trials_tell_nothing() -> None:
-    """Nothing to learn from."""
-    assert not distinguish([], []).leaks
+def test_what_is_too_little_to_tell_is_not_told() -> None:
+    """Batches end before it is certain either way: neither is said."""
+    found = distinguish(itertools.islice(batches(7, 1, []), 3))
+    assert not found.leaks
+    assert not found.tells_nothing
+    assert found.error == pytest.approx(3.5 * 0.5 / 800**0.5)
+
+
+@pytest.mark.parametrize("given", [[], [([], [])], [([], []), ([], [])]])
+def test_no_trials_tell_nothing(given: list[Batch]) -> None:
+    """And don't show that there is nothing to be told, either."""
+    found = distinguish(given)
+    assert (found.leaks, found.tells_nothing) == (False, False)
+
+
+class Twins:
+    """How well a spy does in each scope of sharing, without a cluster."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **right: int) -> None:
+        self.right = right
+        self.measured: list[str] = []
+        monkeypatch.setattr(spying, "_time_twins", self.time)
+
+    def time(self, _stage: Stage, scope: str, _groups: dict[str, str]) -> Distinguished:
+        """So many of 10,000 are right: 5,176 are a leak, and 5,324 are not nothing."""
+        self.measured.append(scope)
+        return Distinguished(self.right[scope], 10_000)
+
+
+@pytest.mark.parametrize(
+    ("defence", "right", "expected"),
+    [
+        (False, {"all": 9000}, "broken"),
+        (False, {"all": 5170}, "unknown"),
+        (True, {"all": 9000, "group": 5000, "off": 4900}, "held"),
+        (True, {"all": 9000, "group": 5000, "off": 9000}, "broken"),
+        (True, {"all": 9000, "group": 5400, "off": 5000}, "broken"),
+        # Nothing is told where all is shared: the machine is too busy to show anything.
+        (True, {"all": 5000, "group": 5000, "off": 5000}, "unknown"),
+    ],
+)
+def test_timing_is_judged_beside_what_it_tells_where_pages_are_shared(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    defence: bool,
+    right: dict[str, int],
+    expected: Verdict,
+) -> None:
+    """Both outside of the trust group and, as a control, where all is shared."""
+    twins = Twins(monkeypatch, **right)
+    played = Stage(tmp_path, tmp_path, defence, 1, Interrupts())
+    played.tally.victim_checks = 1
+
+    SCENARIOS["twin-timing"].run(played)
+
+    assert verdict(played.tally, must_catch=True) == expected
+    assert twins.measured == list(right)
 
 
 def outcome(*, served: int) -> Outcome:

@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any, Final
 
 from ipc.codec import Record
 from tools.scenario.model import Scenario
 from tools.scenario.stage import JAILED, MIB, Player, Stage, World, adversary
-from tools.scenario.timing import distinguish
+from tools.scenario.timing import Batch, Distinguished, distinguish
 
 _PAGES: Final = 32
 _SECRET: Final[dict[str, Any]] = {"owner": "alpha", "pages": _PAGES, "kind": "persistent"}
 _TWINS: Final = 256
 _TRIALS: Final = 1200
+_BATCHES_MAX: Final = 13
 
 
 def _spy(stage: Stage, noun: str, by: tuple[str, ...], parameters: Any, *, jailed: bool) -> None:
@@ -56,19 +58,30 @@ def _run_directory(stage: Stage) -> None:
 
 
 def _twin_timing(stage: Stage) -> None:
-    scopes: list[tuple[str, dict[str, str]]] = (
-        [
-            ("group", {"alpha": "ours", "mallory": "theirs"}),
-            ("off", {}),
-        ]
-        if stage.defence
-        else [("all", {})]
-    )
-    for scope, groups in scopes:
-        _time_twins(stage, scope, groups)
+    shared = _time_twins(stage, "all", {})
+    if not shared.leaks:
+        # So that it is told nothing elsewhere would prove nothing.
+        stage.problem("too much else goes on: put times tell nothing even where pages are shared")
+    if not stage.defence:
+        _count(stage, shared)
+        return
+    for scope, groups in (("group", {"alpha": "ours", "mallory": "theirs"}), ("off", {})):
+        found = _time_twins(stage, scope, groups)
+        _count(stage, found)
+        if not (found.leaks or found.tells_nothing):
+            stage.problem(f"sharing {scope}: too much else goes on to tell 50 % from 55 %")
 
 
-def _time_twins(stage: Stage, scope: str, groups: dict[str, str]) -> None:
+def _count(stage: Stage, found: Distinguished) -> None:
+    stage.tally.attempts += found.trials
+    if found.leaks:
+        stage.tally.succeeded += round((found.accuracy - 0.5) * found.trials)
+    elif found.tells_nothing:
+        stage.tally.caught += found.trials
+
+
+def _time_twins(stage: Stage, scope: str, groups: dict[str, str]) -> Distinguished:
+    """How well mallory tells by the times of its puts what alpha holds."""
     told: list[Record] = [
         {"verb": "set", "guest": name, "sharing": scope}
         | ({"group": groups[name]} if groups else {})
@@ -78,17 +91,20 @@ def _time_twins(stage: Stage, scope: str, groups: dict[str, str]) -> None:
     with stage.cluster(*cast, arena_bytes=8 * MIB, questions=told) as world:
         file: dict[str, Any] = {"owner": "alpha", "pages": _TWINS}
         pool = world.play("alpha", task="fill", **file).get("pool", 0)
-        report = world.play("mallory", trials=_TRIALS, **file)
+        found = distinguish(_batches(world, file))
         # An ephemeral get takes the page: last of all.
         world.check("alpha", pool=pool, **file)
-        found = distinguish(report.get("labels", []), report.get("times_ns", []))
     stage.tally.figures[f"sharing {scope}"] = str(found)
     stage.say(f"mallory, sharing {scope}: {found}")
-    stage.tally.attempts += found.trials
-    if found.leaks:
-        stage.tally.succeeded += round((found.accuracy - 0.5) * found.trials)
-    else:
-        stage.tally.caught += found.trials
+    return found
+
+
+def _batches(world: World, file: dict[str, Any]) -> Iterator[Batch]:
+    for _ in range(_BATCHES_MAX):
+        report = world.play("mallory", trials=_TRIALS, **file)
+        if not report.get("labels"):
+            return
+        yield report["labels"], report["times_ns"]
 
 
 SCENARIOS: Final = (
@@ -152,9 +168,10 @@ SCENARIOS: Final = (
         "tell by the time of a put whether another guest holds a page of the same content",
         "the scope of sharing: off, or a group that trusts each other",
         "equal pages of all guests are one (sharing all)",
-        "Deduplication was taken out of Xen for this. A threshold is learnt on half of the trials "
-        "and tried on the other half; outside of the trust group it must not do better than a "
-        "coin, by three standard errors.",
+        "Deduplication was taken out of Xen for this. A threshold is learnt on some trials and "
+        "tried on the next ones, until it is certain that it does better than a coin, or that it "
+        "does not. Outside of the trust group it must not; and it must where pages are shared "
+        "(scope all), or the measurement proves nothing.",
         _twin_timing,
     ),
 )

@@ -1,48 +1,76 @@
 """Whether two classes can be told apart by how long something took.
 
-A classifier that is as simple as an attacker's: a threshold, learnt on the first half of the trials
-and tried on the second.  Its accuracy there is compared with guessing.
+A classifier that is as simple as an attacker's: a threshold, learnt on one batch of trials and
+tried on the next.  Its accuracy there is compared with guessing.  How many trials that takes
+depends on how busy the machine is, so batches go on until it is certain that the classes can be
+told apart, or that whoever tries is right in hardly more than half of all cases; if neither becomes
+certain, it is not known.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
-SIGMAS: Final = 3.0
-"""An accuracy further from 50 % than so many standard errors of guessing is no accident: one run in
-370 would be."""
+SIGMAS: Final = 3.5
+"""Standard errors of guessing that are no accident: one look in 4,300 would be, and there are at
+most a dozen."""
+MARGIN: Final = 0.05
+"""Who is certainly right in less than 50 % and this of all cases is told nothing worth having."""
+
+Batch = tuple[Sequence[bool], Sequence[float]]
+"""Labels and values of some trials."""
 
 
 class Distinguished(NamedTuple):
-    """`accuracy` over `trials`, and the `error` that guessing has (`SIGMAS` standard errors)."""
+    """`right` of `trials`."""
 
-    accuracy: float
-    trials: int
-    error: float
+    right: int = 0
+    trials: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        """The share that was right."""
+        return self.right / self.trials if self.trials else 0.5
+
+    @property
+    def error(self) -> float:
+        """How far guessing strays from 50 %."""
+        return SIGMAS * math.sqrt(0.25 / self.trials) if self.trials else 1.0
 
     @property
     def leaks(self) -> bool:
-        """Whether the times tell the classes apart."""
-        return self.accuracy > 0.5 + self.error
+        """Certainly the values tell the classes apart."""
+        return self.accuracy - self.error > 0.5
+
+    @property
+    def tells_nothing(self) -> bool:
+        """Certainly they don't, but for the margin."""
+        return self.accuracy + self.error < 0.5 + MARGIN
 
     def __str__(self) -> str:
         """For a person."""
         return f"{self.accuracy:.1%} right of {self.trials:,} (guessing: 50.0% ± {self.error:.1%})"
 
 
-def distinguish(labels: Sequence[bool], values: Sequence[float]) -> Distinguished:
-    """How well a threshold tells the label of a value."""
-    half = len(labels) // 2
-    threshold, above = _learn(labels[:half], values[:half])
-    right = sum(
-        ((value > threshold) == above) == label
-        for label, value in zip(labels[half:], values[half:], strict=True)
-    )
-    trials = len(labels) - half
-    error = SIGMAS * math.sqrt(0.25 / trials) if trials else 1.0
-    return Distinguished(right / trials if trials else 0.5, trials, error)
+def distinguish(batches: Iterable[Batch]) -> Distinguished:
+    """How well a threshold tells the label of a value; no more batches are taken than it needs."""
+    found = Distinguished()
+    rule: tuple[float, bool] | None = None
+    for labels, values in batches:
+        if rule is not None:
+            threshold, above = rule
+            right = sum(
+                ((value > threshold) == above) == label
+                for label, value in zip(labels, values, strict=True)
+            )
+            found = Distinguished(found.right + right, found.trials + len(labels))
+            if found.leaks or found.tells_nothing:
+                break
+        # From the newest: what else the machine does changes.
+        rule = _learn(labels, values)
+    return found
 
 
 def _learn(labels: Sequence[bool], values: Sequence[float]) -> tuple[float, bool]:
