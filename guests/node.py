@@ -117,6 +117,7 @@ class Node:
         self.fenced_because: str | None = None
         self.refused_because: str | None = None
         self.recovered_nodes = 0
+        self._headless_messages = 0
         self.orphan_scanner = OrphanScanner(spec.orphan_scan_ns, random_bytes)
         self.fs: Ocfs2 | None = None
         self._left = False
@@ -297,6 +298,18 @@ class Node:
             self.locks.manager.deliver(node, message)
         elif whose == RANGES and self.fenced_because is None:
             self.range_queries.deliver(node, message)
+        elif whose not in (LOCKS, RANGES):
+            self._headless_messages += 1
+
+    @property
+    def malformed_messages(self) -> int:
+        """What other nodes have sent that was no message; it was dropped."""
+        return (
+            self._headless_messages
+            + self.cluster.membership.malformed
+            + self.locks.manager.links.malformed
+            + self.range_queries.malformed
+        )
 
     def _up(self, node: int) -> None:
         self.cluster.peer_up(node)

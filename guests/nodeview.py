@@ -29,7 +29,7 @@ KINDS: Final = {
 
 
 def node_status(node: Node, now_ns: int) -> dict[str, Any]:
-    """Number, slot, view, heartbeat and what it masters."""
+    """Number, slot, view, heartbeat, what it masters, and messages that it did not take."""
     fence = node.cluster.fence
     written_ns = fence.lease_end_ns - node.spec.timing.write_timeout_ns
     return {
@@ -43,6 +43,8 @@ def node_status(node: Node, now_ns: int) -> dict[str, Any]:
         "locks_held": len(node.locks.manager.locks),
         "nodes_recovered": node.recovered_nodes,
         "orphans_freed": node.orphan_scanner.freed,
+        "messages_malformed": node.malformed_messages,
+        "messages_refused": node.locks.manager.refused,
         "fenced": node.fenced_because,
     }
 

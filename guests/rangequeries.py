@@ -49,6 +49,8 @@ class RangeQueries:
         """`wait` delivers what has come, or waits a little for it; it may raise to end a wait."""
         self.own: Callable[[int, int], Sequence[RangeLock]] = _none
         """What this node has locked of a file: inode block, generation."""
+        self.malformed = 0
+        """Messages that were none."""
         self._node = node
         self._send = send
         self._members = members
@@ -92,6 +94,7 @@ class RangeQueries:
             else:
                 self._answered(node, untrusted_message)
         except (struct.error, ValueError) as reason:
+            self.malformed += 1
             log.warning("event=bad-range-message from=%s why=%s", self._label(node), reason)
 
     def _answered(self, node: int, untrusted_message: bytes) -> None:

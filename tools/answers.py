@@ -27,6 +27,8 @@ _NODE: Final = {
     "epoch": int,
     "heartbeat_age_seconds": (float, None),
     "resources_mastered": int,
+    "messages_malformed": int,
+    "messages_refused": int,
 }
 _COUNTERS: Final = {
     **dict.fromkeys(

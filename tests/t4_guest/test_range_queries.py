@@ -120,3 +120,4 @@ def test_nonsense_is_no_answer(message: bytes, expect_warning: Callable[[str], N
     network.locked[1] = [RangeLock(5, 6, False, 1)]
     network.on_turn = lambda: network.nodes[0].deliver(1, message)
     assert network.nodes[0].ask(FILE, {1}) == [RangeLock(5, 6, False, 1, 1)]
+    assert (network.nodes[0].malformed > 0, network.nodes[1].malformed) == (True, 0)

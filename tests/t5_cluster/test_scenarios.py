@@ -77,6 +77,16 @@ def test_stale_pages_are_refused_for_their_tokens(cache: Path) -> None:
     assert outcome.tally.victim_checks == 16
 
 
+def test_messages_that_are_none_are_counted_by_who_gets_them(cache: Path) -> None:
+    """By the victim and not by the attacker, and the victim reads its files on."""
+    outcome = played("lock-messages", cache, defence=True)
+    tally = outcome.tally
+    assert outcome.verdict == "held", (tally, outcome.events)
+    assert tally.attempts == 600
+    assert 300 < tally.caught <= 600
+    assert tally.victim_checks > 0
+
+
 @pytest.mark.skipif(bool(missing_here()), reason="a jail that lacks something holds less")
 @pytest.mark.parametrize("defence", [False, True])
 def test_a_spy_without_and_in_its_jail(cache: Path, defence: bool) -> None:

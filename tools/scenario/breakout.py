@@ -110,14 +110,26 @@ def _lock_messages(stage: Stage) -> None:
     with stage.cluster(*cast, grants=volume.grants()) as world:
         # Who sends rubbish may be cut off by the others, and then ends by itself.
         world.expendable.add("mallory")
+        before = _messages_dropped(world)
         world.begin("alpha", "read_all", **volume.reading(3))
         report = world.play("mallory", messages=600)
         stage.tally.attempts += report.get("attempts", 0)
         stage.say(f"mallory: {report.get('attempts', 0)} messages that are none")
         world.finish("alpha")
+        malformed, refused = (
+            after - so_far for so_far, after in zip(before, _messages_dropped(world), strict=True)
+        )
+        stage.say(f"alpha: dropped {malformed} that were no message, {refused} that made no sense")
+        stage.tally.caught += malformed + refused
         world.count_files("alpha")
         if "alpha" not in world.cluster.alive:
             stage.tally.succeeded += 1
+
+
+def _messages_dropped(world: World) -> tuple[int, int]:
+    """Of what came to alpha from other nodes: no message at all, and refused for what it says."""
+    node = (world.status("alpha") or {}).get("node") or {}
+    return node.get("messages_malformed", 0), node.get("messages_refused", 0)
 
 
 def _forged_disk(stage: Stage) -> None:
@@ -255,7 +267,6 @@ SCENARIOS: Final = (
         None,
         "Nodes trust each other's messages to mean what they say, and not to be messages at all.",
         _lock_messages,
-        must_catch=False,
     ),
     Scenario(
         "forged-disk",
