@@ -36,7 +36,7 @@ from collections.abc import Callable, Mapping
 from fs.cluster.agreement import Attempt
 from fs.cluster.messages import MAX_ROUND, Kind, Message, decode
 from fs.cluster.participant import Participant
-from fs.cluster.view import Ballot, View, make_view
+from fs.cluster.view import MAX_EPOCH, Ballot, View, make_view
 
 
 class Membership(Participant):
@@ -166,6 +166,9 @@ class Membership(Participant):
         return True
 
     def _propose(self, wanted: View, participants: dict[int, int], *, bootstrap: bool) -> None:
+        if wanted.epoch > MAX_EPOCH:
+            # Somebody lied about the last one; the views end here, and the nodes go on.
+            return
         promised = self._voter.promised
         rounds = [self._round, promised.round if promised.epoch == wanted.epoch else 0]
         self._round = (max(rounds) + 1) % MAX_ROUND

@@ -23,7 +23,7 @@ from typing import Final
 
 from fs.cluster.config import MAX_NODES, TIMING_BYTES, Timing
 from fs.cluster.region import bitmap, bits
-from fs.cluster.view import NO_BALLOT, Ballot, View
+from fs.cluster.view import MAX_EPOCH, NO_BALLOT, Ballot, View
 
 MAGIC: Final = 0x6D76
 VERSION: Final = 1
@@ -156,13 +156,12 @@ def _decode_body(kind: Kind, generation: int, reader: _Reader) -> Message:
     if kind is Kind.ACCEPTED:
         return Message(kind, generation, ballot=reader.ballot())
     if kind is Kind.NACK:
-        (epoch,) = reader.take(_EPOCH)
+        epoch = reader.epoch()
         return Message(kind, generation, epoch=epoch, ballot=reader.ballot())
     if kind is Kind.VIEW:
         return Message(kind, generation, view=reader.view())
     if kind is Kind.INSTALLED:
-        (epoch,) = reader.take(_EPOCH)
-        return Message(kind, generation, epoch=epoch)
+        return Message(kind, generation, epoch=reader.epoch())
     return Message(kind, generation)
 
 
@@ -191,17 +190,28 @@ class _Reader:
             raise ValueError(f"a flag of {value}")
         return value == 1
 
+    def epoch(self) -> int:
+        (epoch,) = self.take(_EPOCH)
+        if epoch > MAX_EPOCH:
+            raise ValueError(f"epoch {epoch}")
+        return epoch
+
     def ballot(self) -> Ballot:
         epoch, number, node = self.take(_BALLOT)
-        if number >= MAX_ROUND or node >= MAX_NODES:
-            raise ValueError(f"round {number} of node {node}")
+        if epoch > MAX_EPOCH or number >= MAX_ROUND or node >= MAX_NODES:
+            raise ValueError(f"epoch {epoch}, round {number} of node {node}")
         return Ballot(epoch, number, node)
 
     def view(self) -> View:
         epoch, count = self.take(_VIEW)
         members = [self.take(_MEMBER) for _ in range(count)]
         nodes = [node for node, _ in members]
-        if not members or epoch == 0 or nodes != sorted(set(nodes)) or nodes[-1] >= MAX_NODES:
+        if (
+            not members
+            or not 0 < epoch <= MAX_EPOCH
+            or nodes != sorted(set(nodes))
+            or nodes[-1] >= MAX_NODES
+        ):
             raise ValueError(f"a view of epoch {epoch} with the nodes {nodes}")
         if any(generation == 0 for _, generation in members):
             raise ValueError("a member without a generation")

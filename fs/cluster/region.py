@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from fs.cluster.config import MAX_NODES
+from fs.cluster.view import MAX_EPOCH
 from fs.errors import error
 
 SECTOR_BYTES: Final = 512
@@ -98,7 +99,8 @@ def encode(beat: Beat) -> bytes:
 
 
 def decode(untrusted_sector: bytes) -> Beat | None:
-    """The beat in a sector; None when its checksum is wrong (torn, or never a heartbeat)."""
+    """The beat in a sector; None when its checksum is wrong (torn, or never a heartbeat), or when
+    its epoch can't be."""
     seq, node, found, generation, dead_ms, magic, epoch, members = _BLOCK.unpack_from(
         untrusted_sector
     )
@@ -106,6 +108,8 @@ def decode(untrusted_sector: bytes) -> Beat | None:
         return None
     if magic != MAGIC:
         return Beat(seq, node, generation, dead_ms)
+    if epoch > MAX_EPOCH:
+        return None
     return Beat(seq, node, generation, dead_ms, epoch, bits(members))
 
 

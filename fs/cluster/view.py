@@ -15,6 +15,9 @@ class Ballot(NamedTuple):
     node: int
 
 
+MAX_EPOCH: Final = (1 << 31) - 1
+"""The lock manager's tokens have room for no more (`fs.dlm.recovery`); one a second lasts 68 years,
+so a higher one is a lie."""
 NO_BALLOT: Final = Ballot(0, 0, 0)
 """Below every real ballot: epochs begin at 1."""
 

@@ -10,10 +10,10 @@ import pytest
 
 from fs.block.shared import SharedDevice
 from fs.cluster.agreement import Voter
-from fs.cluster.messages import Kind, decode
+from fs.cluster.messages import Kind, Message, decode, encode
 from fs.cluster.node import ClusterNode
 from fs.cluster.region import Region
-from fs.cluster.view import Ballot, View
+from fs.cluster.view import MAX_EPOCH, Ballot, View, make_view
 from tests.t3_fs.cluster.world import MS, STEP_NS, TIMING, Guest, World
 
 DEAD_NS = TIMING.dead_ns
@@ -408,3 +408,21 @@ def test_a_view_knows_its_members() -> None:
     view = View(3, ((1, 10), (4, 40)))
     assert view.members == {1, 4}
     assert (view.generation(4), view.generation(2)) == (40, None)
+
+
+def test_a_lie_about_the_epoch_stops_views_and_not_nodes() -> None:
+    """There is no epoch behind the last one; whoever dies then stays a member."""
+    world = World(1, 3)
+    for node in range(2):
+        world.start(node)
+    world.run(1000 * MS)
+    members = {n: world.guests[n].node.membership.generation for n in range(2)}
+    seen: list[int] = []
+    # The world would see at once that epochs were left out.
+    world.installed = lambda _guest, view, _dead: seen.append(view.epoch)  # type: ignore[method-assign]
+    lie = Message(Kind.VIEW, members[1], view=make_view(MAX_EPOCH, members))
+    world.guests[0].node.membership.deliver(1, encode(lie))
+    world.kill(1)
+    world.run(4 * DEAD_NS)
+    assert world.guests[0].running
+    assert seen == [MAX_EPOCH]

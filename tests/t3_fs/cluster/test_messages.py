@@ -8,7 +8,7 @@ import pytest
 
 from fs.cluster.config import Timing
 from fs.cluster.messages import MAX_MESSAGE_BYTES, Kind, Message, decode, encode
-from fs.cluster.view import Ballot, make_view
+from fs.cluster.view import MAX_EPOCH, Ballot, make_view
 
 VIEW = make_view(7, {0: 5, 3: (1 << 64) - 1, 254: 1}, frozenset({1}), frozenset({2}))
 BALLOT = Ballot(7, 3, 254)
@@ -91,3 +91,21 @@ def test_impossible_views_are_refused(members: list[tuple[int, int]]) -> None:
     data = head + (7).to_bytes(8, "little") + bytes([len(members)]) + body + maps
     with pytest.raises(ValueError, match=r"view|member|node"):
         decode(data)
+
+
+def test_the_last_epoch_and_none_behind_it() -> None:
+    """A node that believed in a later one could not say what comes next."""
+    for epoch in (MAX_EPOCH, MAX_EPOCH + 1, (1 << 64) - 1):
+        ballot = Ballot(epoch, 1, 0)
+        for message in (
+            Message(Kind.PREPARE, 1, ballot=ballot),
+            Message(Kind.VIEW, 1, view=make_view(epoch, {0: 1})),
+            Message(Kind.NACK, 1, ballot=BALLOT, epoch=epoch),
+            Message(Kind.INSTALLED, 1, epoch=epoch),
+        ):
+            data = encode(message)
+            if epoch == MAX_EPOCH:
+                assert decode(data) == message
+            else:
+                with pytest.raises(ValueError, match="epoch"):
+                    decode(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import struct
 import subprocess
@@ -20,6 +21,7 @@ from fs.cluster.region import (
     decode,
     encode,
 )
+from fs.cluster.view import MAX_EPOCH
 from tests.support.tools import need_tool
 
 FEATURES_OFF = (
@@ -160,3 +162,10 @@ def test_debugfs_ocfs2_reads_what_we_write(tmp_path: Path) -> None:
         ]
         for beat in beats
     ]  # fmt: skip
+
+
+def test_a_beat_with_an_epoch_that_cannot_be_is_none() -> None:
+    """Who started after it would have to go on from there."""
+    beat = Beat(1, 2, 3, 4, MAX_EPOCH, frozenset({2}))
+    assert decode(encode(beat)) == beat
+    assert decode(encode(dataclasses.replace(beat, epoch=MAX_EPOCH + 1))) is None
