@@ -54,7 +54,7 @@ from fs.dlm.messages import (
     Value,
 )
 from fs.dlm.modes import Mode
-from fs.dlm.recovery import EPOCH_MAX, Rebuild, lift_limit, master_of
+from fs.dlm.recovery import EPOCH_MAX, Rebuild, lift_limit, master_of, token_limit
 from fs.dlm.resource import Post, Resource
 from fs.dlm.transport import LockTransport
 from fs.errors import error
@@ -277,6 +277,10 @@ class LockManager:
     # The inside.
 
     def _handle(self, from_node: int, message: Message) -> None:
+        if _newest_token(message) >= token_limit(self.epoch):
+            # A lie: adopted, it would grow beyond what a message can carry.
+            self.refused += 1
+            return
         match message:
             case Claim() | Record() | Done():
                 if self._rebuild is None or (
@@ -399,3 +403,12 @@ class LockManager:
         finally:
             self._draining = False
         self.links.acknowledge()
+
+
+def _newest_token(message: Message) -> int:
+    match message:
+        case Grant() | Lifted() | Record() | Claim():
+            return message.token
+        case Done():
+            return message.highest_token
+    return 0

@@ -59,7 +59,8 @@ from fs.dlm.modes import Mode
 from fs.dlm.resource import FIRST_VALUE, Post, Resource
 
 EPOCH_SHIFT = 32
-EPOCH_MAX = (1 << 32) - 1
+EPOCH_MAX = (1 << 31) - 1
+"""The tokens of a higher one would not be below `TOKEN_MAX`."""
 GRAVES_MAX = 64
 LIFT_ROOM = 1 << 31
 """EX grants that are left to a resource in this epoch, however far it was lifted."""
@@ -74,6 +75,11 @@ def lift_limit(epoch: int) -> int:
     wishes are below, unless one epoch sees 2**31 grants.
     """
     return min((epoch << EPOCH_SHIFT) + LIFT_ROOM, TOKEN_MAX)
+
+
+def token_limit(epoch: int) -> int:
+    """All tokens are below this in `epoch`, unless one epoch sees 2**31 grants."""
+    return (epoch + 1) << EPOCH_SHIFT
 
 
 def master_of(name: bytes, members: Iterable[int]) -> int:

@@ -254,6 +254,7 @@ def test_a_bound_that_is_too_wide_is_found_out(monkeypatch: pytest.MonkeyPatch) 
     """The test of the test: with it a node that nobody believes any more gets its page in."""
     monkeypatch.setattr("fs.dlm.master.lift_limit", lambda epoch: 1 << 63)
     monkeypatch.setattr("fs.dlm.manager.lift_limit", lambda epoch: 1 << 63)
+    monkeypatch.setattr("fs.dlm.manager.token_limit", lambda epoch: 1 << 64)
     with pytest.raises(AssertionError, match="read "):
         _lives()
 

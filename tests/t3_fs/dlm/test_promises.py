@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from fs.dlm.messages import VALUE_BYTES, Flag, Reason
+from fs.dlm.codec import encode, encode_frame
+from fs.dlm.messages import TOKEN_MAX, VALUE_BYTES, Flag, Message, Reason, Record
 from fs.dlm.modes import Mode, compatible, highest_beside
 from fs.dlm.recovery import master_of
 from fs.dlm.twin import Faults, Link
@@ -404,3 +405,23 @@ def test_more_messages_than_a_window_holds_arrive_in_bad_weather() -> None:
     granted = [event[1] for event in cluster.nodes[0].take_events() if event[0] == "granted"]
     assert sorted(granted) == sorted(names)  # type: ignore[type-var]
     assert cluster.nodes[0].manager.links.retransmitted
+
+
+def test_a_token_that_cannot_be_is_no_token(cluster: Cluster) -> None:
+    """A master that believed in it would give out one that no message can carry."""
+    name = next(
+        name for name in (b"%d" % n for n in range(99)) if master_of(name, range(3)) == 1
+    )  # fmt: skip
+    for number in (1, 2):
+        cluster.nodes[number].manager.set_view(2, frozenset(range(3)))
+    manager = cluster.nodes[1].manager
+    lie: Message = Record(name, TOKEN_MAX, TOKEN_MAX, None, None, frozenset())
+    manager.deliver(0, encode_frame(2, 1, 0, *encode(lie)))
+    assert manager.refused == 1
+    cluster.nodes[0].manager.links.start(2, range(3))
+    cluster.view(0, 1, 2)
+    cluster.view(0, 1, 2)
+    for node in cluster.nodes.values():
+        node.take_events()
+    hold(cluster, 2, EX, name)
+    assert cluster.nodes[2].manager.token(name) < TOKEN_MAX
