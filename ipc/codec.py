@@ -1,7 +1,9 @@
 """msgpack, for the control socket and for streams; guests' hypercalls never come near it.
 
-Records are maps with string keys.  A frame on a stream socket is a 4-byte little-endian length and
-that many bytes of msgpack, at most `CONTROL_MESSAGE_BYTES_MAX`.
+Records are maps with string keys, and nest at most `DEPTH_MAX` deep: what is asked is named in
+answers and logs, and Python can't write down what nests a thousand deep.  A frame on a stream
+socket is a 4-byte little-endian length and that many bytes of msgpack, at most
+`CONTROL_MESSAGE_BYTES_MAX`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import msgpack
 from ipc.limits import CONTROL_MESSAGE_BYTES_MAX
 
 Record = dict[str, Any]
+
+DEPTH_MAX = 32
 
 _LENGTH = struct.Struct("<I")
 
@@ -37,7 +41,23 @@ def decode(body: bytes) -> Record:
         raise BadRecord(str(error)) from None
     if not isinstance(record, dict):
         raise BadRecord("not a map")
+    if not all(isinstance(key, str) for key in record):
+        raise BadRecord("a key that is no text")
+    _check_depth(record)
     return record
+
+
+def _check_depth(record: Record) -> None:
+    level: list[Any] = [record]
+    for _ in range(DEPTH_MAX):
+        deeper: list[Any] = []
+        for value in level:
+            inside = value.values() if isinstance(value, dict) else value
+            deeper += [one for one in inside if isinstance(one, dict | list)]
+        if not deeper:
+            return
+        level = deeper
+    raise BadRecord(f"more than {DEPTH_MAX} levels")
 
 
 def frame_length(buffer: bytes) -> int | None:

@@ -418,8 +418,12 @@ def test_a_lie_about_the_epoch_stops_views_and_not_nodes() -> None:
     world.run(1000 * MS)
     members = {n: world.guests[n].node.membership.generation for n in range(2)}
     seen: list[int] = []
+
+    def note(guest: Guest, view: View, dead: frozenset[int]) -> None:
+        seen.append(view.epoch)
+
     # The world would see at once that epochs were left out.
-    world.installed = lambda _guest, view, _dead: seen.append(view.epoch)  # type: ignore[method-assign]
+    world.installed = note  # type: ignore[method-assign]
     lie = Message(Kind.VIEW, members[1], view=make_view(MAX_EPOCH, members))
     world.guests[0].node.membership.deliver(1, encode(lie))
     world.kill(1)
