@@ -1,4 +1,4 @@
-"""README.md is run: its shell commands, its cluster file, its Python program."""
+"""README.md and tools/MANUAL.md are run: shell commands, the cluster file, the Python program."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from tests.support.tools import need_tool
 from tools.cli import app
 from tools.topology import PARAMETERS
 
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = {path: path.read_text() for path in (ROOT / "README.md", ROOT / "tools/MANUAL.md")}
+README = "\n".join(DOCUMENTS.values())
+"""All that a user reads."""
 
 
 def _blocks(language: str) -> list[str]:
@@ -67,6 +69,22 @@ def test_commands_of_the_readme_work(folder: Path, number: int) -> None:
 
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    """To a file, and to a heading in it."""
+    links = [
+        (path, *target.partition("#")[::2])
+        for path, text in DOCUMENTS.items()
+        for target in re.findall(r"\]\(([^)]+)\)", text)
+    ]
+
+    assert any(anchor for _, _, anchor in links)
+    for path, target, anchor in links:
+        text = (path.parent / target).read_text()
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        names = {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings}
+        assert not anchor or anchor in names, (path.name, target, anchor)
 
 
 def test_readme_lists_every_exit_code_and_parameter() -> None:

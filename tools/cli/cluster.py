@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 def up(
     file: Annotated[
-        Path | None, typer.Option("-f", "--file", help="Cluster file (TOML); see README.md.")
+        Path | None, typer.Option("-f", "--file", help="Cluster file (TOML); see tools/MANUAL.md.")
     ] = None,
     topo: Annotated[
         str | None,
