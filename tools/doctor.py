@@ -153,7 +153,7 @@ def _jail_files() -> Finding:
     level = landlock.level()
     missing = landlock.missing(level)
     if missing is not None:
-        fix = "guests are jailed without it; --jail strict does not start"
+        fix = "as it says; until then guests are jailed without, and --jail strict does not start"
         return Finding("jail: files", f"no {missing}", "warning", fix)
     later = landlock.second_locks_missing(level)
     less = f", without {', '.join(later)}" if later else ""
@@ -172,7 +172,7 @@ def _jail_users() -> Finding:
     refusal = limits.can_give_ids(IDS_FIRST)
     if refusal is None:
         return Finding("jail: user ids", "one for each guest", "ok")
-    return Finding("jail: user ids", f"no {refusal}", "ok" if os.geteuid() else "warning")
+    return Finding("jail: user ids", f"without {refusal}", "ok" if os.geteuid() else "warning")
 
 
 def _jail_memory() -> Finding:

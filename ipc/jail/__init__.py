@@ -58,6 +58,6 @@ def check_strict(missing: Sequence[str]) -> None:
     if missing:
         raise OperatorError(
             f"jail strict: this machine has no {'; no '.join(missing)}; use jail auto to go on "
-            "without, or another kernel",
+            "without",
             ExitCode.UNAVAILABLE,
         )

@@ -351,7 +351,8 @@ def quarantine(
         f"{name}: {answer['pages']:,} pages in {answer['pools']} shared pools can't be had any more"
     )
     if answer["denied"]:
-        print(f"{name}: {len(answer['denied'])} grants taken back")
+        grants = len(answer["denied"])
+        print(f"{name}: {grants} grant{'s' * (grants != 1)} taken back")
     if answer["persistent_pages"]:
         print(
             f"tmem: {answer['persistent_pages']:,} persistent pages of it in shared pools stay; "
