@@ -12,10 +12,12 @@ import pytest
 
 from guests.adversary import load
 from ipc.errors import ExitCode, OperatorError
+from tools.cli.scenario import list_scenarios
 from tools.interrupts import Interrupts
 from tools.scenario import spying
 from tools.scenario.catalogue import SCENARIOS, find
 from tools.scenario.model import KINDS, Outcome, Part, Scene, Tally, Verdict, exit_code, verdict
+from tools.scenario.play import adversaries, attack
 from tools.scenario.poisoned import last_mismatch
 from tools.scenario.report import markdown, page, write
 from tools.scenario.stage import Stage, World, adversary
@@ -161,6 +163,30 @@ def test_no_trials_tell_nothing(given: list[Batch]) -> None:
     """And don't show that there is nothing to be told, either."""
     found = distinguish(given)
     assert (found.leaks, found.tells_nothing) == (False, False)
+
+
+@pytest.mark.parametrize("noun", ["", "nonsense", "../flood", "flood.run", "a.b", "raw"])
+def test_an_adversary_that_is_not_there(noun: str) -> None:
+    """No module is looked for under a name that somebody typed; what there is is named."""
+    with pytest.raises(OperatorError, match=r"there is no adversary .*churn.*flood"):
+        attack(noun, {}, jail="off", seed=1, interrupts=Interrupts())
+
+
+def test_attacks_on_what_is_not_there_are_named_and_not_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nobody shall take them for attacks that were held."""
+    list_scenarios()
+
+    _, untried = capsys.readouterr().out.split("not tried")
+    assert "migration" in untried
+    assert "flash" in untried
+    assert not any("migration" in one.tries or "flash" in one.tries for one in SCENARIOS.values())
+
+
+def test_every_scenarios_program_can_be_run_by_hand() -> None:
+    """By the name that `tmem scenario list --json` has."""
+    assert {scenario.adversary for scenario in SCENARIOS.values()} <= set(adversaries())
 
 
 class Twins:

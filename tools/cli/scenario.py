@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 def list_scenarios(json: JsonOption = False) -> int:
     """All scenarios: what is tried, and what stops it."""
-    from tools.scenario.catalogue import SCENARIOS
+    from tools.scenario.catalogue import SCENARIOS, UNTRIED
 
     if json:
         print_json(
@@ -53,6 +53,9 @@ def list_scenarios(json: JsonOption = False) -> int:
     else:
         rows = [(one.name, one.kind, one.tries) for one in SCENARIOS.values()]
         print_table(("NAME", "KIND", "THE ATTACKER"), rows)
+        print("not tried, as there is nothing to attack:")
+        for line in UNTRIED:
+            print(f"  {line}")
     return ExitCode.OK
 
 

@@ -19,6 +19,12 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     )
 }
 
+UNTRIED: Final = (
+    "malformed migration records: no guest moves to another hypervisor",
+    "poison in a flash file: pages lie in memory only (bit-rot, arena-file)",
+)
+"""Attacks on what tmem does not have."""
+
 
 def find(name: str) -> Scenario:
     """A scenario; OperatorError if there is none of this name."""

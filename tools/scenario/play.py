@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
+import pkgutil
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import guests.adversaries
 from ipc.codec import Record
 from ipc.errors import Disconnected, ExitCode, OperatorError
 from ipc.jail import Mode
@@ -46,15 +47,20 @@ def play(
     return Outcome(scenario, defence, seed, seconds, stage.tally, stage.events, stage.scenes)
 
 
+def adversaries() -> list[str]:
+    """What can be run by hand; `raw` is what they have in common."""
+    found = pkgutil.iter_modules(guests.adversaries.__path__)
+    return sorted({module.name for module in found} - {"raw"})
+
+
 def attack(
     noun: str, parameters: Record, *, jail: Mode, seed: int, interrupts: Interrupts
 ) -> tuple[Record, list[str]]:
     """Run one adversary by hand, in a guest of a cluster that has no other; its report, and what
     went wrong."""
-    if importlib.util.find_spec(adversary(noun)) is None:
+    if noun not in adversaries():
         raise OperatorError(
-            f"there is no adversary {noun!r}; 'tmem scenario list --json' names them",
-            ExitCode.USAGE,
+            f"there is no adversary {noun!r}; there are {', '.join(adversaries())}", ExitCode.USAGE
         )
     folder = Path(tempfile.mkdtemp(prefix="tmem-scn-"))
     stage = Stage(folder, folder / "cache", True, seed, interrupts)
