@@ -14,20 +14,28 @@ whom it reclaims, so nobody "invoked" the killer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
 
-from guests.anonymous import AnonymousMemory
+from guests.anonymous import AnonymousMemory, PageTable
 from ipc.abi import PAGE_BYTES
-
-if TYPE_CHECKING:
-    from guests.process import Process
 
 TASKS_SHOWN: Final = 100
 """Those that have most."""
 
 
-def report(memory: AnonymousMemory, tasks: list[Process], victim: Process) -> Iterator[str]:
+class Task(NamedTuple):
+    """A row of the table."""
+
+    pid: int
+    name: str
+    pages: int
+    """Of its address space."""
+    table: PageTable
+    oom_score_adj: int
+
+
+def report(memory: AnonymousMemory, tasks: Sequence[Task], victim: Task) -> Iterator[str]:
     """All lines but the last, which tells of the kill."""
     swap, kib = memory.swap, PAGE_BYTES // 1024
     yield "out of memory: " + " ".join(f"{name}:{n}" for name, n in memory.usage().items())
@@ -39,7 +47,7 @@ def report(memory: AnonymousMemory, tasks: list[Process], victim: Process) -> It
     for one in sorted(largest[:TASKS_SHOWN], key=lambda one: one.pid):
         table = one.table
         yield (
-            f"[{one.pid:7}] {0:5} {one.pid:5} {one.maps.pages:8} {table.resident_pages:8} "
+            f"[{one.pid:7}] {0:5} {one.pid:5} {one.pages:8} {table.resident_pages:8} "
             f"{table.bytes:8} {table.swapped_pages:8}         {one.oom_score_adj:5} {one.name}"
         )
     if len(tasks) > TASKS_SHOWN:

@@ -28,7 +28,7 @@ from typing import Final, NamedTuple, TypeVar
 from fs.block.device import Bytes
 from fs.errors import error
 from guests.anonymous import AnonymousMemory, PageTable
-from guests.oom import report
+from guests.oom import Task, report
 from ipc.abi import PAGE_BYTES
 
 log = logging.getLogger(__name__)
@@ -225,6 +225,11 @@ class Process:
         points += self.table.bytes // PAGE_BYTES
         return points + self.oom_score_adj * total_pages // 1000
 
+    @property
+    def task(self) -> Task:
+        """For the report of the out-of-memory killer."""
+        return Task(self.pid, self.name, self.maps.pages, self.table, self.oom_score_adj)
+
 
 class Processes:
     """All programs of a guest; the out-of-memory killer."""
@@ -287,7 +292,7 @@ class Processes:
         if worst is None or not worst.table.resident_pages + worst.table.swapped_pages:
             return False
         self.oom_kills += 1
-        for line in report(self.memory, list(self), worst):
+        for line in report(self.memory, [one.task for one in self], worst.task):
             log.info("oom %s", line)
         self.kill(worst, "Out of memory")
         return True
