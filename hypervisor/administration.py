@@ -19,6 +19,7 @@
                                        shared pools until now; their memory comes back in slices
     quarantined                        what of that is done
     reseed                             draw another seed for the hash that finds equal pages
+    rotated what, guest or volume      nothing: a token or key is new, which the audit log shall say
 
 A record is answered by a record; what can't be done by {"error": text}.  One answer does a bounded
 amount of work: `flush` does a slice and says whether there is `more`.
@@ -91,6 +92,7 @@ class Administration:
             "quarantine": self._quarantine,
             "quarantined": lambda _record: self._quarantined(),
             "reseed": lambda _record: self._reseed(),
+            "rotated": self._rotated,
         }
 
     @property
@@ -354,6 +356,11 @@ class Administration:
         seed = int.from_bytes(self._random_bytes(8), "little")
         self._machine.store.contents.shared.reseed(seed)
         return {"reseeded": True}
+
+    def _rotated(self, record: Record) -> Record:
+        if record.get("what") not in ("token", "key"):
+            raise OperatorError(f"what: token or key, not {record.get('what')!r}")
+        return {"noted": True}
 
     def _destroy(self, record: Record) -> Record:
         client = self._guest(record.get("guest"))

@@ -56,6 +56,7 @@ _AUDITED: Final = frozenset(
         "freeze",
         "quarantine",
         "reseed",
+        "rotated",
         "schedule",
         "set",
         "thaw",

@@ -23,6 +23,7 @@ Whoever has only the old secret
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 from typing import Final
@@ -57,6 +58,7 @@ def rotate_token(directory: ClusterDirectory, record: ClusterRecord, name: str) 
     except OperatorError:
         roster.write_bytes(before)
         raise
+    _note(directory, {"what": "token", "guest": name})
 
 
 def rotate_key(directory: ClusterDirectory, record: ClusterRecord, volume: str) -> list[str]:
@@ -75,6 +77,7 @@ def rotate_key(directory: ClusterDirectory, record: ClusterRecord, volume: str) 
             _tell(directory, name, {"key": key})
         except OperatorError as error:
             silent.append(str(error))
+    _note(directory, {"what": "key", "volume": volume})
     if silent:
         why = "; ".join(silent)
         raise OperatorError(
@@ -122,3 +125,10 @@ def _tell(directory: ClusterDirectory, name: str, secret: Record) -> None:
         raise OperatorError(f"{name} does not answer: {error}", ExitCode.UNAVAILABLE) from None
     if "error" in answer:
         raise OperatorError(f"{name}: {answer['error']}", ExitCode.UNAVAILABLE)
+
+
+def _note(directory: ClusterDirectory, change: Record) -> None:
+    """Have the audit log say that there is a new secret, and nothing of the secret.  Its keeper may
+    be dead, and then the change holds all the same."""
+    with contextlib.suppress(Disconnected):
+        ask(directory.hypervisor_socket, {"verb": "rotated", **change})

@@ -253,8 +253,15 @@ def test_secrets_lie_nowhere_and_can_be_drawn_anew(
         for path in readable_by_others(live.path)
         if not Path(live.path, path).is_relative_to(images)
     } == set()
-    told = live.audit("--event", "reseed")
-    assert [event["guest"] for event in told] == ["administrator"]
+    told = live.audit("--event", "reseed", "--event", "rotated")
+    assert {event["guest"] for event in told} == {"administrator"}
+    changed = [(event["event"], event.get("about"), event["detail"]) for event in told]
+    assert sorted(changed, key=str) == [
+        ("reseed", None, "{}"),
+        ("rotated", "blue", "{'what': 'token'}"),
+        ("rotated", "red", "{'what': 'token'}"),
+        ("rotated", None, "{'what': 'key', 'volume': 'data'}"),
+    ]
 
     _refused_rotations(live)
 
