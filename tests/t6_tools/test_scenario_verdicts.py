@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import random
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tools.scenario.model import KINDS, Outcome, Part, Scene, Tally, Verdict, ex
 from tools.scenario.play import adversaries, attack
 from tools.scenario.poisoned import last_mismatch
 from tools.scenario.report import markdown, page, write
+from tools.scenario.screen import screen
 from tools.scenario.stage import Stage, World, adversary
 from tools.scenario.timing import Batch, Distinguished, distinguish
 
@@ -249,6 +251,30 @@ def outcome(*, served: int) -> Outcome:
     tally = Tally(attempts=9, succeeded=served, caught=2, victim_checks=59)
     events = ["mallory put <b>bold</b> bytes"]
     return Outcome(SCENARIOS["poisoned-cluster"], True, 5, 1.0, tally, events, scenes)
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is one."""
+
+    def isatty(self) -> bool:
+        """As asked by `screen` and by rich."""
+        return True
+
+
+def test_on_a_terminal_what_is_said_in_the_end_stands_below_the_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While a table is live, whatever is printed appears above it."""
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    with screen(terminal) as shown:
+        for scene in outcome(served=4).scenes[:3]:
+            shown.watch(scene)
+        shown.end()
+        print("verdict: broken")
+
+    assert "mallory" in terminal.getvalue()
+    assert terminal.getvalue().endswith("verdict: broken\n")
 
 
 def test_a_report_has_a_timeline_and_nothing_of_a_guest_in_it_is_markup(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +15,7 @@ from ipc.errors import ExitCode, OperatorError
 from tools.cli.common import JsonOption, print_json, print_table
 
 if TYPE_CHECKING:
-    from tools.scenario.model import Outcome, Scenario, Scene
+    from tools.scenario.model import Outcome, Scenario
 
 _WIDTH = 96
 
@@ -83,6 +82,7 @@ def run(
     from tools.scenario.catalogue import SCENARIOS, find
     from tools.scenario.model import exit_code
     from tools.scenario.play import play_all
+    from tools.scenario.screen import screen
 
     if defence not in ("on", "off"):
         raise OperatorError(f"--defence {defence}: say on or off", ExitCode.USAGE)
@@ -98,7 +98,7 @@ def run(
             print(f"  {line}", file=sys.stderr if json else sys.stdout, flush=True)
 
     outcomes = []
-    with Interrupts() as interrupts, _watching(hidden=json or explain) as watch:
+    with Interrupts() as interrupts, screen(sys.stdout) as shown:
         for outcome in play_all(
             chosen,
             defence=is_on,
@@ -106,8 +106,9 @@ def run(
             interrupts=interrupts,
             announce=announce,
             tell=tell,
-            watch=watch,
+            watch=(lambda _scene: None) if json or explain else shown.watch,
         ):
+            shown.end()
             outcomes.append(outcome)
             if not json:
                 _print(outcome, explain=explain)
@@ -159,17 +160,6 @@ def _parameter(text: str) -> tuple[str, int | float | str]:
         with contextlib.suppress(ValueError):
             return key, kind(value)
     return key, value
-
-
-@contextlib.contextmanager
-def _watching(*, hidden: bool) -> Iterator[Callable[[Scene], None]]:
-    from tools.scenario.screen import screen
-
-    if hidden:
-        yield lambda _scene: None
-        return
-    with screen(sys.stdout) as shown:
-        yield shown.watch
 
 
 def _report(outcome: Outcome, out: Path | None, *, quiet: bool) -> None:

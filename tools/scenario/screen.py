@@ -43,6 +43,9 @@ class LineScreen:
         self._next_at_seconds = scene.at_seconds + _LINE_SECONDS
         print(f"    {line(scene)}", file=self._stream, flush=True)
 
+    def end(self) -> None:
+        """Whatever is printed comes after the last line anyway."""
+
 
 def line(scene: Scene) -> str:
     """A scene in one line."""
@@ -63,7 +66,12 @@ class LiveScreen:
 
     def watch(self, scene: Scene) -> None:
         """Show how things stand."""
+        self._live.start()
         self._live.update(picture(scene), refresh=True)
+
+    def end(self) -> None:
+        """The table stays as it is, and what is printed comes below it."""
+        self._live.stop()
 
 
 def picture(scene: Scene) -> Group:
@@ -99,5 +107,8 @@ def screen(stream: TextIO) -> Iterator[LineScreen | LiveScreen]:
     if not stream.isatty():
         yield LineScreen(stream)
         return
-    with Live(console=Console(file=stream), auto_refresh=False, transient=False) as live:
-        yield LiveScreen(live)
+    shown = LiveScreen(Live(console=Console(file=stream), auto_refresh=False))
+    try:
+        yield shown
+    finally:
+        shown.end()
