@@ -50,7 +50,7 @@ bench: setup  ## Measure everything: peers in C, Redis, memcached, lmdb; options
 	    echo; echo "tools.bench.$$part"; $(BIN)/python -m tools.bench.$$part || exit; \
 	done
 
-fuzz: setup  ## Feed arbitrary bytes to the parser and the machine for TIME=60 seconds
+fuzz: setup  ## Feed arbitrary bytes to all that reads what others write for TIME=60 seconds
 	$(BIN)/python -m tests.fuzz --seconds $(TIME)
 
 model: setup  ## Run random histories against the oracle for STEPS=1000000 steps (SEED=n)

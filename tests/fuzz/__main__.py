@@ -1,11 +1,13 @@
 """Coverage-guided fuzzing with atheris.
 
     python -m tests.fuzz [TARGET] --seconds 60 [--corpus DIR]
-    python -m tests.fuzz TARGET --replay FILE
+    python -m tests.fuzz TARGET --replay FILE|ID
+    python -m tests.fuzz [TARGET] --keep
 
-Without a target (`targets`) all run, each for its part of the time.  The corpus is kept and taken
-up again; an input that finds something is written beside it, and the last lines say how to replay
-it.
+Without a target (`targets`) all run, each for its part of the time.  What is found on the way stays
+in DIR and is taken up again, together with the inputs that the repository keeps (`corpus`), which
+`--keep` chooses anew.  An input that finds something is written to DIR/findings, and the last lines
+say how to replay it; ID is that of a kept input.
 """
 
 from __future__ import annotations
@@ -17,16 +19,17 @@ import sys
 from pathlib import Path
 
 from ipc.errors import ExitCode
+from tests.fuzz import corpus
 from tests.fuzz.targets import LENGTH_MAX, TARGETS
 
 _RUNS = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
 
 
-def explore(target: str, seconds: int, corpus: Path) -> bool:
+def explore(target: str, seconds: int, directory: Path) -> bool:
     """Fuzz one target; whether nothing was found."""
-    inputs = corpus / target
-    findings = corpus / "findings"
-    inputs.mkdir(parents=True, exist_ok=True)
+    inputs = directory / target
+    findings = directory / "findings"
+    corpus.unpack(target, inputs)
     findings.mkdir(exist_ok=True)
     known = set(findings.iterdir())
     arguments = [
@@ -35,6 +38,8 @@ def explore(target: str, seconds: int, corpus: Path) -> bool:
         f"-artifact_prefix={findings}/{target}-",
         "-print_final_stats=1",
         "-timeout=20",
+        # Steps are what counts, and a slow target would wait for long inputs for ever.
+        "-len_control=0",
         str(inputs),
     ]
     command = [sys.executable, "-m", "tests.fuzz.explore", target, *arguments]
@@ -53,22 +58,41 @@ def explore(target: str, seconds: int, corpus: Path) -> bool:
     return False
 
 
+def keep(target: str, directory: Path) -> None:
+    """Keep in the repository the shortest of all that was found so far."""
+    inputs = directory / target
+    corpus.unpack(target, inputs)
+    found = [path.read_bytes() for path in inputs.iterdir()]
+    print(f"{target}: {corpus.keep(target, found)} of {len(found)} inputs are kept")
+
+
+def replay(target: str, what: str) -> None:
+    """Run one input, in this process."""
+    path = Path(what)
+    TARGETS[target](path.read_bytes() if path.exists() else corpus.find(target, what))
+
+
 def main() -> None:
     """Fuzz, or replay one input with its traceback."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("target", nargs="?", choices=sorted(TARGETS))
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--corpus", type=Path, default=Path(".cache/fuzz"))
-    parser.add_argument("--replay", type=Path, metavar="FILE")
+    parser.add_argument("--replay", metavar="FILE")
+    parser.add_argument("--keep", action="store_true")
     arguments = parser.parse_args()
     if arguments.replay is not None:
         if arguments.target is None:
             parser.error("--replay needs the target that FILE is for")
-        TARGETS[arguments.target](arguments.replay.read_bytes())
+        replay(arguments.target, arguments.replay)
         print("nothing found")
         return
     targets = [arguments.target] if arguments.target else sorted(TARGETS)
     seconds = max(1, arguments.seconds // len(targets))
+    if arguments.keep:
+        for target in targets:
+            keep(target, arguments.corpus)
+        return
     clean = [explore(target, seconds, arguments.corpus) for target in targets]
     if not all(clean):
         sys.exit(ExitCode.VIOLATED)

@@ -9,6 +9,9 @@
            invariant.
 `ring`     the hypervisor's end of rings whose guests write anything anywhere (`rings`).
 `mesh`     one end of a connection between two nodes: frames, handshake and seals (`mesh`).
+`attach`, `control`            what comes through sockets (`doors`).
+`locks`, `cluster`, `ranges`   what members of a cluster send each other (`peers`).
+`ext`, `ocfs2`, `journal`, `swap`   what is on a disk (`disks`).
 """
 
 from __future__ import annotations
@@ -54,7 +57,11 @@ from ipc.errors import GuestFault
 from ipc.limits import WINDOW_SLOTS
 from ipc.window import Window, anonymous_window
 from ipc.wire import decode_batch, decode_reply, decode_request
+from tests.fuzz.disks import fuzz_ext, fuzz_journal, fuzz_ocfs2, fuzz_swap
+from tests.fuzz.doors import fuzz_attach, fuzz_control
 from tests.fuzz.mesh import fuzz_mesh
+from tests.fuzz.peers import fuzz_cluster, fuzz_locks, fuzz_ranges
+from tests.fuzz.reading import Reader, hold
 from tests.fuzz.rings import fuzz_ring
 
 STEPS_MAX: Final = 400
@@ -95,10 +102,6 @@ _VALUES: Final[tuple[object, ...]] = (
 )
 
 
-class Finding(Exception):
-    """Something that must never happen did."""
-
-
 def fuzz_wire(data: bytes) -> None:
     """The first byte chooses the parser."""
     kind, rest = data[:1], data[1:]
@@ -110,55 +113,27 @@ def fuzz_wire(data: bytes) -> None:
                 whole = len(rest) - len(rest) % BATCH_ENTRY_BYTES
                 op = _BATCHES[whole // BATCH_ENTRY_BYTES % len(_BATCHES)]
                 for _, _, slot, flags, oid, _ in decode_batch(rest[:whole], op):
-                    _hold(slot < WINDOW_SLOTS and oid != INVALID_OID, "batch entry out of bounds")
-                    _hold(flags <= _KNOWN_FLAGS[op], "flags of a batch entry")
+                    hold(slot < WINDOW_SLOTS and oid != INVALID_OID, "batch entry out of bounds")
+                    hold(flags <= _KNOWN_FLAGS[op], "flags of a batch entry")
             case 2:
                 decode_hello(rest)
             case 3:
-                _hold(isinstance(decode(rest), dict), "a record is a map")
+                hold(isinstance(decode(rest), dict), "a record is a map")
             case _:
                 frame = split_frame(rest)
-                _hold(frame is None or len(frame[0]) + len(frame[1]) + 4 == len(rest), "frame")
+                hold(frame is None or len(frame[0]) + len(frame[1]) + 4 == len(rest), "frame")
     except GuestFault as fault:
-        _hold(fault.reason >= FIRST_FAULT_REASON, f"a fault for {fault.reason!r}")
+        hold(fault.reason >= FIRST_FAULT_REASON, f"a fault for {fault.reason!r}")
     except (HandshakeError, BadRecord):
         pass
 
 
 def _check_request(request: tuple[int, int, int, int, int, int, bytes, int, int, int]) -> None:
     _, op, flags, count, _, index, _, slot, _, reserved = request
-    _hold(op in _OPS and not reserved, "op or reserved bits")
-    _hold(flags <= _KNOWN_FLAGS.get(op, 0), "flags")
-    _hold(count <= EXTENT_PAGES_MAX and index + count <= 2**32, "extent out of bounds")
-    _hold(slot + count <= WINDOW_SLOTS or op in _BATCHES, "slots out of bounds")
-
-
-def _hold(condition: bool, what: str) -> None:
-    if not condition:
-        raise Finding(what)
-
-
-class Reader:
-    """Takes bytes as numbers; zeros once they have run out."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._at = 0
-
-    @property
-    def left(self) -> int:
-        """Bytes not taken yet."""
-        return len(self._data) - self._at
-
-    def byte(self) -> int:
-        """One byte."""
-        return self.take(1)[0]
-
-    def take(self, count: int) -> bytes:
-        """`count` bytes."""
-        taken = self._data[self._at : self._at + count].ljust(count, b"\0")
-        self._at += count
-        return taken
+    hold(op in _OPS and not reserved, "op or reserved bits")
+    hold(flags <= _KNOWN_FLAGS.get(op, 0), "flags")
+    hold(count <= EXTENT_PAGES_MAX and index + count <= 2**32, "extent out of bounds")
+    hold(slot + count <= WINDOW_SLOTS or op in _BATCHES, "slots out of bounds")
 
 
 def _page(number: int, slot: int) -> bytes:
@@ -204,7 +179,7 @@ class Guest:
         for at in range(0, len(now), PAGE_BYTES):
             page = now[at : at + PAGE_BYTES]
             if page != self.pages[at : at + PAGE_BYTES]:
-                _hold(page in self.legal, "another guest's bytes are in the window")
+                hold(page in self.legal, "another guest's bytes are in the window")
         self.pages = now
 
 
@@ -342,7 +317,7 @@ class World:
             key = _KEYS[self.reader.byte() % len(_KEYS)]
             record[key] = _VALUES[self.reader.byte() % len(_VALUES)]
         answer = self.administration.answer(record)
-        _hold(bool(answer), "no answer")
+        hold(bool(answer), "no answer")
         encode(answer)
 
     def write_table(self, guest: Guest, entry: bytes) -> None:
@@ -373,38 +348,38 @@ class World:
         before = store.sequence, store.frames.free, len(client.members)
         reply = decode_reply(self.machine.execute(client, message, guest.window))
         _check_reply(message, reply)
-        _hold(reply.generation == self.machine.generation, "the generation is another")
+        hold(reply.generation == self.machine.generation, "the generation is another")
         if reply.flags & ReplyFlag.FAULT:
             after = store.sequence, store.frames.free, len(client.members)
-            _hold(before == after, "a faulted call had an effect")
+            hold(before == after, "a faulted call had an effect")
         guest.look()
 
 
 def _check_reply(message: bytes, reply: Reply) -> None:
-    _hold(reply.sequence == int.from_bytes(message[:4], "little"), "another call's sequence")
+    hold(reply.sequence == int.from_bytes(message[:4], "little"), "another call's sequence")
     status, reason = Status(reply.status), Reason(reply.reason)
     fault = reason >= FIRST_FAULT_REASON
     op_byte = message[4] if len(message) > 4 else 0
     known = 0
     if op_byte == Op.NEW_POOL and status is Status.DONE:
         known = ReplyFlag.JOINED | ReplyFlag.READER
-    _hold(
+    hold(
         reply.flags & ~known == (ReplyFlag.FAULT if fault else 0),
         "FAULT does not go with the reason",
     )
     if fault:
-        _hold(status in (Status.EINVAL, Status.ENOSYS), f"a fault with {status!r}")
-        _hold(not reply.map and not reply.value, "a fault with a result")
+        hold(status in (Status.EINVAL, Status.ENOSYS), f"a fault with {status!r}")
+        hold(not reply.map and not reply.value, "a fault with a result")
         return
     _, op, _, count, *_ = REQUEST.unpack(message)
-    _hold(reply.map >> count == 0, "map has bits beyond count")
-    _hold((reason is Reason.NONE) == (status in (Status.DONE, Status.MISS)), "reason and status")
+    hold(reply.map >> count == 0, "map has bits beyond count")
+    hold((reason is Reason.NONE) == (status in (Status.DONE, Status.MISS)), "reason and status")
     whole = reply.map == (1 << count) - 1
-    _hold((reason is Reason.STALE_TOKEN) == (status is Status.ESTALE), "stale by half")
+    hold((reason is Reason.STALE_TOKEN) == (status is Status.ESTALE), "stale by half")
     if status is Status.ESTALE:
-        _hold(op in (Op.PUT_PAGE, Op.PUT_BATCH) and reply.value > 0, "what can be stale")
+        hold(op in (Op.PUT_PAGE, Op.PUT_BATCH) and reply.value > 0, "what can be stale")
     if op in (Op.PUT_PAGE, Op.GET_PAGE, Op.PUT_BATCH, Op.GET_BATCH):
-        _hold((status is Status.DONE) == whole, "DONE and the map disagree")
+        hold((status is Status.DONE) == whole, "DONE and the map disagree")
 
 
 def fuzz_machine(data: bytes) -> None:
@@ -417,5 +392,28 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "machine": fuzz_machine,
     "ring": fuzz_ring,
     "mesh": fuzz_mesh,
+    "attach": fuzz_attach,
+    "control": fuzz_control,
+    "locks": fuzz_locks,
+    "cluster": fuzz_cluster,
+    "ranges": fuzz_ranges,
+    "ext": fuzz_ext,
+    "ocfs2": fuzz_ocfs2,
+    "journal": fuzz_journal,
+    "swap": fuzz_swap,
 }
-LENGTH_MAX: Final = {"wire": 400, "machine": 4000, "ring": 1000, "mesh": 600}
+LENGTH_MAX: Final = {
+    "wire": 400,
+    "machine": 4000,
+    "ring": 1000,
+    "mesh": 600,
+    "attach": 800,
+    "control": 600,
+    "locks": 800,
+    "cluster": 800,
+    "ranges": 400,
+    "ext": 240,
+    "ocfs2": 240,
+    "journal": 240,
+    "swap": 320,
+}

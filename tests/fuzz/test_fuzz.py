@@ -1,9 +1,14 @@
-"""The fuzz targets with a fixed set of inputs; `make fuzz` goes on from where this ends."""
+"""The fuzz targets with a fixed set of inputs; `make fuzz` goes on from where this ends.
+
+An input of the corpus that fails is named by its id: `python -m tests.fuzz TARGET --replay ID`.
+"""
 
 from __future__ import annotations
 
 import hmac
+import logging
 import random
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -11,11 +16,76 @@ from hypothesis import strategies as st
 
 from hypervisor.machine import Machine
 from ipc.abi import REPLY
+from ipc.codec import encode
 from ipc.mesh import frames, handshake
 from ipc.ring import RingPair
+from tests.fuzz import corpus
 from tests.fuzz.mesh import fuzz_mesh
+from tests.fuzz.reading import Finding
 from tests.fuzz.rings import fuzz_ring
-from tests.fuzz.targets import LENGTH_MAX, Finding, fuzz_machine, fuzz_wire
+from tests.fuzz.targets import LENGTH_MAX, TARGETS, fuzz_machine, fuzz_wire
+
+
+@pytest.fixture(autouse=True)
+def no_log() -> Iterator[None]:
+    """What a peer does wrong is told in logs; here that is all that ever happens."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_what_is_kept_is_survived(target: str) -> None:
+    """Inputs that reach all that fuzzing has reached so far."""
+    inputs = corpus.kept(target)
+    assert inputs
+    for data in inputs:
+        try:
+            TARGETS[target](data)
+        except Exception as finding:
+            finding.add_note(f"python -m tests.fuzz {target} --replay {corpus.identity(data)}")
+            raise
+
+
+def test_what_is_kept_is_small_and_there_once() -> None:
+    """A few hundred KiB of text at most."""
+    assert {path.stem for path in corpus.DIRECTORY.iterdir()} == set(TARGETS)
+    for target in TARGETS:
+        inputs = corpus.kept(target)
+        assert len(set(inputs)) == len(inputs)
+        assert max(map(len, inputs)) <= LENGTH_MAX[target]
+        assert (corpus.DIRECTORY / f"{target}.txt").stat().st_size <= corpus.BYTES_MAX
+
+
+@pytest.mark.parametrize(("target", "place", "defect"), [
+    ("attach", "ipc.attach.is_enrolled", lambda *_: True),
+    ("control", "hypervisor.control.encode", lambda record: encode(record)[:-1]),
+    ("locks", "fs.dlm.manager.token_limit", lambda _epoch: 1 << 65),
+    (
+        "cluster",
+        "fs.cluster.participant.Participant._on_view",
+        lambda self, _sender, message: self._install(message.view),
+    ),
+    ("ranges", "guests.rangequeries.END", 1 << 64),
+    ("ext", "fs.ext.super.Superblock._check_geometry", lambda *_: None),
+    ("ocfs2", "fs.ocfs2.dinode.Dinodes._check", lambda *_: None),
+    ("journal", "fs.jbd2.area.Area.is_home", lambda *_: True),
+    ("swap", "guests.swapheader._bad_pages", lambda page, *_: tuple(page[1536:1560])),
+])  # fmt: skip
+def test_a_target_notices_a_check_that_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, target: str, place: str, defect: object
+) -> None:
+    """A target that can't fail would prove nothing."""
+    monkeypatch.setattr(place, defect)
+
+    def campaign() -> None:
+        for data in corpus.kept(target):
+            TARGETS[target](data)
+        for seed in range(100):
+            TARGETS[target](random.Random(seed).randbytes(LENGTH_MAX[target]))
+
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        campaign()
 
 
 @settings(derandomize=True, database=None, max_examples=500, deadline=None)
