@@ -66,10 +66,10 @@ def keep(target: str, directory: Path) -> None:
     print(f"{target}: {corpus.keep(target, found)} of {len(found)} inputs are kept")
 
 
-def replay(target: str, what: str) -> None:
-    """Run one input, in this process."""
+def read_input(target: str, what: str) -> bytes:
+    """A file, or a kept input.  LookupError when there is neither."""
     path = Path(what)
-    TARGETS[target](path.read_bytes() if path.exists() else corpus.find(target, what))
+    return path.read_bytes() if path.exists() else corpus.find(target, what)
 
 
 def main() -> None:
@@ -84,7 +84,11 @@ def main() -> None:
     if arguments.replay is not None:
         if arguments.target is None:
             parser.error("--replay needs the target that FILE is for")
-        replay(arguments.target, arguments.replay)
+        try:
+            data = read_input(arguments.target, arguments.replay)
+        except LookupError as reason:
+            parser.error(f"no file {arguments.replay}, and {reason}")
+        TARGETS[arguments.target](data)
         print("nothing found")
         return
     targets = [arguments.target] if arguments.target else sorted(TARGETS)
