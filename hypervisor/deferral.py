@@ -2,16 +2,18 @@
 there by then.
 
 LZ4 and an entry cost a page some ten times what a copy does, and a page that its guest has back
-before memory gets short was compressed for nothing.  So a guest that compresses puts raw pages as
-long as there is room (`defers`): an eighth of all frames stays free, a quarter for ephemeral
-pages, and its persistent pages fit its allotment as they are.  After that its puts compress, and
-compress pages that were left raw as well (`squeeze_for`), one for two that come: so room gets less
-slowly, if at all.  Where it does run out, what was left raw is compressed before a page is evicted,
-refused, or asked for.  In the end memory holds as many pages as if all had been compressed at once.
+before memory gets short was compressed for nothing.  So a guest that compresses puts persistent
+pages raw as long as there is room (`defers`): an eighth of all frames stays free, and its pages fit
+its allotment as they are.  After that its puts compress, and compress pages that were left raw as
+well (`squeeze_for`), one for two that come: so room gets less slowly, if at all.  Where it does run
+out, what was left raw is compressed before a page is evicted, refused, or asked for.  In the end
+memory holds as many pages as if all had been compressed at once.
+
+Ephemeral pages are compressed at once.  Whoever runs out of room evicts them and does not wait for
+them to be squeezed: left raw, they cost a build 2 to 5 % more reads.
+
 The hand goes round the frames like that of CLOCK, but looks at no use: a page in tmem is used once,
 to go.
-
-Ephemeral pages are not squeezed.  Where room is short their raw ones are the oldest and go first.
 
 A squeezed page has the state word of the raw one, so its age, hints and member stay.  Killed in
 between, a hypervisor finds both, which are the same (arena A2).
@@ -32,8 +34,7 @@ from hypervisor.pools import RAW_COST_BYTES, Member
 from ipc.abi import PAGE_BYTES
 
 KEPT_FREE_SHARE: Final = 8
-"""One frame in so many stays free while persistent pages are left raw."""
-KEPT_FREE_SHARE_EPHEMERAL: Final = 4
+"""One frame in so many stays free while pages are left raw."""
 KEPT_FRAMES_LEAST: Final = 256
 _SPARE_FRAMES: Final = 8
 """To begin with: a page is compressed into other frames than its own."""
@@ -54,12 +55,8 @@ class Deferral(Pages):
         self._found_since_start = False
         """Something to squeeze, since the hand went over the first frame."""
         frames = arena.frames_count
-        self._kept = (
-            max(KEPT_FRAMES_LEAST, frames // KEPT_FREE_SHARE_EPHEMERAL),
-            max(KEPT_FRAMES_LEAST, frames // KEPT_FREE_SHARE),
-        )
-        """Ephemeral, persistent."""
-        self.may_defer = frames // KEPT_FREE_SHARE >= KEPT_FRAMES_LEAST
+        self._kept = frames // KEPT_FREE_SHARE
+        self.may_defer = self._kept >= KEPT_FRAMES_LEAST
 
     @property
     def spare_frames(self) -> int:
@@ -69,15 +66,13 @@ class Deferral(Pages):
 
     def defers(self, member: Member, count: int) -> bool:
         """Whether `count` pages of a guest that compresses are to be left raw."""
-        persistent = member.policy is None
         if (
-            self.frames.free - count < self._kept[persistent]
+            member.policy is not None
             or not self.may_defer
-            or member.client.domains[persistent] is not None
+            or self.frames.free - count < self._kept
+            or member.client.domains[True] is not None
         ):
             return False
-        if not persistent:
-            return True
         if member.purse.bytes + count * PAGE_BYTES > member.client.allotment_bytes:
             return False
         self.deferred = True
@@ -85,7 +80,9 @@ class Deferral(Pages):
 
     def squeeze_for(self, member: Member, count: int) -> None:
         """`count` pages of a member are about to be put compressed: some that were left raw follow,
-        its own if it is its allotment that is short."""
+        its own if it is its allotment that is short; none while there is room."""
+        if member.policy is not None and self.frames.free - count >= self._kept:
+            return
         over = member.purse.bytes + count * PAGE_BYTES > member.client.allotment_bytes
         only = member if over and member.policy is None else None
         self.squeeze(-(-count // _PUTS_A_SQUEEZE), only)
