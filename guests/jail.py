@@ -48,6 +48,7 @@ import ipc.jail.warmup  # noqa: F401
 from guests import keptfiles
 from guests.kernel import GuestSpec
 from ipc.jail import cgroup, check_strict, landlock, limits, missing_parts, seccomp
+from ipc.jail.interpreter import INTERPRETER, WORD
 from ipc.jail.landlock import Access, Rule
 from ipc.jail.seccomp import Argument, Call, one_of
 
@@ -64,19 +65,9 @@ FILES_MAX: Final = 256
 FILE_BYTES_MIN: Final = 64 * 2**20
 """No file is made longer than this, or than the disk and the swap are."""
 
-_WORD: Final = 0xFFFF_FFFF
 _CLOEXEC_AND_NONBLOCK: Final = socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-_SOCKET_TYPE: Final = _WORD & ~_CLOEXEC_AND_NONBLOCK
-_TCGETS: Final = 0x5401
-_FIONBIO: Final = 0x5421
-_FIOCLEX: Final = 0x5451
-_PROT_EXEC: Final = 4
+_SOCKET_TYPE: Final = WORD & ~_CLOEXEC_AND_NONBLOCK
 _FCNTL: Final = (
-    fcntl.F_DUPFD_CLOEXEC,
-    fcntl.F_GETFD,
-    fcntl.F_SETFD,
-    fcntl.F_GETFL,
-    fcntl.F_SETFL,
     fcntl.F_OFD_GETLK,
     fcntl.F_OFD_SETLK,
     fcntl.F_OFD_SETLKW,
@@ -84,6 +75,7 @@ _FCNTL: Final = (
 _ANY_WRITING: Final = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC
 
 CALLS: Final = (
+    *INTERPRETER,
     Call("read", "its sockets"),
     Call("write", "its log, its wakeup socket"),
     Call("readv", "one disk request into several frames"),
@@ -94,7 +86,6 @@ CALLS: Final = (
     Call("pwritev", "its disk and its swap, several frames at once"),
     Call("preadv2", "the same, as the interpreter has it"),
     Call("pwritev2", "the same, as the interpreter has it"),
-    Call("lseek", "a file object finds out where it stands"),
     Call("fstat", "the size of what is open"),
     Call("newfstatat", "fstat of newer C libraries; the time zone's file, once a log line"),
     Call("close", "what it has open"),
@@ -103,52 +94,25 @@ CALLS: Final = (
     Call("sync_file_range", "a part of the disk's image is on its way"),
     Call("fallocate", "blocks that are free are holes in the image"),
     Call("ftruncate", "its log is cut"),
-    # Not F_SETOWN, by which the kernel would send signals to others.
-    *one_of("fcntl", "flags of a descriptor; locks on the bytes of a shared image", 1, _FCNTL),
+    *one_of("fcntl", "locks on the bytes of a shared image", 1, _FCNTL),
     Call("flock", "the lock of a node's socket is given back"),
-    Call("ioctl", "a file object asks whether it is a terminal", (Argument(1, _WORD, _TCGETS),)),
-    Call("ioctl", "a socket does not block", (Argument(1, _WORD, _FIONBIO),)),
-    Call("ioctl", "a descriptor is not inherited", (Argument(1, _WORD, _FIOCLEX),)),
     Call("dup", "a file object of its own for a descriptor"),
-    Call("brk", "memory of the interpreter"),
-    Call("mmap", "memory; the window; never to be executed", (Argument(2, _PROT_EXEC, 0),)),
-    Call("mprotect", "memory of the C library; never executed", (Argument(2, _PROT_EXEC, 0),)),
-    Call("munmap", "memory given back"),
-    Call("mremap", "a large object grows"),
     Call("madvise", "RAM goes back to the host (balloon), or may be merged (KSM)"),
     Call("futex", "locks of the interpreter; the fence of the ring"),
     Call("sched_yield", "the ring waits a moment for its answer"),
-    Call("rt_sigaction", "SIGTERM is heard"),
     Call("rt_sigprocmask", "the C library, around what must not be interrupted"),
-    Call("rt_sigreturn", "the end of a signal handler"),
-    Call("sigaltstack", "a report of a crash has a stack"),
-    Call("restart_syscall", "a wait goes on after SIGSTOP and SIGCONT"),
-    Call("poll", "its sockets"),
-    Call("ppoll", "the same on aarch64"),
-    Call("select", "the same, for the C library"),
     Call("epoll_create1", "the sockets of a node's mesh"),
     Call("epoll_ctl", "the sockets of a node's mesh"),
     Call("epoll_wait", "the sockets of a node's mesh"),
     Call("epoll_pwait", "the same on aarch64"),
     Call("clock_gettime", "time, where it is no matter of memory"),
-    Call("clock_getres", "how fine a clock is"),
-    Call("clock_nanosleep", "waiting"),
-    Call("nanosleep", "waiting"),
-    Call("getrusage", "its own CPU time"),
-    Call("getpid", "who it is"),
-    Call("gettid", "who it is"),
-    Call("getppid", "who it is"),
-    Call("getuid", "who it is"),
-    Call("geteuid", "who it is"),
-    Call("getgid", "who it is"),
-    Call("getegid", "who it is"),
     Call("uname", "which machine this is: whether the ring may be used"),
     Call("getrandom", "seeds of the interpreter, keys of a mesh"),
     Call(
         "socket",
         "the door of a hypervisor that was started again",
         (
-            Argument(0, _WORD, socket.AF_UNIX),
+            Argument(0, WORD, socket.AF_UNIX),
             Argument(1, _SOCKET_TYPE, socket.SOCK_SEQPACKET),
         ),
     ),
@@ -159,11 +123,7 @@ CALLS: Final = (
     Call("recvfrom", "questions"),
     Call("sendmsg", "answers, messages to other nodes"),
     Call("recvmsg", "questions with the files that they need, and the window"),
-    Call("shutdown", "a connection ends"),
     Call("getsockopt", "why a connection failed"),
-    Call("setsockopt", "how long a connection waits"),
-    Call("getsockname", "an accepted socket is looked at by its object"),
-    Call("getpeername", "an accepted socket is looked at by its object"),
     Call(
         "mq_open",
         "the queues of a new attachment, none of its own making",
@@ -171,9 +131,6 @@ CALLS: Final = (
     ),
     Call("mq_timedsend", "calls to the hypervisor"),
     Call("mq_timedreceive", "its answers"),
-    Call("mq_getsetattr", "the size of a queue"),
-    Call("exit", "the end"),
-    Call("exit_group", "the end"),
 )
 """All that a guest may ask of the host's kernel."""
 
@@ -181,10 +138,10 @@ NODE_CALLS: Final = (
     Call(
         "socket",
         "streams to the other nodes",
-        (Argument(0, _WORD, socket.AF_UNIX), Argument(1, _SOCKET_TYPE, socket.SOCK_STREAM)),
+        (Argument(0, WORD, socket.AF_UNIX), Argument(1, _SOCKET_TYPE, socket.SOCK_STREAM)),
     ),
     Call("pidfd_open", "a node that was stopped in the middle of a write is found"),
-    Call("pidfd_send_signal", "and killed", (Argument(1, _WORD, signal.SIGKILL),)),
+    Call("pidfd_send_signal", "and killed", (Argument(1, WORD, signal.SIGKILL),)),
     Call(
         "openat",
         "/proc/PID/stat: it is that process and no later one",

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Final
 
 from ipc.jail import JailSpec, check_strict, landlock, limits, missing_parts, seccomp
+from ipc.jail.interpreter import INTERPRETER, WORD
 from ipc.jail.landlock import Access, Rule
 from ipc.jail.limits import Capability
 from ipc.jail.seccomp import Argument, Call, one_of
@@ -41,17 +42,7 @@ log = logging.getLogger(__name__)
 
 FILES_MAX: Final = 4096
 """Descriptors: 6 a guest, and those that knock."""
-_WORD: Final = 0xFFFF_FFFF
-_TCGETS: Final = 0x5401
-_FIONBIO: Final = 0x5421
-_FIOCLEX: Final = 0x5451
-_PROT_EXEC: Final = 4
 _FCNTL: Final = (
-    fcntl.F_DUPFD_CLOEXEC,
-    fcntl.F_GETFD,
-    fcntl.F_SETFD,
-    fcntl.F_GETFL,
-    fcntl.F_SETFL,
     fcntl.F_ADD_SEALS,
     fcntl.F_GET_SEALS,
 )
@@ -71,10 +62,10 @@ _RUN_DIRECTORY: Final = (
 def calls(pid: int) -> tuple[Call, ...]:
     """All that the process `pid` may ask of the host's kernel."""
     return (
+        *INTERPRETER,
         Call("read", "settings, the roster, /proc/PID/stat"),
         Call("write", "its logs and the audit log; settings; the doorman's eventfd"),
         Call("pread64", "its log is cut"),
-        Call("lseek", "a file object finds out where it stands"),
         Call("fstat", "the size of what is open"),
         Call("newfstatat", "the same of newer C libraries; whether a file is there"),
         Call("close", "guests that have left"),
@@ -93,46 +84,18 @@ def calls(pid: int) -> tuple[Call, ...]:
         Call("ftruncate", "a window has its size; its log is cut"),
         Call("fallocate", "memory of the arena goes back to the host"),
         Call("memfd_create", "a window"),
-        *one_of("fcntl", "a window is sealed; flags of a descriptor", 1, _FCNTL),
-        Call(
-            "ioctl", "a file object asks whether it is a terminal", (Argument(1, _WORD, _TCGETS),)
-        ),
-        Call("ioctl", "a socket does not block", (Argument(1, _WORD, _FIONBIO),)),
-        Call("ioctl", "a descriptor is not inherited", (Argument(1, _WORD, _FIOCLEX),)),
-        Call("brk", "memory of the interpreter"),
-        Call("mmap", "memory, windows; never to be executed", (Argument(2, _PROT_EXEC, 0),)),
-        Call("mprotect", "memory of the C library; never executed", (Argument(2, _PROT_EXEC, 0),)),
-        Call("munmap", "memory given back"),
-        Call("mremap", "a large object grows"),
+        *one_of("fcntl", "a window is sealed", 1, _FCNTL),
         Call("madvise", "memory of the arena goes back to the host"),
         Call("futex", "locks between the server and its doorman"),
         Call("set_robust_list", "the C library, in a thread that starts"),
         Call("rseq", "the C library, in a thread that starts"),
         Call("sched_yield", "a moment for a guest with a ring"),
-        Call("rt_sigaction", "SIGTERM is heard"),
         Call("rt_sigprocmask", "the doorman takes no signals"),
-        Call("rt_sigreturn", "the end of a signal handler"),
-        Call("sigaltstack", "a report of a crash has a stack"),
-        Call("restart_syscall", "a wait goes on after SIGSTOP and SIGCONT"),
-        Call("tgkill", "the doorman wakes the server", (Argument(0, _WORD, pid),)),
-        Call("poll", "its sockets"),
-        Call("ppoll", "the same on aarch64"),
-        Call("select", "the same, for the C library"),
+        Call("tgkill", "the doorman wakes the server", (Argument(0, WORD, pid),)),
         Call("epoll_ctl", "guests come and go"),
         Call("epoll_wait", "whoever calls"),
         Call("epoll_pwait", "the same on aarch64"),
         Call("clock_gettime", "CPU time that a guest has caused"),
-        Call("clock_getres", "how fine a clock is"),
-        Call("clock_nanosleep", "waiting"),
-        Call("nanosleep", "waiting"),
-        Call("getrusage", "its own CPU time"),
-        Call("getpid", "who it is"),
-        Call("gettid", "who it is"),
-        Call("getppid", "who it is"),
-        Call("getuid", "who it is"),
-        Call("geteuid", "whether a guest is of another user"),
-        Call("getgid", "who it is"),
-        Call("getegid", "who it is"),
         Call("uname", "which machine this is"),
         Call("getrandom", "names of queues"),
         Call("accept4", "its doors"),
@@ -141,19 +104,12 @@ def calls(pid: int) -> tuple[Call, ...]:
         Call("recvfrom", "questions"),
         Call("sendmsg", "a window is handed over"),
         Call("recvmsg", "questions"),
-        Call("shutdown", "a connection ends"),
         Call("getsockopt", "who has knocked"),
-        Call("setsockopt", "how long a connection waits"),
-        Call("getsockname", "an accepted socket is looked at by its object"),
-        Call("getpeername", "an accepted socket is looked at by its object"),
         Call("pidfd_open", "a guest's end is seen (SO_PEERPIDFD is of Linux 6.5)"),
         Call("mq_open", "queues of a guest"),
         Call("mq_unlink", "their names are removed"),
         Call("mq_timedsend", "replies"),
         Call("mq_timedreceive", "calls"),
-        Call("mq_getsetattr", "the size of a queue"),
-        Call("exit", "the end"),
-        Call("exit_group", "the end"),
     )
 
 

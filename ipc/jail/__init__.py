@@ -3,6 +3,7 @@
     syscalls    the plain calls, and their numbers on x86-64 and aarch64
     landlock    which files, and later which ports, signals and sockets, it may reach
     seccomp     which system calls it may make
+    interpreter the calls that any process of ours makes
     limits      user id, capabilities, no-new-privileges, dumpability, sizes
     cgroup      memory, as the host counts it
     warmup      what must be imported before
