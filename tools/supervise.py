@@ -3,7 +3,8 @@
     python -m tools.supervise DIRECTORY < cluster.json
 
 It reads the checked configuration from standard input, brings the cluster up and says so with one
-line on standard output: `up`, or the exit code and the reason.  SIGTERM (`tmem down`) ends it.
+line on standard output: `up`, or the exit code and the reason.  SIGTERM (`tmem down`) ends it, and
+so does the end of its run directory: no command could find the cluster any more.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _supervise(
             plan_cluster(config, disks, directory, "on"), directory, interrupts
         ) as cluster:
             _say("up")
-            while True:
+            while directory.path.is_dir():
                 interrupts.sleep(_LOOK_SECONDS)
                 cluster.watch()
     finally:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.support.clusters import left_behind, tmem, tmem_here, tmem_process
+from ipc.names import process_start
+from ipc.segment import SHARED_MEMORY_DIRECTORY
+from tests.support.clusters import left_behind, tmem, tmem_here, tmem_process, wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -73,6 +76,14 @@ def test_commands_see_a_cluster_in_the_background(up: Path, cluster_name: str) -
     assert "no cluster is running" in again.stderr
     # Logs outlive their cluster.
     assert "event=stop" in tmem("logs", "hypervisor", cwd=up).stdout
+
+
+def test_cluster_ends_with_its_run_directory(up: Path, cluster_name: str) -> None:
+    """Nobody could find it any more to take it down, nor what it has in memory."""
+    pids = [row["pid"] for row in json.loads(tmem("ps", "--json", cwd=up).stdout)]
+    shutil.rmtree(up / "runs")
+    wait_until(lambda: all(process_start(pid) is None for pid in pids), "its processes end")
+    assert [path for path in SHARED_MEMORY_DIRECTORY.iterdir() if cluster_name in path.name] == []
 
 
 def test_guest_process_has_nothing_of_the_rooms_above(standing: Path) -> None:
