@@ -58,7 +58,7 @@ def up(folder: Path, cluster_file: Path) -> Iterator[Path]:
 def _up(folder: Path, cluster_file: Path) -> Iterator[None]:
     text = cluster_file.read_text()
     text = text.replace('name = "red"\n', f'name = "red"\n{SETTINGS}')
-    text = text.replace("[hypervisor]\n", '[hypervisor]\nscheduling = "static"\n')
+    text = text.replace('scheduling = "greedy"', 'scheduling = "static"')
     cluster_file.write_text(text + POOLS)
     done = tmem("up", "-d", "-f", str(cluster_file), cwd=folder)
     assert done.returncode == 0, done.stderr
