@@ -66,8 +66,8 @@ def cluster_toml(
 ) -> str:
     """A cluster of two guests that take turns at being busy, as a cluster file.
 
-    It is over before the memory scheduler has seen anything, and shares by weight would give the idle
-    guest half of the arena; first come, first served makes what is read a matter of the work alone.
+    It is over before the memory scheduler has seen anything, and shares by weight would give the
+    idle guest half of the arena; first come, first served makes reads a matter of the work alone.
     """
     lines = [f'name = "{name}"', "seed = 7", "[hypervisor]", f'arena = "{arena}"']
     lines.append('scheduling = "greedy"')
