@@ -24,44 +24,17 @@ replacing a page is never refused.  With `lends` the guests' RAM comes out of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
-from hypervisor.accounting import Account, OpCount
-from hypervisor.arena import Arena, GuestRecord
-from hypervisor.auth import Grants
-from hypervisor.balance import Balance
-from hypervisor.lending import Lending
+from hypervisor.accounting import OpCount
 from hypervisor.limits import may_hold, may_replace
-from hypervisor.membership import Memberships
-from hypervisor.moments import Moments
+from hypervisor.management import Management
 from hypervisor.objects import NO_PAGE
-from hypervisor.pages import LeafKey, StoreOptions, leaf_key
-from hypervisor.pools import Client, Member, Settings
-from hypervisor.pressure import Pressure
+from hypervisor.pools import Client, Member
 from hypervisor.reclaim import NoObjectNumber
-from hypervisor.store import Store
-from ipc.abi import (
-    ABI_REVISION,
-    POOL_PAGE_SIZE_MASK,
-    POOL_PAGE_SIZE_SHIFT,
-    POOL_PRIORITY_MASK,
-    POOL_PRIORITY_SHIFT,
-    POOL_RESERVED_BITS,
-    POOL_VERSION_SHIFT,
-    REPLY,
-    SPEC_VERSION,
-    UUID_BYTES,
-    GuestId,
-    Op,
-    PoolFlag,
-    Priority,
-    Reason,
-    ReplyFlag,
-    Status,
-)
+from hypervisor.residents import Answer
+from ipc.abi import REPLY, Op, Reason, ReplyFlag, Status
 from ipc.errors import GuestFault
-from ipc.limits import GUESTS_MAX
 from ipc.window import Window
 from ipc.wire import decode_batch, decode_request
 
@@ -76,98 +49,12 @@ _COLD_SHARE: Final = 8
 _COLD_PUTS_LEAST: Final = 256
 """A page is cold after as many puts as an eighth of the frames, and at least so many."""
 
-Answer = tuple[int, int, int, int, int]
-"""status, reason, map, value, reply flags."""
 
+class Machine(Management):
+    """Serves calls, and does in idle time what can wait.  Its state is that of `Residents`."""
 
-class Machine:
-    """All state of a hypervisor over one arena.  Over an arena that was used before,
-    `recovery.recover` fills it before it serves anyone.
-
-    `settings` and `grants` are the administrator's, kept by guest name and read here as they are.
-    `secret` seeds the hash that finds equal pages; `now_ns` measures what encoding costs,
-    `clock_ns` how long ago a guest was asked for room; `leaf_key` is for whoever must have the same
-    samples in every process.
-    """
-
-    def __init__(
-        self,
-        arena: Arena,
-        *,
-        policy: str = "clock",
-        scheduling: str = "scheduled",
-        admission: bool = True,
-        lends: bool = False,
-        settings: dict[str, Settings] | None = None,
-        grants: Grants | None = None,
-        secret: bytes = b"",
-        now_ns: Callable[[], int] = lambda: 0,
-        clock_ns: Callable[[], int] = lambda: 0,
-        leaf_key: LeafKey = leaf_key,
-    ) -> None:
-        options = StoreOptions(policy, admission, scheduling, secret, now_ns, leaf_key)
-        self.store = Store(arena, options)
-        self.policy_name = policy
-        self.generation = arena.next_generation()
-        self.settings = {} if settings is None else settings
-        self.memberships = Memberships(self.store, Grants() if grants is None else grants)
-        self.clients: dict[str, Client] = {}
-        self.balance = Balance(self.store, self.clients)
-        self.lending = Lending(self.store, self.balance, self.settings, on=lends)
-        self.pressure = Pressure(self.clients, clock_ns)
-        self._found_no_room = False
-        """The put that is being served, or some of it."""
-        self.moments = Moments(arena)
-        self.departed = Account()
-        self.witness: Callable[[Client, str, str, str], None] = _look_away
-        """Told of (guest, event, reason, detail) when a guest breaks a rule or is denied."""
-        self._recompressed_at = -1
-        self.free_guest_numbers = list(range(GUESTS_MAX - 1, -1, -1))
-
-    # --- guests
-
-    def attach(self, name: str, pid: int, start_ticks: int, uid: int) -> Client | None:
-        """The client of this name, made if it is new; None if the guest table is full.
-
-        A client that comes back as the same process keeps its pools.  Another process under the
-        same name is another life: the caller departs the old client first.
-        """
-        client = self.clients.get(name)
-        if client is None:
-            if not self.free_guest_numbers:
-                # Those of guests that have gone are free when what they were lent is.
-                self.store.begin_call()
-                self.store.reap_until(lambda: bool(self.free_guest_numbers))
-            if not self.free_guest_numbers:
-                return None
-            number = GuestId(self.free_guest_numbers.pop())
-            self.store.arena.publish_guest(GuestRecord(number, name, pid, start_ticks, uid))
-            client = self.adopt(GuestRecord(number, name, pid, start_ticks, uid))
-            self.balance.allot()
-        return client
-
-    def adopt(self, record: GuestRecord) -> Client:
-        """The client of a guest record."""
-        settings = self.settings.setdefault(record.name, Settings())
-        client = Client(
-            record.number, record.name, record.pid, record.start_ticks, record.uid, settings
-        )
-        self.clients[record.name] = client
-        return client
-
-    def depart(self, client: Client) -> None:
-        """The guest is gone: disown its private pages now, free them in slices; what it put into
-        shared pools stays with the other sharers."""
-        for member in list(client.members.values()):
-            self.memberships.leave(member, for_good=True)
-        self.memberships.part_with(client)
-        self.store.contents.retire(client)
-        self.store.arena.free_guest(client.number)
-        if self.store.loans.doom(client, self.free_guest_numbers.append):
-            self.store.doomed = True
-        del self.clients[client.name]
-        self.departed.add(client.account)
-        self.balance.allot()
+    _recompressed_at = -1
+    """The put sequence at which nothing was old enough to be recompressed."""
 
     # --- calls
 
@@ -488,92 +375,6 @@ class Machine:
         account.pages += abs(len(client.lent) - before)
         return _DONE, 0, 0, len(client.lent), 0
 
-    # --- operations on pools and objects
-
-    def _manage(
-        self, client: Client, account: OpCount, op: int, pool_id: int, oid: bytes, token: int
-    ) -> Answer:
-        if op == Op.NEW_POOL:
-            answer = self._new_pool(client, pool_id, oid[:UUID_BYTES])
-        elif op == Op.VERSION:
-            answer = _DONE, 0, 0, SPEC_VERSION << 32 | ABI_REVISION, 0
-        elif op == Op.DESTROY_POOL:
-            answer = self._destroy_pool(client, pool_id)
-        else:
-            answer = self._flush_object(client, account, pool_id, oid, token)
-        if answer[0] == _DONE:
-            account.done += 1
-        elif answer[0] == _MISS:
-            account.missed += 1
-        else:
-            account.refuse(answer[1], 1)
-        return answer
-
-    def _new_pool(self, client: Client, flags: int, uuid: bytes) -> Answer:
-        if flags >> POOL_VERSION_SHIFT != SPEC_VERSION:
-            raise GuestFault(Reason.BAD_SPEC_VERSION, str(flags >> POOL_VERSION_SHIFT))
-        if flags >> POOL_PAGE_SIZE_SHIFT & POOL_PAGE_SIZE_MASK:
-            raise GuestFault(Reason.BAD_PAGE_SIZE, hex(flags))
-        if (
-            flags & (POOL_RESERVED_BITS | PoolFlag.PRECOMPRESSED)
-            or flags >> POOL_PRIORITY_SHIFT & POOL_PRIORITY_MASK > Priority.HIGH
-        ):
-            raise GuestFault(Reason.BAD_POOL_FLAGS, hex(flags))
-        made = self.memberships.new_pool(client, flags, uuid)
-        if made.member is None:
-            if flags & PoolFlag.SHARED:
-                reason = Reason(made.reason).name.lower()
-                self.witness(client, "denied", reason, f"new_pool {uuid.hex()}")
-            return Status.EPERM, made.reason, 0, 0, 0
-        self.balance.welcome(made.member)
-        return _DONE, 0, 0, made.member.pool_id, made.flags
-
-    def _destroy_pool(self, client: Client, pool_id: int) -> Answer:
-        member = client.members.get(pool_id)
-        if member is None:
-            return _MISS, 0, 0, 0, 0
-        if member.policy is None:
-            self._note_taken_back(member, member.pool.pages)
-        self.memberships.leave(member)
-        return _DONE, 0, 0, 0, 0
-
-    def _flush_object(
-        self, client: Client, account: OpCount, pool_id: int, oid: bytes, token: int
-    ) -> Answer:
-        member = client.members.get(pool_id)
-        if member is None:
-            return Status.ENODEV, Reason.NO_SUCH_POOL, 0, 0, 0
-        if not member.may_get or not member.writer:
-            reason = Reason.NOT_WRITER if member.may_get else Reason.SHARED_DENIED
-            self._deny(client, "flush", reason, member)
-            return Status.EPERM, reason, 0, 0, 0
-        if member.tokens is not None:
-            member.tokens.see(oid, token)
-        pages = self.store.flush_object(member.pool, oid)
-        account.pages += pages
-        if member.policy is None:
-            self._note_taken_back(member, pages)
-        return _DONE, 0, 0, pages, 0
-
-    def _note_taken_back(self, member: Member, pages: int) -> None:
-        """Its guest has flushed persistent pages."""
-        if not member.pool.shared:
-            self.pressure.flushed(member.client, pages)
-
-    def _no_member(
-        self, client: Client, account: OpCount, member: Member | None, count: int
-    ) -> Answer:
-        """The pool id is nobody's, or its grant was taken back."""
-        if member is None:
-            account.refuse(Reason.NO_SUCH_POOL, count)
-            return Status.ENODEV, Reason.NO_SUCH_POOL, 0, 0, 0
-        account.refuse(Reason.SHARED_DENIED, count)
-        self._deny(client, "call", Reason.SHARED_DENIED, member)
-        return Status.EPERM, Reason.SHARED_DENIED, 0, 0, 0
-
-    def _deny(self, client: Client, what: str, reason: Reason, member: Member) -> None:
-        self.witness(client, "denied", reason.name.lower(), f"{what} {member.pool.uuid.hex()}")
-
     # --- what others ask
 
     def idle(self, limit: int) -> int:
@@ -589,11 +390,3 @@ class Machine:
                 self._recompressed_at = store.sequence
             done += tries
         return done
-
-    def accounts(self) -> list[Account]:
-        """Of all guests that are here, and of all that have left as one."""
-        return [self.departed, *(client.account for client in self.clients.values())]
-
-
-def _look_away(_client: Client, _event: str, _reason: str, _detail: str) -> None:
-    """Nobody asked to be told."""
