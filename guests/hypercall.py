@@ -40,6 +40,7 @@ _PUT_BATCH: Final = int(Op.PUT_BATCH)
 _GET_BATCH: Final = int(Op.GET_BATCH)
 _FLUSH_BATCH: Final = int(Op.FLUSH_BATCH)
 _LEND: Final = int(Op.LEND)
+_REPORT: Final = int(Op.REPORT)
 _NO_OID: Final = bytes(OID_BYTES)
 _UUID_TAIL: Final = bytes(OID_BYTES - UUID_BYTES)
 _SEQUENCE_MASK: Final = 0xFFFFFFFF
@@ -99,6 +100,10 @@ class Hypercalls:
     def flush_object(self, pool: int, oid: bytes, token: int = 0) -> Reply:
         """Forget all pages of an object; `value` is how many there were."""
         return self._ask(_FLUSH_OBJECT, 0, pool, 0, oid, token)
+
+    def report(self, pool: int, oid: bytes, index: int) -> Reply:
+        """Say that a page is not what it must be, before it is flushed; MISS: it is gone."""
+        return self._ask(_REPORT, 0, pool, index, oid)
 
     # --- unrelated handles, described in the window's batch table
 

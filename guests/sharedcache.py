@@ -86,6 +86,8 @@ class SharedCleancache(Cleancache):
         """Pages whose put was refused for its token, as far as a batch tells."""
         self.handed_over = 0
         self.distrusted = 0
+        self.reported = 0
+        """Wrong pages that the hypervisor was told of."""
 
     def counters(self) -> dict[str, int | bool]:
         """What a private one counts, and what comes of sharing."""
@@ -95,6 +97,7 @@ class SharedCleancache(Cleancache):
             "reader": self.reader,
             "handed_over": self.handed_over,
             "distrusted": self.distrusted,
+            "reported": self.reported,
         }
 
     # --- PageHooks
@@ -160,8 +163,10 @@ class SharedCleancache(Cleancache):
         self._flush(key, index)
 
     def refuse_page(self, key: FileKey, index: int) -> None:
-        """Somebody put a wrong page: a writer takes it out of the pool. A reader, who can't, owes
-        nobody anything: it has not changed the page."""
+        """Somebody put a wrong page. The hypervisor is told, while it still knows who; then a
+        writer takes the page out of the pool. A reader, who can't, owes nobody anything: it has not
+        changed the page."""
+        self._report(key, index)
         if not self.reader:
             self._flush(key, index)
 
@@ -207,6 +212,17 @@ class SharedCleancache(Cleancache):
         """Whoever held the lock may not have flushed what it changed: that is ours to do now."""
         self.distrusted += 1
         self._flush(key, None)
+
+    def _report(self, key: FileKey, index: int) -> None:
+        """Without an attachment there is nobody to tell, and nothing depends on it."""
+        calls, pool = self._calls, self._pool
+        if calls is None or pool is None:
+            return
+        self.reported += 1
+        try:
+            calls.report(pool, object_id(key), index)
+        except Disconnected:
+            self._attachment.lose(calls)
 
     # --- flushes and debts
 

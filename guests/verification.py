@@ -1,7 +1,8 @@
 """Pages from tmem are compared with the file system's checksums before anybody sees them.
 
-A page that is not what the disk holds is a miss, is counted, told in the guest's log, and flushed
-from the pool, so that the others do not get it either. A page of which no checksum is known is a
+A page that is not what the disk holds is a miss, is counted, told in the guest's log, and refused:
+the hypervisor is told, whose audit log then says who put it, and the pool forgets it, so that the
+others do not get it either. A page of which no checksum is known is a
 miss as well and not even asked for: nothing is believed. The disk is asked instead, and what comes
 from there is known from then on (`fs.ocfs2.checksums`).
 
@@ -46,12 +47,12 @@ class GetPages(Protocol):
 
 
 class Verification:
-    """Of one mount. `flush_page` makes the pool forget a page."""
+    """Of one mount. `refuse_page` is told of each page that is wrong."""
 
     def __init__(
         self,
         checksums: PageChecksums,
-        flush_page: Callable[[FileKey, int], None],
+        refuse_page: Callable[[FileKey, int], None],
         now_seconds: Callable[[], float],
     ) -> None:
         self.checksums = checksums
@@ -59,7 +60,7 @@ class Verification:
         self.verified = 0
         self.mismatches = 0
         self.unknown = 0
-        self._flush_page = flush_page
+        self._refuse_page = refuse_page
         self._now_seconds = now_seconds
         self._told_at_seconds: float | None = None
         self._untold = 0
@@ -140,4 +141,4 @@ class Verification:
             self._untold = 0
         else:
             self._untold += 1
-        self._flush_page(key, index)
+        self._refuse_page(key, index)

@@ -11,6 +11,7 @@ In `log/audit.log` of the run directory; `tmem audit` reads it.
   stale       guest            a put under an older fencing token than was needed
   refused     guest, or ?      an attachment, or a connection to the control socket
   detached    guest            thrown out for so many faults
+  reported    guest            says of a page that it is not what it must be; who put it (below)
   checksum    guest            asked for a page that is not what was put, and by whom it was
   suppressed  as the lines     how many lines of it were left out
   quarantine, auth, set, ...   every change that the administrator makes; `about` is the guest
@@ -20,6 +21,11 @@ A guest can't fill the disk: each has a bucket of `BURST_LINES` that fills up ag
 flood is over (`settle`), and the file is turned over to `audit.log.1` at `FILE_BYTES_MAX`.  Events
 are counted before they are dropped (`counts`), so no figure depends on the file.  What no guest can
 bring about at will, damage, has a bucket of its own, so that no flood hides it.
+
+A report is a claim of the guest: nothing but this line follows from it, and nobody is to be judged
+by it alone.  `pool`, `object` and `index` are what it says; `page`, `put_by`, `pid`, `after`,
+`before` and `token` are known of the page that is there when it says so: a page that was replaced
+since the guest got it has another putter.
 
 What a guest says of itself is never written raw: details are printable ASCII and bounded.
 """
@@ -106,10 +112,8 @@ class Audit:
         self._flooded.discard(key)
 
     def _write(self, now_seconds: float, guest: str, event: str, fields: dict[str, object]) -> None:
-        time = datetime.datetime.fromtimestamp(now_seconds, datetime.UTC)
-        stamp = time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
         words = "".join(f" {key}={_printable(value)}" for key, value in fields.items())
-        line = f"{stamp} guest={guest} event={event}{words}\n".encode("ascii")
+        line = f"{stamp(now_seconds)} guest={guest} event={event}{words}\n".encode("ascii")
         try:
             if self._file is None or self._bytes + len(line) > FILE_BYTES_MAX:
                 self._open()
@@ -135,6 +139,12 @@ class Audit:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def stamp(now_seconds: float) -> str:
+    """A time as the log has it."""
+    time = datetime.datetime.fromtimestamp(now_seconds, datetime.UTC)
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _printable(value: object) -> str:

@@ -93,6 +93,8 @@ class Machine(Management):
                     answer = self._flush(client, account, pool_id, oid, index, count, token)
                 elif op == Op.LEND:
                     answer = self._lend(client, account, index)
+                elif op == Op.REPORT:
+                    answer = self._report(client, account, pool_id, oid, index)
                 else:
                     answer = self._manage(client, account, op, pool_id, oid, token)
                 status, reason, bitmap, value, reply_flags = answer

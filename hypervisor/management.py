@@ -1,4 +1,4 @@
-"""Calls that move no page: pools, whole objects, the version.
+"""Calls that move no page: pools, whole objects, reports, the version.
 
 Rare, so they are written for the reader.  What a page's way needs is in `machine`.
 """
@@ -94,6 +94,21 @@ class Management(Residents):
         if member.policy is None:
             self._note_taken_back(member, pages)
         return Status.DONE, 0, 0, pages, 0
+
+    def _report(
+        self, client: Client, account: OpCount, pool_id: int, oid: bytes, index: int
+    ) -> Answer:
+        """A guest says that a page is wrong.  It is heard, and that is all: it may lie."""
+        account.pages += 1
+        member = client.members.get(pool_id)
+        if member is None or not member.may_get:
+            return self._no_member(client, account, member, 1)
+        self.hear(client, member.pool, oid, index)
+        if not self.store.can_be_had(member.pool, oid, index):
+            account.missed += 1
+            return Status.MISS, 0, 0, 0, 0
+        account.done += 1
+        return Status.DONE, 0, 0, 0, 0
 
     def _note_taken_back(self, member: Member, pages: int) -> None:
         """Its guest has flushed persistent pages."""

@@ -1,7 +1,8 @@
 """Where a page comes from: who put it, when, and under which fencing token.
 
-Asked for by the administrator who wants to know how a wrong page came into a shared pool; nothing
-here is on a page's way.  All of it is in the segment, so that a restart forgets nothing:
+Asked for by the administrator who wants to know how a wrong page came into a shared pool, and told
+in the audit log when a guest reports one; nothing here is on a page's way.  All of it is in the
+segment, so that a restart forgets nothing:
 
   who     the slot in the page's state word, and the origin of that slot's member record: the guest
           that put it, also when it has gone and another one pays
@@ -15,9 +16,10 @@ import struct
 from typing import Any, Final
 
 from hypervisor.arena import SEQUENCE_SHIFT
+from hypervisor.audit import stamp
 from hypervisor.entries import FILLED, KIND_MASK, SLAB
-from hypervisor.machine import Machine
 from hypervisor.pools import Pool
+from hypervisor.residents import Residents
 from hypervisor.store import Store
 from ipc.abi import OID_BYTES
 from ipc.errors import OperatorError
@@ -51,7 +53,7 @@ def format_oid(oid: bytes) -> str:
     return oid.rstrip(b"\0").hex() or "00"
 
 
-def pages_of(machine: Machine, pools: list[Pool], oid: bytes, index: int) -> list[dict[str, Any]]:
+def pages_of(machine: Residents, pools: list[Pool], oid: bytes, index: int) -> list[dict[str, Any]]:
     """What is known of the page of this handle in each of these pools that has one."""
     store = machine.store
     found = []
@@ -85,6 +87,25 @@ def pages_of(machine: Machine, pools: list[Pool], oid: bytes, index: int) -> lis
             }
         )
     return found
+
+
+def report_words(machine: Residents, pool: Pool, oid: bytes, index: int) -> dict[str, object]:
+    """What the audit log says of a page that a guest reports: its name, which is the guest's word,
+    and who put the page that is there now, which is not.  `page` is "there", "disowned" (nobody can
+    have it any more) or "gone"."""
+    words: dict[str, object] = {"pool": pool.number}
+    if pool.shared:
+        words["uuid"] = pool.uuid.hex()
+    words |= {"object": format_oid(oid), "index": index, "page": "gone"}
+    for page in pages_of(machine, [pool], oid, index):
+        words["page"] = "disowned" if page["disowned"] else "there"
+        words |= {"put_by": page["guest"], "pid": page["pid"]}
+        for word, time_ns in (("after", page["after_ns"]), ("before", page["before_ns"])):
+            if time_ns:
+                words[word] = stamp(time_ns / 1e9)
+        if page["token"] is not None:
+            words["token"] = f"{page['token']:#x}"
+    return words
 
 
 def _token(store: Store, number: int) -> int | None:

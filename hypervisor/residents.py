@@ -17,7 +17,7 @@ from hypervisor.lending import Lending
 from hypervisor.membership import Memberships
 from hypervisor.moments import Moments
 from hypervisor.pages import LeafKey, StoreOptions, leaf_key
-from hypervisor.pools import Client, Member, Settings
+from hypervisor.pools import Client, Member, Pool, Settings
 from hypervisor.pressure import Pressure
 from hypervisor.store import Store
 from ipc.abi import GuestId, Reason, Status
@@ -68,6 +68,8 @@ class Residents:
         self.departed = Account()
         self.witness: Callable[[Client, str, str, str], None] = _look_away
         """Told of (guest, event, reason, detail) when a guest breaks a rule or is denied."""
+        self.hear: Callable[[Client, Pool, bytes, int], None] = _do_not_listen
+        """Told of (guest, pool, object id, index) when a guest reports a page."""
         self.free_guest_numbers = list(range(GUESTS_MAX - 1, -1, -1))
 
     # --- guests
@@ -137,4 +139,8 @@ class Residents:
 
 
 def _look_away(_client: Client, _event: str, _reason: str, _detail: str) -> None:
+    """Nobody asked to be told."""
+
+
+def _do_not_listen(_client: Client, _pool: Pool, _oid: bytes, _index: int) -> None:
     """Nobody asked to be told."""

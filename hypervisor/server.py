@@ -33,7 +33,8 @@ from hypervisor.audit import Audit
 from hypervisor.control import Control
 from hypervisor.doorman import Doorman
 from hypervisor.machine import Machine
-from hypervisor.pools import Client
+from hypervisor.pools import Client, Pool
+from hypervisor.provenance import report_words
 from hypervisor.sessions import Session, Sessions
 from hypervisor.snapshot import snapshot
 from ipc.codec import Record
@@ -94,6 +95,7 @@ class Server:
         self._faults_max = faults_max
         self._audit = Audit(run_directory / "log", time.time)
         machine.witness = self._witness
+        machine.hear = self._note_report
         machine.balance.in_pieces = True
         self._poll = Doorman()
         self._rings = Rings(self._serve)
@@ -264,6 +266,11 @@ class Server:
     def _witness(self, client: Client, event: str, reason: str, detail: str) -> None:
         """A guest broke a rule or was denied."""
         self._audit.record(client.name, event, reason=reason, detail=detail)
+
+    def _note_report(self, client: Client, pool: Pool, oid: bytes, index: int) -> None:
+        """A guest says that a page is wrong."""
+        words = report_words(self._machine, pool, oid, index)
+        self._audit.record(client.name, "reported", **words)
 
     def _note_refusal(self, name: str, why: str) -> None:
         """Somebody may not attach.  It goes where lines are limited: anybody can knock."""

@@ -79,6 +79,14 @@ class Vetting(Reclaim):
             self._drop(owner, number, index)
         return False
 
+    def can_be_had(self, pool: Pool, oid: bytes, index: int) -> bool:
+        """Whether there is such a page, and it is not disowned."""
+        owner = pool.objects.get(oid)
+        number = NO_PAGE if owner is None else owner.find(index)
+        return number != NO_PAGE and not (
+            pool.shared and self._is_disowned(pool, self.state(number))
+        )
+
     def take_damaged(self) -> list[Damage]:
         """What this call found, once."""
         found, self.damaged = self.damaged, []

@@ -41,6 +41,7 @@ Differences from Xen's `public/tmem.h`, and why:
   time.
 * LEND moves memory between a guest's RAM and tmem.  Xen's balloon did that through the page tables
   of the guest, with a call of another subsystem; a process has no such tables.
+* REPORT says that a page is not what it must be.  Xen's guests had nobody to tell.
 * A flush that succeeds answers DONE while frozen; Xen did the work and answered -EFROZEN.
 
 Operation numbers, pool flag bits and status values that Xen had keep their meaning.
@@ -55,7 +56,7 @@ from typing import Final, NamedTuple, NewType
 SPEC_VERSION: Final = 1
 """Xen's TMEM_SPEC_VERSION: 1 is the one with 192-bit object ids."""
 
-ABI_REVISION: Final = 5
+ABI_REVISION: Final = 6
 """Counts changes of this document; answered by VERSION and checked when a guest attaches."""
 
 PAGE_BYTES: Final = 4096
@@ -196,6 +197,22 @@ class Op(IntEnum):
     uses: index
     DONE: `value` is the number of pages that it has now; fewer than it wants is no failure.
     ENOSYS: LENDING_OFF
+    """
+    REPORT = 37
+    """Say that page `index` of an object, as it was got, is not what it must be.
+
+    For guests that know better what a page holds, by a checksum of their own.  It is a claim of the
+    guest's: the hypervisor counts it and writes it into the audit log, together with what it knows
+    itself of the page that is there now (who put it, when, under which token), and that is all.  No
+    page, pool or guest is treated otherwise for it.  So a guest reports first and flushes then; one
+    that may only get from the pool reports as well.  Lines of the log are limited for each guest;
+    what is beyond the limit is only counted.  A page that was replaced since it was got is another
+    one, and that of a private ephemeral pool has gone with the get.
+
+    uses: pool index oid
+    DONE: it was noted, with what is known of the page.
+    MISS: it was noted, and there is no such page any more.
+    ENODEV: NO_SUCH_POOL.
     """
 
 

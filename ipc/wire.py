@@ -135,6 +135,10 @@ def _check(request: RequestTuple) -> None:
         _check_unused(request, "count index oid slot token")
     elif op == Op.LEND:
         _check_unused(request, "count pool oid slot token")
+    elif op == Op.REPORT:
+        _check_unused(request, "count slot token")
+        if oid == INVALID_OID:
+            raise GuestFault(Reason.INVALID_OID)
     else:
         _check_unused(request, "count pool index oid slot token")
 

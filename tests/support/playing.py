@@ -13,6 +13,7 @@ from hypervisor.invariants import check
 from hypervisor.machine import Machine
 from hypervisor.pools import Client, Member, Pool, Settings
 from hypervisor.pressure import shared_info
+from hypervisor.provenance import report_words
 from hypervisor.recovery import recover
 from ipc.abi import (
     INVALID_OID,
@@ -43,6 +44,9 @@ from tests.support.notation import (
 Page = tuple[str, int, int]
 """pool, object, index."""
 
+_CLAIMED = ("pool", "uuid", "object", "index")
+"""Of a report: what its guest says."""
+
 
 class Playing:
     """A machine, and the commands of its guests."""
@@ -58,6 +62,8 @@ class Playing:
         self.ids: dict[str, int] = {}
         """Its pool id."""
         self.words: dict[bytes, str] = {}
+        self.heard: list[str] = []
+        """What the audit log says of the report that is being made."""
         self.mapping: mmap.mmap | None = None
         self._commands: dict[str, Callable[[list[str]], Iterator[str]]] = {
             name.removeprefix("do_").replace("_", "-"): getattr(self, name)
@@ -125,6 +131,7 @@ class Playing:
             clock_ns=lambda: self.now_ns,
         )
         self.machine.pressure.notify = self._notify
+        self.machine.hear = self._hear
         self.administration = Administration(self.machine)
         found = recover(self.machine)._asdict()
         for client in self.machine.clients.values():
@@ -137,6 +144,11 @@ class Playing:
 
     def _notify(self, client: Client) -> None:
         self.windows[client.name].notify(**shared_info(client))
+
+    def _hear(self, client: Client, pool: Pool, oid: bytes, index: int) -> None:
+        words = report_words(self.machine, pool, oid, index)
+        told = (f"{key} {words[key]}" for key in words if key not in _CLAIMED)
+        self.heard.append(f"{client.name} is heard: " + ", ".join(told))
 
     def do_wait(self, words: list[str]) -> Iterator[str]:
         """Seconds go by."""
@@ -382,6 +394,15 @@ class Playing:
             return
         outcomes = ["flushed" if reply.map >> at & 1 else "absent" for at in range(count)]
         yield f"{label} {self._listed(oid, index, outcomes)}"
+
+    def do_report(self, words: list[str]) -> Iterator[str]:
+        """A guest says that a page is wrong."""
+        label, where = words
+        oid, index, _ = self._extent(where)
+        self.heard.clear()
+        reply = self._call(guest_of(label), Op.REPORT, pool=self._id(label), oid=oid, index=index)
+        yield f"{label} {where} {self._why(reply)}"
+        yield from (f"  {line}" for line in self.heard)
 
     def do_batch(self, words: list[str]) -> Iterator[str]:
         guest, verb, *rest = words

@@ -21,14 +21,14 @@ block to block, and its invariants are walked after every command.
 for several pages is numbered: `put a/e 7:0+3 x` puts x0, x1 and x2.  Words name contents: `zero`,
 `fill:x` (same-filled), `noise:x` (does not shrink), `lean:x` (shrinks to a fifth), `prose:x`
 (shrinks more, the harder one tries), and any other is a text.  What was evicted by a command
-follows it, indented.
+follows it, indented; so does what the audit log says of a report.
 
     machine frames=N policy=P scheduling=S admission=off lend=on checksums=on   first, if at all
     guest G / depart G
     pool G/P ephemeral|persistent [shared=UUID] [priority=low|high]
     put G/P H W... [hints=low,active] [token=T] / get G/P H [keep]
     flush G/P H [token=T] / flush G/P OBJECT [token=T]
-    destroy G/P
+    destroy G/P / report G/P OBJECT:INDEX
     batch G put|get|flush P H W [token=T]; P H W; ...
     lend G PAGES
     call G OP field=value... / message G BYTES / version G

@@ -24,7 +24,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE_BYTES = 4096, EXTENT_PAGES = 64, ABI_REVISION = 5, SPEC_VERSION = 1 };
+enum { PAGE_BYTES = 4096, EXTENT_PAGES = 64, ABI_REVISION = 6, SPEC_VERSION = 1 };
 
 enum op {
     NEW_POOL = 1,
@@ -37,6 +37,7 @@ enum op {
     PUT_BATCH = 33,
     GET_BATCH = 34,
     FLUSH_BATCH = 35,
+    REPORT = 37,
 };
 
 enum status { DONE = 1, MISS = 0, PERM = -1, NODEV = -19, INVAL = -22, NOSYS = -38, EMPTY = -1001 };
@@ -472,6 +473,25 @@ static void try_single_pages(uint32_t ephemeral, uint32_t persistent)
           "get of the last index");
 }
 
+static struct reply report(uint32_t pool, uint64_t object, uint32_t index)
+{
+    return call((struct request){.op = REPORT, .pool = pool, .oid = oid(object), .index = index});
+}
+
+static void try_reports(uint32_t ephemeral, uint32_t persistent)
+{
+    fill(0, 1, 400);
+    check(served(extent(PUT_PAGE, persistent, 5, 8, 1, 0), 1), "put of a page to be reported");
+    check(served(report(persistent, 5, 8), 0), "report of a page");
+    check(refused(report(persistent, 5, 9), MISS, NONE), "report of an absent page");
+    check(refused(report(ephemeral, 5, 8), MISS, NONE), "report of an absent object");
+    check(refused(report(60, 5, 8), NODEV, NO_SUCH_POOL), "report of a page of no pool");
+    wipe();
+    check(served(extent(GET_PAGE, persistent, 5, 8, 1, 0), 1) && holds(0, 1, 400),
+          "a report changes nothing");
+    check(served(extent(FLUSH_PAGE, persistent, 5, 8, 1, 0), 1), "flush of the reported page");
+}
+
 static void try_extents(uint32_t ephemeral, uint32_t persistent)
 {
     struct reply reply;
@@ -604,6 +624,7 @@ int main(int argc, char **argv)
     check(served(ephemeral, 0) && served(persistent, 0) && ephemeral.value == 0
               && persistent.value == 1, "two pools");
     try_single_pages((uint32_t)ephemeral.value, (uint32_t)persistent.value);
+    try_reports((uint32_t)ephemeral.value, (uint32_t)persistent.value);
     try_extents((uint32_t)ephemeral.value, (uint32_t)persistent.value);
     try_batches((uint32_t)ephemeral.value, (uint32_t)persistent.value);
     try_faults((uint32_t)persistent.value);

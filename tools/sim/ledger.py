@@ -117,6 +117,8 @@ class Ledger:
             require((reply.status == Status.DONE) == known, f"pool known={known}: {reply}")
             if known:
                 self.leave(guest, call.pool)
+        elif call.op == Op.REPORT:
+            self._settle_report(guest, call, reply)
         elif call.op == Op.LEND:
             # Kernels ask for their RAM; here they have it for themselves.
             require(reply.reason == Reason.LENDING_OFF, f"RAM was lent: {reply}")
@@ -182,6 +184,17 @@ class Ledger:
         expected = book.pages.pop(key, None) is not None
         require(expected or not served, f"a page that was gone was flushed: {book.kind} {key}")
         require(served or not (expected and book.persistent), f"a persistent page is lost: {key}")
+
+    def _settle_report(self, guest: str, call: Call, reply: Reply) -> None:
+        book = self.books.get((guest, call.pool))
+        forbidden = self._forbidden(guest, book, writing=False)
+        if forbidden is not None or book is None:
+            require(reply.reason == forbidden, f"reason {reply.reason}, not {forbidden}")
+            return
+        expected = (call.oid, call.index) in book.pages
+        there = reply.status == Status.DONE
+        require(expected or not there, f"a page that was gone was reported: {book.kind}")
+        require(there or not (expected and book.persistent), "a persistent page is lost")
 
     def _settle_flush_object(self, guest: str, call: Call, reply: Reply) -> None:
         book = self.books.get((guest, call.pool))

@@ -26,6 +26,7 @@ _OP_NAMES: Final = {
     Op.FLUSH_BATCH: "flush*",
     Op.VERSION: "version",
     Op.LEND: "lend",
+    Op.REPORT: "report",
 }
 
 
