@@ -71,11 +71,13 @@ _WITNESS_PAGES: Final = 12
 _ROUND_SECONDS: Final = 0.02
 """Between two rounds of the witness, unless it is being asked."""
 _PATIENCE_SECONDS: Final = 60.0
+_SILENCE_SECONDS: Final = 30.0
+"""A rogue that says nothing for so long is stuck: none of them is at one thing for a second."""
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float = _PATIENCE_SECONDS) -> None:
     """Wait for something that is bound to happen; generous, because nothing is timed here."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"never happened: {what}"
         time.sleep(0.005)
@@ -340,6 +342,7 @@ class Rogue:
         arguments: tuple[str, ...],
     ) -> None:
         self.name = name
+        self._heard = b""
         program = (
             "import os, random, sys, threading, time\n"
             "from pathlib import Path\n"
@@ -371,16 +374,26 @@ class Rogue:
     def says(self) -> str:
         """The next line that it prints; its complaint if it has died."""
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            _, complaint = self.process.communicate()
-            raise AssertionError(f"the rogue has died: {complaint}")
-        return line.rstrip("\n")
+        # Not by way of the stream's buffer, in which select sees nothing.
+        while b"\n" not in self._heard:
+            assert self._stirs(_SILENCE_SECONDS), (
+                f"{self.name} says nothing for {_SILENCE_SECONDS:.0f} s"
+            )
+            some = os.read(self.process.stdout.fileno(), 4096)
+            if not some:
+                _, complaint = self.process.communicate()
+                raise AssertionError(f"the rogue has died: {complaint}")
+            self._heard += some
+        line, _, self._heard = self._heard.partition(b"\n")
+        return line.decode()
 
     def has_said(self) -> bool:
         """Whether it has printed something, or died."""
+        return bool(self._heard) or self._stirs(0)
+
+    def _stirs(self, seconds: float) -> bool:
         assert self.process.stdout is not None
-        return bool(select.select([self.process.stdout], [], [], 0)[0])
+        return bool(select.select([self.process.stdout], [], [], seconds)[0])
 
     def kill(self) -> None:
         self.process.kill()

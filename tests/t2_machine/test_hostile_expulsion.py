@@ -20,10 +20,13 @@ from hypervisor.audit import AUDIT_LOG, BURST_LINES, FILE_BYTES_MAX, LINES_PER_S
 from ipc import attach
 from ipc.abi import Op, Status
 from ipc.errors import OperatorError
-from tests.support.hostile import TRANSPORTS, Siege, besieged, until
+from tests.support.hostile import TRANSPORTS, Rogue, Siege, besieged, until
 from tests.support.hypervisors import running_hypervisor
 
 FAULTS_MAX = 9
+PATIENCE_FAULTS = 300
+"""Who may break so many rules one after the other is not thrown out at all."""
+EXPULSION_SECONDS = 10.0
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)
@@ -44,6 +47,11 @@ def departed_faults(siege: Siege) -> int:
     return sum(siege.ask("stats")["departed"]["faults"].values())
 
 
+def is_out(siege: Siege, rogue: Rogue) -> bool:
+    """Whether the hypervisor has no such guest any more."""
+    return rogue.name not in siege.ask("stats")["guests"]
+
+
 OFFENDER = """
 from ipc.errors import Disconnected, OperatorError
 pool = attacker.pool(persist=True)
@@ -59,11 +67,13 @@ for number in range(int(arguments[1])):
 say(attacker.get(pool, 1, 0) == page_of("offender"))
 def end():
     try:
-        while True:
+        for _ in range(int(arguments[2])):
             broken()
-            time.sleep(0.001)
+            time.sleep(0.01)
     except Disconnected:
         say("disconnected")
+    else:
+        say("still in after", arguments[2], "faults more")
 end()
 def knock():
     try:
@@ -85,7 +95,7 @@ def test_a_guest_that_breaks_too_many_rules_is_out(siege: Siege, how: str) -> No
     """The last fault but one is still answered; then its pages are gone, it is told why, and so is
     a process that it forks.  Started anew, which enrols it anew, it may come in."""
     before = departed_faults(siege)
-    rogue = siege.rogue(OFFENDER, how, str(FAULTS_MAX - 1))
+    rogue = siege.rogue(OFFENDER, how, str(FAULTS_MAX - 1), str(PATIENCE_FAULTS))
     for number in range(1, FAULTS_MAX):
         assert rogue.says() == f"fault {number}"
     assert rogue.says() == "True", "faults cost no page as long as it is in"
@@ -95,12 +105,14 @@ def test_a_guest_that_breaks_too_many_rules_is_out(siege: Siege, how: str) -> No
     for _ in ("itself", "the process that it forks"):
         assert "your process was detached: it broke too many rules" in rogue.says()
     assert rogue.name not in siege.ask("stats")["guests"]
-    assert departed_faults(siege) == before + FAULTS_MAX
+    # On a busy machine one more may be served before the round ends after which it goes.
+    faults = departed_faults(siege) - before
+    assert FAULTS_MAX <= faults <= FAULTS_MAX + 2
     until(lambda: siege.ask("stats")["arena"]["persistent_pages"] == 12, "its pages are freed")
     lines = [line for line in siege.audit() if f"guest={rogue.name} " in line]
     events = [line.split(" ")[2].removeprefix("event=") for line in lines]
-    assert events == ["fault"] * FAULTS_MAX + ["detached"]
-    assert lines[FAULTS_MAX].endswith(f"faults={FAULTS_MAX}")
+    assert events == ["fault"] * faults + ["detached"]
+    assert lines[faults].endswith(f"faults={faults}")
     siege.unharmed()
     rogue.kill()
 
@@ -115,14 +127,15 @@ from ipc.errors import Disconnected
 request = attacker.request(Op.GET_PAGE, count=65)
 say("bursting")
 try:
-    if arguments:
-        while True:
+    for _ in range(int(arguments[0])):
+        if arguments[1:]:
             attacker.channel._requests.send(request, 1)
-    while True:
-        attacker.send(request)
+        else:
+            attacker.send(request)
 except (Disconnected, posix_ipc.BusyError):
-    pass
-say("disconnected")
+    say("disconnected")
+else:
+    say("still in after", arguments[0], "faults")
 time.sleep(600)
 """
 
@@ -132,10 +145,11 @@ def test_a_guest_that_faults_without_waiting_is_out_too(siege: Siege, deaf: bool
     """One call after the other, or all at once without reading an answer; what was still in its
     queue is not served."""
     before = departed_faults(siege)
-    rogue = siege.rogue(BURST, *(["deaf"] if deaf else []), ring=False if deaf else None)
+    times = str(PATIENCE_FAULTS), *(["deaf"] if deaf else [])
+    rogue = siege.rogue(BURST, *times, ring=False if deaf else None)
     assert rogue.says() == "bursting"
     assert rogue.says() == "disconnected"
-    until(lambda: rogue.name not in siege.ask("stats")["guests"], "it is out")
+    until(lambda: is_out(siege, rogue), "it is out", EXPULSION_SECONDS)
     # Of a guest without an answer's patience some calls more may have been taken in one round.
     assert FAULTS_MAX <= departed_faults(siege) - before <= FAULTS_MAX + 16
     siege.unharmed()
@@ -144,7 +158,7 @@ def test_a_guest_that_faults_without_waiting_is_out_too(siege: Siege, deaf: bool
 
 def test_faults_are_a_guests_own(siege: Siege) -> None:
     """Many guests with a few faults each stay in; refusals are no faults, however many."""
-    rogues = [siege.rogue(OFFENDER, "op", str(FAULTS_MAX - 1)) for _ in range(2)]
+    rogues = [siege.rogue(OFFENDER, "op", str(FAULTS_MAX - 1), "0") for _ in range(2)]
     for rogue in rogues:
         for _ in range(FAULTS_MAX - 1):
             assert rogue.says().startswith("fault")
@@ -165,7 +179,7 @@ def test_the_bar_outlives_the_guest_and_not_the_hypervisor(
     """After a restart nobody is barred: what is known of an expelled guest is not in the segment,
     nor are its pages."""
     with besieged(cluster_name, tmp_path, TRANSPORTS[-1], faults_max=FAULTS_MAX) as siege:
-        rogue = siege.rogue(OFFENDER, "slot", "0")
+        rogue = siege.rogue(OFFENDER, "slot", "0", str(PATIENCE_FAULTS))
         assert rogue.says() == "True"
         assert rogue.says() == "disconnected"
         assert "broke too many rules" in rogue.says()
@@ -181,9 +195,9 @@ def test_the_bar_outlives_the_guest_and_not_the_hypervisor(
 def test_faults_max_of_one(cluster_name: str, tmp_path: Path) -> None:
     """The strictest cluster: the first fault is answered, and is the last."""
     with besieged(cluster_name, tmp_path, TRANSPORTS[0], faults_max=1) as siege:
-        rogue = siege.rogue(OFFENDER, "op", "1")
+        rogue = siege.rogue(OFFENDER, "op", "1", "0")
         assert rogue.says() == "fault 1"
-        until(lambda: rogue.name not in siege.ask("stats")["guests"], "it is out")
+        until(lambda: is_out(siege, rogue), "it is out", EXPULSION_SECONDS)
         rogue.kill()
 
 
