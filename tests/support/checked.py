@@ -51,6 +51,7 @@ from tests.support.expectations import (
 )
 from tests.support.kills import WRITERS, killed_at
 from tests.support.ram import Ram
+from tests.support.reports import Reports
 from tests.support.wishes import Wishes
 
 ARENA_BYTES: Final = 1 << 20
@@ -86,6 +87,7 @@ class CheckedMachine:
         self.wishes = Wishes(self.windows, lambda name: self.pool(name, 1).pages)
         self.settings: dict[str, Settings] = {}
         self.grants = Grants()
+        self.reports = Reports()
         self.log: list[str] = []
         self.counts: dict[tuple[int, int, int], int] = {}
         self.evictions_before = 0
@@ -337,6 +339,7 @@ class CheckedMachine:
             if known.persistent and not there and self.settings[name].frozen:
                 raise Mismatch(f"a frozen guest put a new page at {oid}:{index}")
             known.put(oid, index, page, evictions)
+            known.putters[oid, index] = name
         elif there:
             if reason == Reason.NO_OBJECT_SLOT and known.persistent:
                 raise Mismatch("no object for a page that has one")
@@ -484,6 +487,15 @@ class CheckedMachine:
             raise Mismatch(f"{name} {part} {oid}:{index} was got and can't be there")
         self.was_got(name, part, oid, index, page, keep=keep)
 
+    def report(self, name: str, part: int, oid: int, index: int) -> None:
+        """A guest says that a page is wrong."""
+        self.reports.begin(self.machine)
+        reply = self.call(name, Op.REPORT, self.ids[name, part], oid, index)
+        if self.denied(name, part, reply, writes=False):
+            self.reports.denied()
+        else:
+            self.reports.answered(self.pool(name, part), (oid, index), reply, self.evictions)
+
     # --- fate and the administrator
 
     def reap(self, pages: int) -> None:
@@ -553,6 +565,7 @@ class CheckedMachine:
             allowed = [was]
             if intent is not None and touched:
                 allowed += [None, intent.page(index)]
+                known.putters.pop((oid, index), None)
             if page not in allowed and (known.persistent or page is not None):
                 raise Mismatch(f"a death changed {owner} {kind} {oid}:{index}")
             if page is None:

@@ -114,8 +114,10 @@ class World(CheckedMachine):
             self.get(name, part, oid, index, count, slot, keep=keep, token=token)
         elif choice < 0.88:
             self.flush(name, part, oid, index, count, token)
-        elif choice < 0.91:
+        elif choice < 0.905:
             self.flush_object(name, part, oid, token)
+        elif choice < 0.92:
+            self.report(name, part, oid, index)
         else:
             op = rng.choice((Op.PUT_BATCH, Op.GET_BATCH, Op.GET_BATCH, Op.FLUSH_BATCH))
             entries = []

@@ -8,6 +8,7 @@ chooses each argument, and cuts a history that fails down to the few steps that 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,16 +16,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import hypervisor.store
+from hypervisor.accounting import OpCount
 from hypervisor.arena import Arena
 from hypervisor.balance import MODES
 from hypervisor.eviction import POLICIES
 from hypervisor.invariants import check
 from hypervisor.lending import Lending, Loans
 from hypervisor.machine import Machine
-from hypervisor.pools import Client
+from hypervisor.pools import Client, Pool
 from hypervisor.pressure import Pressure
+from hypervisor.provenance import pages_of
+from hypervisor.residents import Answer
 from hypervisor.tokens import Tokens
-from ipc.abi import REPLY, CallFlag, Op, Priority
+from ipc.abi import REPLY, CallFlag, Op, Priority, Status
 from ipc.limits import WINDOW_SLOTS
 from tests.support import longrun
 from tests.support.expectations import GUESTS, INDEX_LAST, PARTS, Entry, Mismatch
@@ -110,6 +114,11 @@ class Histories(RuleBasedStateMachine):
     def flush_object(self, name: str, part: int, oid: int, token: int) -> None:
         if (name, part) in self.world.ids:
             self.world.flush_object(name, part, oid, token)
+
+    @rule(name=names, part=parts, oid=oids, index=indexes)
+    def report(self, name: str, part: int, oid: int, index: int) -> None:
+        if (name, part) in self.world.ids:
+            self.world.report(name, part, oid, index)
 
     @rule(
         name=names,
@@ -206,6 +215,9 @@ def test_all_outcomes_are_met() -> None:
         "PUT_BATCH DONE NONE",
         "GET_BATCH MISS NONE",
         "LEND DONE NONE",
+        "REPORT DONE NONE",
+        "REPORT MISS NONE",
+        "REPORT EPERM SHARED_DENIED",
     ):
         assert outcome in answers
 
@@ -248,6 +260,34 @@ def _flush_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
 def _old_tokens_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """An object forgets the token of a flush."""
     monkeypatch.setattr(Tokens, "see", lambda *_: None)
+
+
+def _somebody_else_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever was first in the pool, not who put the page."""
+    right = pages_of
+
+    def wrong(machine: Machine, pools: list[Pool], oid: bytes, index: int) -> list[dict[str, Any]]:
+        return [
+            page | {"guest": pools[0].members[min(pools[0].members)].origin[0]}
+            for page in right(machine, pools, oid, index)
+        ]
+
+    monkeypatch.setattr("hypervisor.provenance.pages_of", wrong)
+
+
+def _a_report_has_an_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page goes that somebody says is wrong."""
+    right = Machine._report
+
+    def wrong(
+        self: Machine, client: Client, account: OpCount, pool_id: int, oid: bytes, index: int
+    ) -> Answer:
+        answer = right(self, client, account, pool_id, oid, index)
+        if answer[0] == Status.DONE:
+            self.store.flush(client.members[pool_id], oid, index, 1)
+        return answer
+
+    monkeypatch.setattr(Machine, "_report", wrong)
 
 
 def _restart_forgets_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,6 +377,8 @@ def _steps(world: World, count: int) -> None:
         _flush_forgets,
         _old_tokens_will_do,
         _restart_forgets_tokens,
+        _somebody_else_is_named,
+        _a_report_has_an_effect,
         _the_least_is_asked,
         _asked_in_vain,
         _the_deaf_come_first,
@@ -347,8 +389,8 @@ def _steps(world: World, count: int) -> None:
     ],
 )
 def test_the_oracle_notices(break_it: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Faults, each found within some hundred or thousand steps."""
-    world = World(7, lends=True)
+    """Faults, each found within some hundred or thousand steps of this world."""
+    world = World(12, lends=True)
     break_it(monkeypatch)  # type: ignore[operator]
 
     with pytest.raises(Mismatch):

@@ -1,0 +1,53 @@
+"""Of wrong pages that guests report: who put them is told, and nothing changes."""
+
+from __future__ import annotations
+
+from hypervisor.machine import Machine
+from hypervisor.pools import Client, Pool
+from hypervisor.provenance import report_words
+from ipc.abi import Reply, Status
+from tests.support.expectations import Handle, Known, Mismatch
+
+
+class Reports:
+    """One report after the other: `begin`, and then what came of it."""
+
+    def __init__(self) -> None:
+        self._heard: dict[str, object] | None = None
+        """What the audit log says of it."""
+
+    def begin(self, machine: Machine) -> None:
+        """A report is about to be made."""
+        self._machine = machine
+        self._heard = None
+        self._before = self._effects()
+        machine.hear = self._hear
+
+    def _effects(self) -> tuple[int, ...]:
+        store = self._machine.store
+        costs = (client.cost_bytes for client in self._machine.clients.values())
+        return store.sequence, store.evictions, store.frames.free, sum(costs)
+
+    def _hear(self, _client: Client, pool: Pool, oid: bytes, index: int) -> None:
+        self._heard = report_words(self._machine, pool, oid, index)
+
+    def denied(self) -> None:
+        """It was refused for want of a right."""
+        if self._heard is not None or self._effects() != self._before:
+            raise Mismatch(f"a report of one who may not was heard: {self._heard}")
+
+    def answered(self, known: Known, handle: Handle, reply: Reply, evictions: int) -> None:
+        """It was heard; `known` is the pool."""
+        if self._effects() != self._before:
+            raise Mismatch("a report had an effect")
+        there = reply.status == Status.DONE
+        expected = known.get(*handle) is not None
+        sure = there or known.persistent or known.seen.get(handle) == evictions
+        if there != expected and sure:
+            raise Mismatch(f"a report of {handle}, {expected=}: {reply}")
+        heard = self._heard
+        if heard is None or (heard["page"] == "there") != there:
+            raise Mismatch(f"a report of {handle}: {reply}, heard was {heard}")
+        putter = known.putters.get(handle)
+        if there and putter is not None and heard["put_by"] != putter:
+            raise Mismatch(f"{handle} was put by {putter}, not {heard}")
