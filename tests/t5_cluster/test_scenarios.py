@@ -16,8 +16,8 @@ from tests.support.clusters import tmem
 from tools.interrupts import Interrupts
 from tools.jails import missing_here
 from tools.scenario.catalogue import find
-from tools.scenario.model import Outcome
 from tools.scenario.play import play
+from tools.scenario.scenario import Outcome
 
 pytestmark = pytest.mark.cluster
 

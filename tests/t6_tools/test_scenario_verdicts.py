@@ -17,10 +17,11 @@ from tools.cli.scenario import list_scenarios
 from tools.interrupts import Interrupts
 from tools.scenario import spying
 from tools.scenario.catalogue import SCENARIOS, find
-from tools.scenario.model import KINDS, Outcome, Part, Scene, Tally, Verdict, exit_code, verdict
+from tools.scenario.model import Part, Scene, Tally, Verdict, exit_code, verdict
 from tools.scenario.play import adversaries, attack
 from tools.scenario.poisoned import last_mismatch
 from tools.scenario.report import markdown, page, write
+from tools.scenario.scenario import KINDS, Outcome
 from tools.scenario.screen import screen
 from tools.scenario.stage import Stage, World, adversary
 from tools.scenario.timing import Batch, Distinguished, distinguish

@@ -7,13 +7,8 @@ exit with 64.  Heavy modules are imported inside commands, so `tmem --help` is f
 
 from __future__ import annotations
 
-import os
-import sys
-
 import typer
-from typer.exceptions import Abort, TyperException
 
-from ipc.errors import Disconnected, ExitCode, OperatorError
 from tools.cli import (
     admin,
     cluster,
@@ -26,6 +21,7 @@ from tools.cli import (
     volume,
     xen,
 )
+from tools.cli.common import run_command
 
 app = typer.Typer(
     name="tmem",
@@ -48,24 +44,4 @@ xen.register(app)
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code."""
-    try:
-        return int(app(arguments, prog_name="tmem", standalone_mode=False) or 0)
-    except OperatorError as error:
-        for line in str(error).splitlines():
-            print(f"tmem: {line}", file=sys.stderr)
-        return error.exit_code
-    except Disconnected as error:
-        print(f"tmem: no answer: {error}; see 'tmem logs'", file=sys.stderr)
-        return ExitCode.UNAVAILABLE
-    except TyperException as error:
-        # Without any arguments the help was printed and there is nothing to add.
-        if text := error.format_message():
-            print(f"tmem: {text.rstrip('.')}; see 'tmem --help'", file=sys.stderr)
-        return ExitCode.USAGE
-    except (KeyboardInterrupt, Abort):
-        print("tmem: interrupted", file=sys.stderr)
-        return ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        # The reader of a pipe has left; what we would still flush has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return ExitCode.OK
+    return run_command(app, arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import sys
 import textwrap
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ipc.errors import ExitCode, OperatorError
-from tools.cli.common import JsonOption, print_json, print_table
+from tools.cli.common import JsonOption, print_json, print_table, run_command
 
 if TYPE_CHECKING:
-    from tools.scenario.model import Outcome, Scenario
+    from tools.scenario.scenario import Outcome, Scenario
 
 _WIDTH = 96
 
@@ -59,6 +60,7 @@ def list_scenarios(json: JsonOption = False) -> int:
 
 
 def run(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="Of a scenario, or 'all'.")],
     defence: Annotated[
         str, typer.Option(help="off: see the attack work, where it can; on: see it fail.")
@@ -107,6 +109,7 @@ def run(
             announce=announce,
             tell=tell,
             watch=(lambda _scene: None) if json or explain else shown.watch,
+            command=functools.partial(run_command, context.find_root().command),
         ):
             shown.end()
             outcomes.append(outcome)

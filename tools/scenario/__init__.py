@@ -1,7 +1,8 @@
 """Scenarios: attacks that people can watch, with the defence off and then on.
 
-model       what a scenario is, what it counts, what follows
+model       what is counted and shown, what follows
 stage       a cluster of its own for each
+scenario    what a scenario is
 poisoning, spying, denial, breakout   the catalogue
 catalogue   by name
 play        one or all of them, and what is printed

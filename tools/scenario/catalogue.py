@@ -6,7 +6,7 @@ from typing import Final
 
 from ipc.errors import ExitCode, OperatorError
 from tools.scenario import breakout, denial, poisoned, poisoning, spying
-from tools.scenario.model import Scenario
+from tools.scenario.scenario import Scenario
 
 SCENARIOS: Final[dict[str, Scenario]] = {
     scenario.name: scenario

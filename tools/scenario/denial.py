@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from hypervisor.audit import BURST_LINES, LINES_PER_SECOND
 from ipc.codec import Record
-from tools.scenario.model import Scenario
+from tools.scenario.scenario import Scenario
 from tools.scenario.stage import JAILED, MIB, Grant, Player, Stage, World, adversary
 
 _SECONDS: Final = 2.0

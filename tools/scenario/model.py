@@ -1,4 +1,4 @@
-"""What a scenario is, what it counts, and what follows from the counts.
+"""What a scenario counts, what it shows, and what follows from the counts.
 
     held      the attack was tried, the defence was seen to act, nobody was harmed
     broken    the attacker got what it wanted, or a victim read a wrong page or lost one
@@ -9,36 +9,12 @@ Harm is harm whatever else went wrong, so `broken` goes before `unknown`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
-from ipc.codec import Record
 from ipc.errors import ExitCode
 
-if TYPE_CHECKING:
-    from tools.scenario.stage import Stage
-
 Verdict = Literal["held", "broken", "unknown"]
-KINDS: Final = ("poisoning", "spying", "denial", "breakout")
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """One attack with a name.  `tries` and `stops` are for people; `off` says what `--defence off`
-    takes away, None if there is no such switch and the attack is only shown to fail.  With
-    `must_catch` an attack that nobody was seen to catch proves nothing.  `adversary` is the module
-    in `guests.adversaries`."""
-
-    name: str
-    kind: str
-    adversary: str
-    tries: str
-    stops: str
-    off: str | None
-    explain: str
-    run: Callable[[Stage], None]
-    must_catch: bool = True
 
 
 @dataclass
@@ -106,37 +82,6 @@ def verdict(tally: Tally, *, must_catch: bool) -> Verdict:
     if tally.problems or not tally.attempts or not tally.victim_checks:
         return "unknown"
     return "held" if tally.caught or not must_catch else "unknown"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A run that has ended."""
-
-    scenario: Scenario
-    defence: bool
-    seed: int
-    seconds: float
-    tally: Tally
-    events: list[str]
-    scenes: list[Scene] = field(default_factory=list)
-
-    @property
-    def verdict(self) -> Verdict:
-        """What follows from the tally."""
-        return verdict(self.tally, must_catch=self.scenario.must_catch)
-
-    def record(self) -> Record:
-        """For `--json`."""
-        return {
-            "scenario": self.scenario.name,
-            "kind": self.scenario.kind,
-            "defence": "on" if self.defence else "off",
-            "seed": self.seed,
-            **asdict(self.tally),
-            "events": self.events,
-            "seconds": round(self.seconds, 2),
-            "verdict": self.verdict,
-        }
 
 
 _EXIT_CODES: Final = {

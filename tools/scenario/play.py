@@ -14,8 +14,9 @@ from ipc.codec import Record
 from ipc.errors import Disconnected, ExitCode, OperatorError
 from ipc.jail import Mode
 from tools.interrupts import Interrupts
-from tools.scenario.model import Outcome, Scenario, Scene
-from tools.scenario.stage import Player, Stage, adversary
+from tools.scenario.model import Scene
+from tools.scenario.scenario import Outcome, Scenario
+from tools.scenario.stage import Command, Player, Stage, adversary
 
 
 def play(
@@ -27,12 +28,13 @@ def play(
     interrupts: Interrupts,
     tell: Callable[[str], None] = lambda _line: None,
     watch: Callable[[Scene], None] = lambda _scene: None,
+    command: Command | None = None,
 ) -> Outcome:
     """One scenario from beginning to end.  A cluster that can't be started makes it unknown."""
     # Short: sockets lie in it.
     folder = Path(tempfile.mkdtemp(prefix="tmem-scn-"))
     began_at = time.monotonic()
-    stage = Stage(folder, cache, defence, seed, interrupts, tell, watch)
+    stage = Stage(folder, cache, defence, seed, interrupts, tell, watch, command)
     try:
         try:
             scenario.run(stage)
@@ -81,6 +83,7 @@ def play_all(
     announce: Callable[[Scenario], None],
     tell: Callable[[str], None],
     watch: Callable[[Scene], None] = lambda _scene: None,
+    command: Command | None = None,
 ) -> Iterator[Outcome]:
     """Scenarios in turn; what they have in common is made once."""
     with tempfile.TemporaryDirectory(prefix="tmem-scn-cache-") as cache:
@@ -94,4 +97,5 @@ def play_all(
                 interrupts=interrupts,
                 tell=tell,
                 watch=watch,
+                command=command,
             )

@@ -21,7 +21,8 @@ from typing import Final
 
 from guests.adversaries.raw import file_oid
 from ipc.codec import Record
-from tools.scenario.model import Part, Scenario, Scene
+from tools.scenario.model import Part, Scene
+from tools.scenario.scenario import Scenario
 from tools.scenario.stage import MIB, Stage, World
 from tools.scenario.volume import make_volume
 

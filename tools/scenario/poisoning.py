@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from guests.adversaries.raw import file_oid, page_of
 from ipc.abi import PAGE_BYTES
-from tools.scenario.model import Scenario
+from tools.scenario.scenario import Scenario
 from tools.scenario.stage import JAILED, MIB, Grant, Player, Stage, World, adversary
 from tools.scenario.volume import TIMING, Volume, make_volume
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from tools.experiment.svg import STYLE, legend, line_plot
-from tools.scenario.model import Outcome, Scene
+from tools.scenario.model import Scene
+from tools.scenario.scenario import Outcome
 
 _LINES: Final = ("poisoned (pages put)", "served (files read wrong)", "caught (pages refused)")
 _POINTS_MAX: Final = 24

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from ipc.codec import Record
-from tools.scenario.model import Scenario
+from tools.scenario.scenario import Scenario
 from tools.scenario.stage import JAILED, MIB, Player, Stage, World, adversary
 from tools.scenario.timing import Batch, Distinguished, distinguish
 

@@ -44,6 +44,9 @@ JAILED: Final = ("operation not permitted", "permission denied")
 """What a process in a jail is told: EPERM by the filter of system calls, EACCES by Landlock."""
 
 
+Command = Callable[[list[str]], int]
+
+
 @dataclass(frozen=True)
 class Player:
     """A guest on the stage; `adversary` is its module, a witness without one."""
@@ -89,7 +92,11 @@ def adversary(noun: str) -> str:
 
 @dataclass
 class Stage:
-    """What a scenario is run with: `defence` on or off, a `seed`, and whom to tell what happens."""
+    """What a scenario is run with: `defence` on or off, a `seed`, and whom to tell what happens.
+
+    `command` runs a command line of `tmem` and has its exit code; it is given, because the commands
+    know the scenarios and not the other way round.
+    """
 
     folder: Path
     cache: Path
@@ -98,6 +105,7 @@ class Stage:
     interrupts: Interrupts
     tell: Callable[[str], None] = lambda _line: None
     watch: Callable[[Scene], None] = lambda _scene: None
+    command: Command | None = None
     tally: Tally = field(default_factory=Tally)
     events: list[str] = field(default_factory=list)
     scenes: list[Scene] = field(default_factory=list)
