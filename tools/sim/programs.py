@@ -228,8 +228,11 @@ class Program:
             self._get_batch(calls)
         elif choice < 0.90:
             self._flush(calls, pool, oid, index, count)
-        elif choice < 0.97:
+        elif choice < 0.96:
             self._flush_object(calls, pool, oid)
+        elif choice < 0.97:
+            assert pool.number is not None
+            self._checked(pool, calls.report(pool.number, oid, index))
         else:
             self._destroy(calls, pool)
 

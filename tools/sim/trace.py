@@ -61,6 +61,9 @@ def describe(call: Call, reply: Reply, book: Book | None) -> str:
     elif call.op == Op.FLUSH_OBJECT:
         what = f"{call.pool}:{kind:<4} {int.from_bytes(call.oid[:4], 'little'):<16}"
         served = str(reply.value)
+    elif call.op == Op.REPORT:
+        name = f"{int.from_bytes(call.oid[:4], 'little')}:{call.index:#x}"
+        what = f"{call.pool}:{kind:<4} {name:<16}"
     elif call.op == Op.LEND:
         what = f"{call.index}"
     else:
