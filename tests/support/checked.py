@@ -320,6 +320,11 @@ class CheckedMachine:
         known.see(oid, token)
         if (reply.status == Status.DONE) != (reply.map == (1 << count) - 1):
             raise Mismatch(f"status and map of a put: {reply}")
+        first_refused = (~reply.map & (reply.map + 1)).bit_length() - 1
+        if reply.reason == Reason.NO_OBJECT_SLOT and known.persistent:
+            # The reason is that of the first page refused; one further on may be replaced in vain.
+            if first_refused < count and known.get(oid, index + first_refused) is not None:
+                raise Mismatch("no object for a page that has one")
         for at, page in enumerate(pages):
             reason = reply.reason if not reply.map >> at & 1 else 0
             # A page behind this one may have evicted it.
@@ -341,8 +346,6 @@ class CheckedMachine:
             known.put(oid, index, page, evictions)
             known.putters[oid, index] = name
         elif there:
-            if reason == Reason.NO_OBJECT_SLOT and known.persistent:
-                raise Mismatch("no object for a page that has one")
             known.drop(oid, index)
 
     def get(
