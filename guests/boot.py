@@ -38,8 +38,9 @@ from guests.node import Fenced
 from ipc import attach
 from ipc.channel import Channel
 from ipc.errors import ExitCode, OperatorError
+from ipc.jail import descriptors
 from ipc.limits import HANDSHAKE_SECONDS
-from ipc.logfile import log_to
+from ipc.logfile import LogFile, log_to
 from ipc.mqueue import QueueChannel
 
 __all__ = ["GuestSpec", "run"]
@@ -60,11 +61,13 @@ class FencedNode(Exception):
 
 def run(spec: GuestSpec) -> None:
     """Be this guest until told to stop.  Exits with an `ExitCode`."""
-    log_to(spec.run_directory / "log" / f"{spec.name}.log")
+    if spec.jail.shut:
+        descriptors.close_inherited()
+    log_file = log_to(spec.run_directory / "log" / f"{spec.name}.log")
     report = spec.run_directory.absolute() / f"guest-{spec.name}.error"
     report.unlink(missing_ok=True)
     try:
-        _serve(spec)
+        _serve(spec, log_file)
     except (ImageError, OperatorError) as error:
         log.error("event=not-started why=%s", error)
         with contextlib.suppress(PermissionError):
@@ -80,7 +83,7 @@ def run(spec: GuestSpec) -> None:
         sys.exit(ExitCode.GUEST_DIED)
 
 
-def _serve(spec: GuestSpec) -> None:
+def _serve(spec: GuestSpec, log_file: LogFile) -> None:
     jail = GuestJail(spec)
     jail.step_down()
     spec = jail.spec
@@ -102,6 +105,9 @@ def _serve(spec: GuestSpec) -> None:
         control = Control(socket_path(spec.run_directory, spec.name), answers.answer)
         try:
             with _ends_watched(spec, control, answers):
+                if spec.jail.shut:
+                    # The console is of all processes of the cluster.
+                    log_file.take_output()
                 jail.shut()
                 _loop(kernel, control, answers)
         finally:

@@ -23,6 +23,8 @@ What a guest still needs afterwards, and how it comes by it:
 * Its new queues: `mq_open`, never with O_CREAT.  Their names are told and can't be guessed.
 * Files of the host that a workload reads or writes come open with the question (`guests.control`),
   and what it reads of itself in /proc is kept open (`guests.keptfiles`).
+* No descriptor of its starter's (`ipc.jail.descriptors`): what it says on standard output and error
+  stands in its own log.
 * Modules: all are imported before, and so are the text encodings that Python sources may name.
 
 A *node* (a guest that mounts a volume with others) needs more: streams to the other nodes, and to
@@ -92,7 +94,6 @@ CALLS: Final = (
     Call("fsync", "what it has written is on the disk"),
     Call("fdatasync", "the same without the times"),
     Call("sync_file_range", "a part of the disk's image is on its way"),
-    Call("fallocate", "blocks that are free are holes in the image"),
     Call("ftruncate", "its log is cut"),
     *one_of("fcntl", "locks on the bytes of a shared image", 1, _FCNTL),
     Call("flock", "the lock of a node's socket is given back"),

@@ -31,7 +31,7 @@ import resource
 from pathlib import Path
 from typing import Final
 
-from ipc.jail import JailSpec, check_strict, landlock, limits, missing_parts, seccomp
+from ipc.jail import JailSpec, check_strict, descriptors, landlock, limits, missing_parts, seccomp
 from ipc.jail.interpreter import INTERPRETER, WORD
 from ipc.jail.landlock import Access, Rule
 from ipc.jail.limits import Capability
@@ -130,6 +130,7 @@ class HypervisorJail:
         if not self._jail.shut:
             return
         self._without = "; ".join(landlock.second_locks_missing()) or "nothing"
+        descriptors.let_go_of_input()
         queues = landlock.open_queues()
         limits.keep_capabilities(self._capabilities())
         limits.no_new_privileges()

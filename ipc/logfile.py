@@ -40,6 +40,11 @@ class LogFile(logging.Handler):
         os.ftruncate(self._fd, 0)
         self._bytes = os.write(self._fd, newer[newer.find(b"\n") + 1 :])
 
+    def take_output(self) -> None:
+        """What this process writes to standard output and error stands here from now on."""
+        os.dup2(self._fd, 1)
+        os.dup2(self._fd, 2)
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
@@ -47,13 +52,15 @@ class LogFile(logging.Handler):
         super().close()
 
 
-def log_to(path: Path) -> None:
+def log_to(path: Path) -> LogFile:
     """Send this process's log to a file, which it shares with no other process."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    log_file = LogFile(path)
     logging.basicConfig(
-        handlers=[LogFile(path)],
+        handlers=[log_file],
         level=logging.INFO,
         format="%(asctime)s.%(msecs)03d %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
         force=True,
     )
+    return log_file

@@ -5,6 +5,7 @@
     seccomp     which system calls it may make
     interpreter the calls that any process of ours makes
     limits      user id, capabilities, no-new-privileges, dumpability, sizes
+    descriptors what it has open because its starter had
     cgroup      memory, as the host counts it
     warmup      what must be imported before
 

@@ -36,6 +36,7 @@ _PTRACE_INTERRUPT = 0x4207
 _PTRACE_DETACH = 17
 _WALL = 0x4000_0000
 _KEYCTL_GET_KEYRING_ID = 0
+_FALLOC_KEEP_SIZE = 1
 
 
 def run(cell: Cell) -> Iterator[None]:
@@ -66,6 +67,9 @@ def of_node(cell: Cell) -> dict[str, Callable[[], object]]:
     )
     return {
         "read /etc/shadow": lambda: _open("/etc/shadow"),
+        "ask the administrator's socket": lambda: _connect(
+            socket.AF_UNIX, socket.SOCK_STREAM, "control.sock"
+        ),
         "read what everybody may": lambda: _open("/etc/passwd"),
         "write into /proc": lambda: _open("/proc/sys/kernel/core_pattern", os.O_WRONLY),
         "read the stranger's stat": lambda: _open(f"/proc/{stranger}/stat"),
@@ -289,6 +293,7 @@ def sizes(cell: Cell) -> dict[str, Callable[[], object]]:
         "take memory": lambda: mmap.mmap(-1, 1024 * _MIB, flags=mmap.MAP_PRIVATE).close(),
         "open many files": _open_many,
         "make its disk longer": lambda: _lengthen(cell),
+        "take blocks behind its disk's end": lambda: _take_blocks(cell),
         "lift a limit": lambda: resource.setrlimit(
             resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE)
         ),
@@ -305,17 +310,30 @@ def _open_many() -> None:
             os.close(fd)
 
 
-def _lengthen(cell: Cell) -> None:
-    """By its last byte but one: the descriptor of its disk is one of its own."""
+def _disk(cell: Cell) -> tuple[int, int]:
+    """Descriptor of its disk, which is one of its own, and its length."""
     inode = cell.count("disk_inode", 0, 0, 2**63)
     for fd in range(3, 64):
         with contextlib.suppress(OSError):
             found = os.fstat(fd)
             if found.st_ino == inode and found.st_size >= 8 * _MIB:
-                break
-    else:
-        raise OSError(errno.EBADF, "its disk is not open")
+                return fd, found.st_size
+    raise OSError(errno.EBADF, "its disk is not open")
+
+
+def _lengthen(cell: Cell) -> None:
+    """By its last byte but one."""
+    fd, length = _disk(cell)
     try:
         os.pwrite(fd, b"\0", 256 * _MIB)
     finally:
-        os.ftruncate(fd, found.st_size)
+        os.ftruncate(fd, length)
+
+
+def _take_blocks(cell: Cell) -> None:
+    """Its length stays what it is, so RLIMIT_FSIZE says nothing; the host's disk fills up."""
+    fd, length = _disk(cell)
+    try:
+        call("fallocate", fd, _FALLOC_KEEP_SIZE, 0, 256 * _MIB)
+    finally:
+        os.ftruncate(fd, length)

@@ -5,6 +5,7 @@ The same attempts are made by a guest without a jail, where they succeed: so eac
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -44,6 +45,8 @@ class Seen(NamedTuple):
     report: dict[str, Any]
     statuses: dict[str, dict[str, str]]
     """Of every thread."""
+    open: dict[str, set[str]]
+    """What descriptors of a process stand for, without numbers."""
     listed: list[bytes]
     read_characters: int
     recorded: str
@@ -66,6 +69,7 @@ def _look(folder: Path, mode: Mode) -> Seen:
             for name, pid in cluster.pids().items()
             for task in Path(f"/proc/{pid}/task").iterdir()
         }
+        opened = {name: _open_files(pid) for name, pid in cluster.pids().items()}
         report = cluster.attempts()
         record = folder / "record"
         cluster.work("histories", record=str(record), prepare=1, pages=2, operations=10)
@@ -79,6 +83,7 @@ def _look(folder: Path, mode: Mode) -> Seen:
         return Seen(
             report,
             statuses,
+            opened,
             listed,
             cluster.ask("status")["counters"]["rchar_bytes"],
             record.read_text(),
@@ -180,6 +185,33 @@ def test_processes_have_lost_what_they_had(jailed: Seen, unjailed: Seen) -> None
 def _status(process: Path) -> dict[str, str]:
     lines = (process / "status").read_text().splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def test_nothing_of_the_starters_is_open_in_a_jail(jailed: Seen, unjailed: Seen) -> None:
+    """No pipe of the fork server, by which a guest would end all others; no console, in which it
+    would speak for them; no input."""
+    kinds = {"socket", "memfd", "anon_inode", "queue"}
+    own_files = {"/dev/null", "io", "ksm_stat", "run"}
+    for name in ("red", "blue"):
+        assert jailed.open[name] == kinds | own_files | {f"{name}.log", f"{name}.img"}
+        assert {"pipe", "console.log"} < unjailed.open[name]
+    assert "console.log" in jailed.open["hypervisor"]
+
+
+def _open_files(pid: int) -> set[str]:
+    """The last part of each path, what else it is, and `input` if there is any."""
+    found = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            target = str(fd.readlink())
+            if fd.name == "0" and target != "/dev/null":
+                found.add("input")
+            if target.startswith("/tmem-"):
+                target = "queue"
+            kind = target.removeprefix("/").partition(":")[0]
+            plain = target if target == "/dev/null" else Path(target).name
+            found.add(plain if target.startswith("/") and ":" not in target else kind)
+    return found
 
 
 def test_guests_work_in_their_jails(jailed: Seen, unjailed: Seen) -> None:
