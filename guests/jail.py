@@ -27,11 +27,12 @@ What a guest still needs afterwards, and how it comes by it:
   stands in its own log.
 * Modules: all are imported before, and so are the text encodings that Python sources may name.
 
-A *node* (a guest that mounts a volume with others) needs more: streams to the other nodes, and to
-kill one that was stopped in the middle of a write (`fs.block.reservations`), which is what fencing
-means.  So it may read /proc, to be sure of whom it kills, and send SIGKILL, to whom user ids allow:
-nodes of one volume have one *real* user id beside their own, by which that is decided; nobody
-else's process is among them.  Where nobody has an id of his own, that is any process of the user.
+A *node* (a guest that mounts a volume with others) needs more: to kill one that was stopped in the
+middle of a write (`fs.block.reservations`), which is what fencing means; it talks to the others
+through sockets of the door's type.  So it may read /proc, to be sure of whom it kills, and send
+SIGKILL, to whom user ids allow: nodes of one volume have one *real* user id beside their own, by
+which that is decided; nobody else's process is among them.  Where nobody has an id of his own, that
+is any process of the user.
 """
 
 from __future__ import annotations
@@ -111,13 +112,13 @@ CALLS: Final = (
     Call("getrandom", "seeds of the interpreter, keys of a mesh"),
     Call(
         "socket",
-        "the door of a hypervisor that was started again",
+        "the door of a hypervisor that was started again, other nodes",
         (
             Argument(0, WORD, socket.AF_UNIX),
             Argument(1, _SOCKET_TYPE, socket.SOCK_SEQPACKET),
         ),
     ),
-    Call("connect", "the same door"),
+    Call("connect", "the same"),
     Call("accept4", "its control socket"),
     Call("accept", "its control socket"),
     Call("sendto", "answers"),
@@ -136,11 +137,6 @@ CALLS: Final = (
 """All that a guest may ask of the host's kernel."""
 
 NODE_CALLS: Final = (
-    Call(
-        "socket",
-        "streams to the other nodes",
-        (Argument(0, WORD, socket.AF_UNIX), Argument(1, _SOCKET_TYPE, socket.SOCK_STREAM)),
-    ),
     Call("pidfd_open", "a node that was stopped in the middle of a write is found"),
     Call("pidfd_send_signal", "and killed", (Argument(1, WORD, signal.SIGKILL),)),
     Call(

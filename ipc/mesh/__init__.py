@@ -1,4 +1,4 @@
-"""Stream sockets between the nodes of one cluster: authenticated, versioned, reconnecting.
+"""Sockets between the nodes of one cluster: authenticated, versioned, reconnecting.
 
     addresses   where a node listens: a Unix path or a TCP address; listening and connecting
     frames      MESH WIRE, part 1: frames, and their seals once both ends have proved the key

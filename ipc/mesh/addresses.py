@@ -1,5 +1,9 @@
 """Where a node listens: `unix:PATH` on one host, `tcp:ADDRESS:PORT` between hosts.
 
+A Unix socket is of type SEQPACKET and used as a stream: a send of ours is one packet, and a read
+takes a whole one (`link`).  A process in a jail may then be refused the type of stream sockets, by
+which all else on a host is reached: a fork server, a session's bus, an administrator's door.
+
 TCP addresses are numbers: to look a host's name up could block for longer than a node may be
 silent.
 
@@ -66,10 +70,11 @@ def parse_address(text: str) -> Address:
 
 def _socket(address: Address) -> socket.socket:
     if isinstance(address, UnixAddress):
-        family = socket.AF_UNIX
+        family, kind = socket.AF_UNIX, socket.SOCK_SEQPACKET
     else:
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        kind = socket.SOCK_STREAM
+    made = socket.socket(family, kind | socket.SOCK_CLOEXEC)
     made.setblocking(False)
     return made
 

@@ -32,8 +32,10 @@ from ipc.mesh.frames import (
 from ipc.mesh.handshake import Handshake, Reason, Refused, Session, encode_refusal
 
 READ_BYTES: Final = 128 * 1024
-"""One read takes more than one frame, so a whole frame comes out of every two reads."""
-_WRITE_BYTES: Final = 256 * 1024
+"""One read takes more than one frame, so a whole frame comes out of every two reads.  Of packets it
+takes as many."""
+_WRITE_BYTES: Final = 64 * 1024
+"""A packet at most: less than one read takes, and than Linux has room for by default."""
 
 
 class Timing(NamedTuple):
@@ -150,16 +152,24 @@ class Link:
     # --- in -------------------------------------------------------------------------------------
 
     def read(self) -> None:
-        """Take what has arrived, once; raises Lost."""
-        try:
-            untrusted_chunk = self.socket.recv(READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            raise Lost(f"the connection broke: {error.strerror}") from None
-        if not untrusted_chunk:
-            raise Lost("the connection was closed")
-        self._in.feed(untrusted_chunk)
+        """Take what has arrived, but little more than `READ_BYTES`; raises Lost."""
+        taken = 0
+        while taken < READ_BYTES:
+            try:
+                untrusted_chunk = self.socket.recv(READ_BYTES)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                # Told once, and of packets before those that have arrived; the end comes after.
+                continue
+            except OSError as error:
+                raise Lost(f"the connection broke: {error.strerror}") from None
+            if not untrusted_chunk:
+                if taken:
+                    return  # the next read finds the end once more
+                raise Lost("the connection was closed")
+            self._in.feed(untrusted_chunk)
+            taken += len(untrusted_chunk)
 
     def shake(self, now_ns: int) -> bool:
         """Go on with the handshake; True once this end may be UP.  Raises Refused."""

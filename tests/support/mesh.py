@@ -183,7 +183,7 @@ class RawPeer:
 
     def __init__(self, address: Address) -> None:
         if isinstance(address, UnixAddress):
-            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self.socket.connect(address.path)
         else:
             self.socket = socket.create_connection(address)
