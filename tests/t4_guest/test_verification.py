@@ -10,6 +10,7 @@ import os
 import random
 from array import array
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,8 @@ from fs.vfs import Vfs
 from guests.cleancache import object_id
 from guests.verification import TELL_SECONDS, Verification
 from hypervisor.auth import Role
+from hypervisor.pools import Client
+from hypervisor.provenance import format_oid, report_words
 from tests.support.expectations import held_pages
 from tests.t3_fs.ocfs2 import nodes
 from tests.t4_guest import test_shared_volume
@@ -97,6 +100,31 @@ def test_a_poisoned_page_is_a_miss(world: World, expect_warning: Callable[[str],
     assert read(world.nodes[2].vfs) == right()
     assert world.verifications[2].mismatches == 0
     assert world.verifications[2].verified == FILE_PAGES - 1
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_the_hypervisor_is_told_while_it_knows_who(
+    world: World, expect_warning: Callable[[str], None], role: Role
+) -> None:
+    """Before the page is flushed.  A reader can't flush and reports each time that it gets it."""
+    expect_warning("event=mismatch")
+    machine = world.hypervisor.machine
+    heard = []
+
+    def hear(client: Client, *page: Any) -> None:
+        heard.append((client.name, report_words(machine, *page)))
+
+    machine.hear = hear
+    poison(world, 1, 1)
+    world.hypervisor.grants.allow(UUID, "node0", role)
+    world.caches[0].reader = role is Role.READER
+    key = key_of(world.nodes[0])
+    assert read(world.nodes[0].vfs) == right()
+    ((guest, words),) = heard
+    assert (guest, words["put_by"], words["page"]) == ("node0", "node1", "there")
+    assert (words["object"], words["index"]) == (format_oid(object_id(key)), 1)
+    assert held(world, key, 1) == (POISON if role is Role.READER else None)
+    assert world.caches[0].counters()["reported"] == 1
 
 
 def test_without_checking_the_victim_reads_the_poison(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 
 from fs.block.file import FileDevice
 from fs.ocfs2.fsck.checker import check
-from tests.support.clusters import short_folder
+from guests.adversaries.raw import file_oid
+from hypervisor.provenance import format_oid
+from tests.support.clusters import short_folder, tmem_here
 from tests.support.ocfs2 import faults
 from tools.interrupts import Interrupts
 from tools.scenario.stage import Stage, World
@@ -53,6 +56,31 @@ def forget(world: World, name: str, other: str) -> None:
     exec_in(world, name, "ls", "/")
 
 
+def _is_in_the_audit_log(world: World, report: dict[str, Any], uuid: bytes) -> None:
+    """One event: who caught the page, which it is, and who put it, when and with which token."""
+    run = "--run", str(world.directory.path)
+    done = tmem_here("audit", *run, "--event", "reported", "--json", cwd=world.directory.path)
+    assert done.returncode == 0, done.stderr
+    (event,) = map(json.loads, done.stdout.splitlines())
+    ((ino, (_, generation)),) = report["paths"].items()
+    assert {key: event[key] for key in ("guest", "uuid", "object", "index", "page", "put_by")} == {
+        "guest": "alpha",
+        "uuid": uuid.hex(),
+        "object": format_oid(file_oid(int(ino), generation)),
+        "index": "0",
+        "page": "there",
+        "put_by": "mallory",
+    }
+    assert event["pid"] == str(world.pid("mallory"))
+    assert int(event["token"], 16) > 0
+    assert event.get("after", "") < event["time"]
+    stats = world.ask("stats")
+    assert stats["audit"]["events"]["reported"] == 1
+    counted = stats["guests"]["alpha"]["operations"]["report"]
+    assert (counted["calls"], counted["done"]) == (1, 1)
+    assert "report" not in stats["guests"]["mallory"]["operations"]
+
+
 @pytest.mark.timeout(240)
 def test_one_poisoned_page() -> None:
     """Who checks has it from the disk, counts 1, and it is gone; who does not reads it."""
@@ -77,6 +105,7 @@ def test_one_poisoned_page() -> None:
             assert seen["verified"] > 0
             log = world.directory.log("alpha").read_text()
             assert log.count("event=mismatch") == 1
+            _is_in_the_audit_log(world, report, volume.uuid)
 
             forget(world, "alpha", "mallory")
             exec_in(world, "alpha", "verify", "off")

@@ -19,7 +19,7 @@ from tools.scenario import spying
 from tools.scenario.catalogue import SCENARIOS, find
 from tools.scenario.model import Part, Scene, Tally, Verdict, exit_code, verdict
 from tools.scenario.play import adversaries, attack
-from tools.scenario.poisoned import last_mismatch
+from tools.scenario.poisoned import last_report
 from tools.scenario.report import markdown, page, write
 from tools.scenario.scenario import KINDS, Outcome
 from tools.scenario.screen import screen
@@ -296,13 +296,16 @@ def test_a_report_says_the_verdict() -> None:
     assert markdown(outcome(served=0)).startswith("# poisoned-cluster: held\n")
 
 
-def test_where_a_page_was_caught_is_read_from_the_victims_log(tmp_path: Path) -> None:
-    """The last line of many."""
-    log = tmp_path / "alpha.log"
-    assert last_mismatch(log) is None
-    log.write_text(
-        "12:00:00 WARNING verification event=mismatch ino=11 generation=3 page=4 untold=0\n"
-        "12:00:01 WARNING verification event=mismatch ino=12 generation=3 page=40 untold=7\n"
-        "12:00:02 INFO event=stop\n"
-    )
-    assert last_mismatch(log) == (12, 40)
+def test_where_a_page_was_caught_is_read_from_the_audit_log() -> None:
+    """The last of the victim's reports of which it is known who put the page."""
+    page = {"event": "reported", "index": "4", "put_by": "mallory"}
+    events = [
+        page | {"guest": "alpha", "object": "0b00000000000000030000"},
+        page | {"guest": "alpha", "object": "0c000000000000000003", "index": "40"},
+        page | {"guest": "alpha", "object": "0d00", "put_by": "bravo"},
+        page | {"guest": "bravo", "object": "0e"},
+        {"guest": "alpha", "event": "reported", "object": "0f", "index": "1", "page": "gone"},
+    ]
+    assert last_report(events[:2], "alpha") == (12, 40, "mallory")
+    assert last_report(events, "alpha") == (13, 4, "bravo")
+    assert last_report(events, "carol") is None

@@ -5,22 +5,21 @@ all files again and again and compare each with the hash of its source; `mallory
 rights, puts wrong bytes for the same files.
 
     act 1   pages from tmem are believed
-    act 2   (defence on) the file system verifies what it gets; in the end the administrator looks
-            where a caught page came from, and quarantines who put it
+    act 2   (defence on) the file system verifies what it gets and reports what is wrong, and the
+            audit log says who put it; in the end the administrator quarantines that guest
 
 Only the act of the defence that was asked for is judged: act 1 is to be seen to go wrong.
 """
 
 from __future__ import annotations
 
-import contextlib
-import re
 import time
-from pathlib import Path
 from typing import Final
 
 from guests.adversaries.raw import file_oid
+from hypervisor.provenance import parse_oid
 from ipc.codec import Record
+from tools.audit import Event
 from tools.scenario.model import Part, Scene
 from tools.scenario.scenario import Scenario
 from tools.scenario.stage import MIB, Stage, World
@@ -77,6 +76,7 @@ class _Act:
             self._ask_who(world)
             if self._verify:
                 self._quarantine(world)
+                world.judge_reports(ATTACKER)
                 self._look_for(world, _QUIET_SECONDS)
             self._judge(self._look(world))
             self._tell_refusals(world)
@@ -110,14 +110,16 @@ class _Act:
         return scene
 
     def _tell_where(self, world: World, part: Part) -> None:
-        """From the log of the victim, which has the file and the page."""
+        """From the audit log of the hypervisor, which the victim has told of the page, and who
+        knows who put it."""
         self._tell_at[part.name] = 2 * part.caught_pages
-        found = last_mismatch(world.directory.log(part.name))
+        found = last_report(world.reports(), part.name)
         if found is not None:
-            ino, page = found
+            ino, page, putter = found
             path = self._paths.get(str(ino), [f"inode {ino}"])[0]
             self._stage.say(
-                f"{part.name}: caught page {page} of {path} ({part.caught_pages} pages so far)"
+                f"{part.name}: caught page {page} of {path}, put by {putter} "
+                f"({part.caught_pages} pages so far)"
             )
 
     def _ask_who(self, world: World) -> None:
@@ -178,12 +180,12 @@ def _part(name: str, status: Record) -> Part:
     )
 
 
-def last_mismatch(log: Path) -> tuple[int, int] | None:
-    """Inode and page of the last page that a guest's file system did not believe."""
-    with contextlib.suppress(OSError):
-        found = re.findall(r"verification event=mismatch ino=(\d+) .*page=(\d+)", log.read_text())
-        if found:
-            return int(found[-1][0]), int(found[-1][1])
+def last_report(events: list[Event], guest: str) -> tuple[int, int, str] | None:
+    """Inode, page and putter of the last page that a guest reported while it was there."""
+    for event in reversed(events):
+        if event["guest"] == guest and "put_by" in event:
+            inode = parse_oid(event["object"])[:8]
+            return int.from_bytes(inode, "little"), int(event["index"]), event["put_by"]
     return None
 
 

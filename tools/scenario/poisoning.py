@@ -195,6 +195,7 @@ def _poison_volume(stage: Stage, volume: Volume, grants: list[Grant], *, verify:
         if refused:
             stage.tally.caught += refused
             stage.say(f"alpha: refused {refused} pages that are not what the disk holds")
+            world.judge_reports("mallory")
         # A page that was kept has harmed nobody until somebody believed it.
         stage.tally.succeeded = stage.tally.victim_mismatches
 
@@ -357,7 +358,8 @@ SCENARIOS: Final = (
         "content verification: the file system knows a checksum of what the disk holds",
         "pages from tmem are believed",
         "This is the question that the talk answered with trust: the node is a member, holds the "
-        "locks, its tokens are new, its pages whole. Only who knows what the disk holds can tell. "
+        "locks, its tokens are new, its pages whole. Only who knows what the disk holds can tell, "
+        "and reports it: the audit log then says who put the page. "
         "Without that the poison even spreads: a victim that drops the page puts it back, now "
         "under its own name.",
         _forged_pages,

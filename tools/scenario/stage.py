@@ -14,6 +14,7 @@ import random
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from ipc.codec import Record
 from ipc.errors import Disconnected, ExitCode
 from ipc.jail import Mode
 from tools.administer import ask_politely
+from tools.audit import AuditReader, Event
 from tools.cluster import Cluster, ClusterPlan, GuestPlan, check_limits
 from tools.image import build_image, copy_image
 from tools.interrupts import Interrupts
@@ -217,6 +219,23 @@ class World:
             return (self.directory.logs / "audit.log").read_text().splitlines()
         except OSError:
             return []
+
+    def reports(self) -> list[Event]:
+        """Wrong pages that nodes have reported, as far as the audit log has a line for each."""
+        reader = AuditReader(self.directory, events=("reported",))
+        return [event for _, event in reader.events(follow=False)]
+
+    def judge_reports(self, putter: str) -> None:
+        """Pages were caught: the audit log must say that this guest has put some of them."""
+        counted = self.ask("stats")["audit"]["events"].get("reported", 0)
+        events = self.reports()
+        putters = Counter(event.get("put_by", "nobody any more") for event in events)
+        told = ", ".join(f"{name} {count}" for name, count in putters.most_common())
+        self._tally.figures["audit log"] = (
+            f"{counted:,} pages reported, {len(events):,} lines, put by: {told or '-'}"
+        )
+        if putter not in putters:
+            self.stage.problem(f"the audit log does not name {putter}")
 
     def pid(self, name: str) -> int:
         """A guest's process."""
