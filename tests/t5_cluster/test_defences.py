@@ -134,6 +134,10 @@ def test_bad_pages_are_found_and_go_and_their_putter_is_out(
         for index in range(0, 64, 2):
             assert his.put(FILE, index, BAD, token=TOKEN)
         assert pool.get_extent(FILE, 0, 2) == [BAD, GOOD]
+        assert pool.report(FILE, 0)
+        (event,) = live.audit("--event", "reported")
+        assert (event["guest"], event["put_by"]) == ("victim", "mallory")
+        assert int(event["token"], 16) == TOKEN
 
         (page,) = live.page(0)
         assert (page["guest"], page["token"], page["pid"]) == ("mallory", TOKEN, os.getpid())
@@ -194,7 +198,8 @@ def _rot(live: Live, own: Pool) -> None:
 
 
 def _flood(live: Live) -> None:
-    """A thousand refusals are a few lines, and all of them are counted."""
+    """A thousand refusals are a few lines, and all of them are counted.  So are a thousand claims
+    that pages are wrong."""
     log = live.path / "log" / "audit.log"
     with live.program("flood") as flood:
         live.say("auth", "allow", "flood", UUID.hex(), "--reader")
@@ -205,9 +210,16 @@ def _flood(live: Live) -> None:
                 pool.put(FILE, index, BAD)
         lines = live.audit("--guest", "flood", "--event", "denied")
         counted = live.cluster.stats()["audit"]["events"]["denied"]
-    assert counted >= 1000
-    assert BURST_LINES <= len(lines) < 4 * BURST_LINES
-    assert log.stat().st_size - before < 150 * len(lines)
+        assert counted >= 1000
+        assert BURST_LINES <= len(lines) < 4 * BURST_LINES
+        assert log.stat().st_size - before < 150 * len(lines)
+
+        assert not any(pool.report(FILE, index) for index in range(1000))
+        stats = live.cluster.stats()
+        assert stats["audit"]["events"]["reported"] == 1000
+        assert stats["guests"]["flood"]["operations"]["report"]["missed"] == 1000
+        assert len(live.audit("--guest", "flood")) < 8 * BURST_LINES
+        assert log.stat().st_size - before < 150 * 8 * BURST_LINES
 
 
 def test_secrets_lie_nowhere_and_can_be_drawn_anew(
