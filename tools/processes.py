@@ -11,6 +11,9 @@ guest's mappings nor anything of this room.  Two habits of multiprocess are turn
 Its socket goes into the cluster's folder: multiprocess' own choice, a new folder below /tmp, would
 stay behind when the supervisor is killed.
 
+Their environment is `_PLAIN` and no more: what a shell had there for somebody else (keys, tokens)
+would lie in every guest's memory.
+
 Standard output and error of the children go to a log, so that a terminal shows only what the
 supervisor says.
 
@@ -40,6 +43,12 @@ import multiprocess.resource_tracker
 _PRELOAD: Final = ["ipc.attach", "ipc.codec", "ipc.jail.warmup", "logging"]
 
 
+_PLAIN: Final = frozenset(("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ"))
+"""Variables that children have, ..."""
+_PLAIN_PREFIXES: Final = ("LC_", "PYTHON")
+"""... and those that begin so."""
+
+
 class ProcessFactory:
     """A fork server of our own, from `start` to `close`; at most one in a process."""
 
@@ -56,7 +65,7 @@ class ProcessFactory:
         """Start the fork server; ids of it and its helper."""
         self._context.set_forkserver_preload(_PRELOAD)
         self._settings["tempdir"] = os.fspath(self._folder)
-        with _output_to(self._console), _sigint_ignored(), _bare_main():
+        with _output_to(self._console), _sigint_ignored(), _bare_main(), _plain_environment():
             self._server.ensure_running()
         return [self._server._forkserver_pid, self._tracker._pid]  # noqa: SLF001
 
@@ -71,7 +80,12 @@ class ProcessFactory:
                 process.start()
             return process
         process = self._apart.Process(target=target, args=(spec,), name=name)
-        with _output_to(self._console), _sigint_ignored(), _bare_main(), _own_hash_seed():
+        with (
+            _output_to(self._console),
+            _sigint_ignored(),
+            _bare_main(),
+            _plain_environment(but="PYTHONHASHSEED"),
+        ):
             process.start()
         return process
 
@@ -93,14 +107,19 @@ def _bare_main() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_hash_seed() -> Iterator[None]:
-    """An interpreter that is started now draws its seed."""
-    given = os.environ.pop("PYTHONHASHSEED", None)
+def _plain_environment(but: str = "") -> Iterator[None]:
+    """What is started now has `_PLAIN` variables only, and not this one."""
+    others = {
+        name: value
+        for name, value in os.environ.items()
+        if name == but or not (name in _PLAIN or name.startswith(_PLAIN_PREFIXES))
+    }
+    for name in others:
+        del os.environ[name]
     try:
         yield
     finally:
-        if given is not None:
-            os.environ["PYTHONHASHSEED"] = given
+        os.environ.update(others)
 
 
 @contextlib.contextmanager

@@ -77,3 +77,8 @@ def _files(directory: Path, kind: Callable[[int], bool]) -> list[Path]:
 def write_hash(path: Path) -> None:
     """What a process has for a seed of Python's hash, as far as it can be seen."""
     path.write_text(str(hash("a name that a guest chose")))
+
+
+def write_environment(path: Path) -> None:
+    """The environment that a process was started with, as it lies in its memory."""
+    path.write_bytes(Path("/proc/self/environ").read_bytes())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.support.clusters import short_folder
-from tests.support.secrecy import write_hash
+from tests.support.secrecy import write_environment, write_hash
 from tools.processes import ProcessFactory
 
 
@@ -31,3 +32,28 @@ def test_guests_do_not_know_the_hypervisors_hash_seed(monkeypatch: pytest.Monkey
             factory.close()
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 3
+
+
+def test_children_have_nothing_of_the_starters_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A key that a shell has for somebody else; the time zone is for everybody."""
+    monkeypatch.setenv("PROCESSES_TEST_KEY", "hunter2")
+    monkeypatch.setenv("TZ", "Europe/Oslo")
+    with short_folder() as folder:
+        factory = ProcessFactory(folder, folder / "console")
+        helpers = factory.start()
+        try:
+            environments = [Path(f"/proc/{pid}/environ").read_bytes() for pid in helpers]
+            for apart in (False, True):
+                process = factory.spawn(write_environment, folder / "environ", "", apart=apart)
+                process.join()
+                process.close()
+                environments.append((folder / "environ").read_bytes())
+        finally:
+            factory.close()
+    assert os.environ["PROCESSES_TEST_KEY"] == "hunter2"
+    assert len(environments) == 4
+    for environment in environments:
+        assert b"TZ=Europe/Oslo\0" in environment
+        assert b"hunter2" not in environment
