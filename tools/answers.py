@@ -110,11 +110,18 @@ def believed(verb: object, untrusted: Record) -> Record:
     return plain
 
 
+def plain_text(untrusted: str) -> str:
+    """What can be shown on a terminal."""
+    if untrusted.isprintable():  # which is quicker
+        return untrusted
+    return "".join("?" if _drives(letter) else letter for letter in untrusted)
+
+
 def _plain(value: Any, depth: int) -> Any:
     if depth > _DEPTH_MAX:
         raise BadRecord("an answer that is nested too deep")
     if isinstance(value, str):
-        return "".join("?" if _drives(letter) else letter for letter in value)
+        return plain_text(value)
     if isinstance(value, dict):
         return {_plain(key, depth): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list):

@@ -46,6 +46,7 @@ from tools.administer import ask_politely
 from tools.control import ask
 from tools.interrupts import Interrupts
 from tools.jails import Jails, without
+from tools.logs import LogReader
 from tools.processes import ProcessFactory
 from tools.rotate import with_present_key
 from tools.rundir import ClusterDirectory, ClusterRecord, GuestRecord
@@ -281,8 +282,9 @@ class Cluster:
     def _failed_to_start(self, name: str, exit_code: int) -> OperatorError:
         """The reason is the guest's start-up report, or the last error in the process' log."""
         reason = f"it ended with exit code {exit_code}; see {self.directory.log(name)}"
-        with contextlib.suppress(OSError):
-            for line in self.directory.log(name).read_text(errors="replace").splitlines():
+        with contextlib.suppress(OSError, OperatorError):
+            # An earlier process of that guest may have written what it liked.
+            for line in LogReader(self.directory, name).lines(follow=False):
                 if " ERROR " in line:
                     reason = line.partition(" ERROR ")[2]
         with contextlib.suppress(OSError):

@@ -1,4 +1,8 @@
-"""The logs of a cluster as one stream, each line behind the name of who wrote it."""
+"""The logs of a cluster as one stream, each line behind the name of who wrote it.
+
+A guest writes its log itself, and is hostile: its lines drive no terminal and pass for nobody
+else's, and of a file that it has made longer than a log can be only the end is read.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from ipc.errors import ExitCode, OperatorError
+from ipc.logfile import LOG_BYTES_MAX
+from tools.answers import plain_text
 from tools.rundir import ClusterDirectory
 
 _LOOK_SECONDS: Final = 0.2
@@ -44,11 +50,12 @@ class LogReader:
         for path in paths:
             with path.open("rb") as file:
                 # One that was cut meanwhile (`ipc.logfile`) goes on where it now ends.
-                start = min(self._offsets.get(path, 0), file.seek(0, os.SEEK_END))
+                end = file.seek(0, os.SEEK_END)
+                start = max(min(self._offsets.get(path, 0), end), end - LOG_BYTES_MAX)
                 file.seek(start)
-                text = file.read()
+                text = file.read(LOG_BYTES_MAX)
             # A line that is still being written waits for its end.
             whole = text[: text.rfind(b"\n") + 1]
             self._offsets[path] = start + len(whole)
-            for line in whole.decode(errors="replace").splitlines():
-                yield f"{path.stem:<{width}} | {line}"
+            for line in whole.decode(errors="replace").split("\n")[:-1]:
+                yield f"{path.stem:<{width}} | {plain_text(line)}"
