@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from typing import Any, cast
 
 import msgpack
@@ -83,10 +84,20 @@ def send_record(connection: socket.socket, record: Record) -> None:
     connection.sendall(encode(record))
 
 
-def receive_record(connection: socket.socket) -> Record | None:
-    """The next record of a blocking socket; None at the end of the stream."""
+def receive_record(connection: socket.socket, seconds: float | None = None) -> Record | None:
+    """The next record of a blocking socket; None at the end of the stream.
+
+    With `seconds` it is there after that time or TimeoutError is raised: the time-out of the socket
+    alone starts again with each byte.
+    """
+    until = None if seconds is None else time.monotonic() + seconds
     buffer = b""
     while (frame := split_frame(buffer)) is None:
+        if until is not None:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            connection.settimeout(left)
         chunk = connection.recv(65536)
         if not chunk:
             if buffer:

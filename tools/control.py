@@ -39,7 +39,7 @@ def ask(path: Path, question: Record, *, timeout_seconds: float = 10.0) -> Recor
                 sent = socket.send_fds(connection, [frame], list(files.values()))
                 if sent < len(frame):  # even of nothing, sending fails when it is answered already
                     connection.sendall(frame[sent:])
-            answer = receive_record(connection)
+            answer = receive_record(connection, timeout_seconds)
     except TimeoutError:
         raise Disconnected(f"{path.name}: no answer in {timeout_seconds:g} s") from None
     except (OSError, BadRecord) as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,30 @@ def test_texts_drive_no_terminal() -> None:
     inside = believed("locks", {"resources": [], "x": {ESCAPE: [ESCAPE]}})
     assert ESCAPE not in str(inside)
     assert "\x1b" not in repr(inside).encode().decode("unicode_escape")
+
+
+def test_an_answer_that_comes_in_drops_is_not_waited_for(tmp_path: Path) -> None:
+    """A byte a time, each well before the time is up; it would be whole in the end."""
+    path = tmp_path / "guest-red.sock"
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(path))
+        door.listen(1)
+
+        def drip() -> None:
+            connection, _ = door.accept()
+            with connection, contextlib.suppress(BrokenPipeError):
+                connection.recv(4096)
+                for byte in encode({"error": "x" * 40}):
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.02)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        try:
+            with pytest.raises(Disconnected, match=r"no answer in 0\.3 s"):
+                ask(path, {"verb": "stop"}, timeout_seconds=0.3)
+        finally:
+            thread.join()
 
 
 @pytest.mark.parametrize(
