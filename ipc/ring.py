@@ -8,11 +8,11 @@ window, which is answered in the COMPLETION_BLOCK.  With a ring a KICK, from eit
   guest                                        hypervisor
   (the last call is completed)
   request; posted := posted + 1                reads posted: not the one it saw last, so a call
-  fence                                        copies request once, executes it
-  sleeping of the hypervisor? KICK  ---------> reply; completed := the posted that it read
-  until completed = posted:                    fence
+  sleeping of the hypervisor? KICK  ---------> copies request once, executes it
+  until completed = posted:                    reply; completed := the posted that it read
     yields the processor, 50 times   <-------- sleeping of the guest? KICK
-    sleeping := 1; fence; completed?
+    sleeping := 1; fence; completed?           yields; no other call?
+    sleeping of the hypervisor? KICK           sleeping of the guest? KICK
     sleeps in the reply queue; sleeping := 0
 
 Rules, for both sides and any language
@@ -20,10 +20,10 @@ Rules, for both sides and any language
 * R1  Each word has one writer.  It is aligned and written by one store of 8 bytes, after all that
   it announces: request and window before `posted`, window and reply before `completed` (a release
   store in C11).  It is read before what it announces (an acquire load).
-* R2  Between its store of `posted` (of `completed`) and its load of the other's `sleeping`, and
-  between its store of 1 to its own `sleeping` and its last look at the other's word, a side has a
-  full fence, which orders a store before a load: atomic_thread_fence(memory_order_seq_cst) in C11.
-  Without it both can look too early, and both sleep.
+* R2  Between its store of `posted` (of `completed`) and its last load of the other's `sleeping`,
+  and between its store of 1 to its own `sleeping` and its last look at the other's word, a side has
+  a full fence, which orders a store before a load: atomic_thread_fence(memory_order_seq_cst) in
+  C11.  Without it both can look too early, and both sleep.
 * R3  A guest that left a call waits for it to complete before it makes the next one: the block may
   be being copied.  After a call that it left in the queue it makes the next one there too.
 * R4  A sleeper can be woken without need, so it looks again.  A KICK that finds the queue full is
@@ -37,6 +37,9 @@ In Python a fence is the acquiring and releasing of a lock, each an atomic opera
 where stores and loads keep their order by themselves: on x86-64.  Elsewhere a hypervisor in Python
 grants nobody a ring, and a guest in Python asks for none.  Each end has a lock of its own and never
 waits for it: an exception of a signal handler may leave it locked, and the release is fence enough.
+To yield is a fence too, as the kernel takes the lock of a run queue.  So on the way of a call that
+finds the other side awake there is no other fence: a first look at `sleeping` comes at once, and
+whoever finds 0 there looks again when it has yielded in vain.
 
 To yield is quick on an idle core and on one that the other side shares; beside somebody who
 computes it costs a time slice, a thousand times a call.  So each side times its yields.  After a
@@ -122,8 +125,10 @@ class RingPair(QueuePair):
         """`seen` at an earlier time; for whoever wants to know whether the guest called since."""
         self.came_by_queue = False
         """The call that is being served."""
-        self._untrusted_words = window.call_words
-        self._copy_untrusted_request = window.request.tobytes
+        self.unsure = False
+        """The guest seemed to be awake when it was answered last, and there was no fence."""
+        self.untrusted_words = window.call_words
+        self.copy_untrusted_request = window.request.tobytes
         self._words = window.completion_words
         self._reply = window.reply
         lock = threading.Lock()
@@ -145,11 +150,11 @@ class RingPair(QueuePair):
 
     def look(self) -> bytes | None:
         """The request of a call that was posted since the last look, or None."""
-        posted = self._untrusted_words[0]
+        posted = self.untrusted_words[0]
         if posted == self.seen:
             return None
         self.seen = posted
-        return self._copy_untrusted_request()
+        return self.copy_untrusted_request()
 
     def receive(self) -> bytes | None:
         message = super().receive()
@@ -171,11 +176,21 @@ class RingPair(QueuePair):
             return super().send(reply)
         self._reply[:] = reply
         self._words[0] = self.seen
-        self._acquire(False)
-        self._release()
-        if self._untrusted_words[1]:
+        if self.untrusted_words[1]:
             super().send(KICK)
+        elif self.asleep:
+            self._acquire(False)
+            self._release()
+            self.make_sure()
+        else:
+            self.unsure = True
         return True
+
+    def make_sure(self) -> None:
+        """Wake the guest if it sleeps; there was a fence since it was answered."""
+        self.unsure = False
+        if self.untrusted_words[1]:
+            super().send(KICK)
 
 
 class RingChannel(QueueChannel):
@@ -198,27 +213,26 @@ class RingChannel(QueueChannel):
         lock = threading.Lock()
         self._acquire, self._release = lock.acquire, lock.release
         self._back_off = BackOff()
+        self._ready = True
+        """The next call can be made in the block, and the last one there was completed."""
         self._left_in_queue = False
         """A call was made in the queue and not seen to its end."""
 
     def call(self, request: bytes) -> bytes:
-        words = self._words
-        their_words = self._their_words
+        if not self._ready and not self._recover():
+            return self._call_through_queue(request)
         try:
-            last = words[0]
-            if their_words[0] != last:
-                self._finish(last)
-            if self._back_off.left or self._left_in_queue:
-                return self._call_through_queue(request)
             self._request[:] = request
         except ValueError:
-            # A released view, or a message of another length.
+            # It has another length.
             return self._call_through_queue(request)
-        posted = last + 1
-        words[0] = posted
-        self._acquire(False)
-        self._release()
-        if their_words[1]:
+        # Whatever cuts this call short, the next one begins with `_recover`.
+        self._ready = False
+        words = self._words
+        their_words = self._their_words
+        words[0] = posted = words[0] + 1
+        rung = their_words[1]
+        if rung:
             self._ring()
         before = now_ns()
         for _ in _YIELDS:
@@ -226,14 +240,29 @@ class RingChannel(QueueChannel):
             moment = now_ns()
             if moment - before > SLOW_YIELD_NS:
                 self._back_off.slow(posted)
+                self._sleep(posted, rung)
                 break
             if their_words[0] == posted:
-                return self._copy_reply()
+                self._ready = True
+                break
             before = moment
-        self._sleep(posted)
+        else:
+            self._sleep(posted, rung)
         return self._copy_reply()
 
+    def _recover(self) -> bool:
+        """Whether the next call can be made in the block; one that was cut short there is waited
+        for, in whatever state that left it."""
+        if self._closed:
+            raise Disconnected("the channel is closed")
+        posted = self._words[0]
+        if self._their_words[0] != posted:
+            self._ring()
+            self._sleep(posted, 1)
+        return not self._back_off.left and not self._left_in_queue
+
     def _call_through_queue(self, request: bytes) -> bytes:
+        self._ready = False
         self._left_in_queue = True
         reply = super().call(request)
         self._left_in_queue = False
@@ -245,13 +274,9 @@ class RingChannel(QueueChannel):
         with contextlib.suppress(posix_ipc.BusyError):
             self._requests.send(KICK, 0)
 
-    def _finish(self, posted: int) -> None:
-        """Wait for a call that was cut short, in whatever state that left it."""
-        self._ring()
-        self._sleep(posted)
-
-    def _sleep(self, posted: int) -> None:
-        """Block until a call is completed; raises Disconnected."""
+    def _sleep(self, posted: int, rung: int) -> None:
+        """Block until a call is completed; raises Disconnected.  If it was not `rung` for, the
+        hypervisor may have gone to sleep since."""
         words, their_words = self._words, self._their_words
         try:
             while their_words[0] != posted:
@@ -260,6 +285,9 @@ class RingChannel(QueueChannel):
                 self._release()
                 if their_words[0] == posted:
                     break
+                if not rung and their_words[1]:
+                    self._ring()
+                    rung = 1
                 try:
                     self._receive(PATIENCE_SECONDS)
                 except posix_ipc.BusyError:
@@ -269,6 +297,10 @@ class RingChannel(QueueChannel):
                     continue
         finally:
             words[1] = 0
+
+    def close(self) -> None:
+        self._ready = False
+        super().close()
 
 
 Caller = TypeVar("Caller")
@@ -320,10 +352,13 @@ class Rings(Generic[Caller]):
         for _ in range(rounds):
             called = False
             for pair, caller in watched:
-                message = pair.look()
-                if message is not None:
-                    moment = serve(caller, message, moment)
+                posted = pair.untrusted_words[0]
+                if posted != pair.seen:
+                    pair.seen = posted
+                    moment = serve(caller, pair.copy_untrusted_request(), moment)
                     called = True
+                elif pair.unsure:
+                    pair.make_sure()
             if called:
                 self._rounds += 1
                 self._fruitless = 0
@@ -364,6 +399,7 @@ class Rings(Generic[Caller]):
 
     def _dismiss(self, pair: RingPair, caller: Caller) -> None:
         pair.sleep()
+        pair.make_sure()
         message = pair.look()
         if message is not None:
             self._serve(caller, message, now_ns())

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import random
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,8 +88,21 @@ class TestRingWhoseGuestBacksOff(ProcessTransport):
         """A channel that backs off for a random number of calls now and then."""
         with super().opened(echo) as channel:
             assert isinstance(channel, RingChannel)
+            channel.__class__ = MoodyChannel
             channel._back_off = MoodyBackOff()
             yield channel
+
+
+class MoodyChannel(RingChannel):
+    """Asks before each call whether it can be made in the block."""
+
+    @property
+    def _ready(self) -> bool:
+        return False
+
+    @_ready.setter
+    def _ready(self, _: bool) -> None:
+        pass
 
 
 class MoodyBackOff(BackOff):
@@ -119,7 +133,8 @@ def test_nobody_sleeps_through_a_bell(
             assert isinstance(channel, RingChannel)
             for sequence in range(20_000):
                 monkeypatch.setattr(ring, "_YIELDS", range(choose.choice((0, 0, 1, 2, 50))))
-                channel._back_off.left = choose.choice((0, 0, 0, 1))
+                channel._back_off.left = left = choose.choice((0, 0, 0, 1))
+                channel._ready = channel._ready and not left
                 for _ in range(choose.choice((0, 0, 0, 10, 100, 1000))):
                     pass
                 assert ask(channel, request(sequence, Op.FLUSH_PAGE)).sequence == sequence
@@ -204,6 +219,34 @@ def test_a_guest_with_a_slow_yield_does_without(
     finally:
         server.close()
     assert len(yields) == 3
+
+
+def test_a_hypervisor_that_lies_down_after_the_look_is_rung_for(
+    pair: RingPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest's first look has no fence; before it sleeps it looks again."""
+    ours, theirs = socket.socketpair()
+    requests = posix_ipc.MessageQueue(pair.request_name)
+    replies = posix_ipc.MessageQueue(pair.reply_name)
+    channel = RingChannel(requests, replies, pair.window, ours, 1, False)
+    pair.wake()
+    monkeypatch.setattr(ring, "_YIELDS", range(1))
+    monkeypatch.setattr(ring, "_yield", pair.sleep)
+    rung: list[int] = []
+
+    def sleep(_seconds: float) -> tuple[bytes, int]:
+        rung.append(requests.current_messages)
+        assert pair.receive() is not None
+        assert pair.send(b"r" * REPLY_BYTES)
+        return KICK, 0
+
+    monkeypatch.setattr(channel, "_receive", sleep)
+    assert channel.call(request(1, Op.FLUSH_PAGE)) == b"r" * REPLY_BYTES
+    assert rung == [1]
+    requests.close()
+    replies.close()
+    ours.close()
+    theirs.close()
 
 
 # --- the hypervisor's end, and a guest that writes what it likes
@@ -396,6 +439,50 @@ def test_a_call_that_comes_while_the_hypervisor_lies_down_is_served(
     rings.rest()
     assert len(served) == 1
     assert not rings.watched
+
+
+@pytest.mark.parametrize("resting", [False, True])
+def test_a_guest_that_lies_down_after_the_look_is_woken(
+    pair: RingPair, rings: Rings[RingPair], monkeypatch: pytest.MonkeyPatch, resting: bool
+) -> None:
+    """The first look after an answer has no fence; the next one, or the one before resting, has."""
+
+    def lie_down() -> None:
+        pair.window.call_words[1] = 1
+
+    monkeypatch.setattr(ring, "_yield", lie_down)
+    rings.watch(pair, pair, 0)
+    pair.window.call_words[0] = 1
+    rings.spin(1)
+    assert bells(pair.reply_name) == 0
+    if resting:
+        rings.rest()
+    else:
+        rings.spin(5)
+    assert bells(pair.reply_name) == 1
+
+
+def test_an_answer_to_a_guest_that_rings_is_behind_a_fence(
+    pair: RingPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would look again."""
+    pair.window.call_words[0] = 1
+    assert pair.asleep
+    assert pair.look() is not None
+    looks: list[int] = []
+
+    def acquire(_blocking: bool) -> bool:
+        looks.append(pair.window.completion_words[0])
+        return True
+
+    def release() -> None:
+        pair.window.call_words[1] = 1
+
+    monkeypatch.setattr(pair, "_acquire", acquire)
+    monkeypatch.setattr(pair, "_release", release)
+    assert pair.send(bytes(REPLY_BYTES))
+    assert looks == [1]
+    assert bells(pair.reply_name) == 1
 
 
 def test_idlers_must_ring_again(pair: RingPair, rings: Rings[RingPair], served: Served) -> None:
