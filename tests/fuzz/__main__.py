@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import re
+import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from ipc.errors import ExitCode
@@ -30,6 +32,7 @@ def explore(target: str, seconds: int, directory: Path) -> bool:
     inputs = directory / target
     findings = directory / "findings"
     corpus.unpack(target, inputs)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     findings.mkdir(exist_ok=True)
     known = set(findings.iterdir())
     arguments = [
@@ -37,19 +40,24 @@ def explore(target: str, seconds: int, directory: Path) -> bool:
         f"-max_len={LENGTH_MAX[target]}",
         f"-artifact_prefix={findings}/{target}-",
         "-print_final_stats=1",
+        # Work without end ends here, and so does memory.
         "-timeout=20",
+        "-rss_limit_mb=1024",
         # Steps are what counts, and a slow target would wait for long inputs for ever.
         "-len_control=0",
         str(inputs),
     ]
     command = [sys.executable, "-m", "tests.fuzz.explore", target, *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     output = finished.stdout + finished.stderr
     runs = _RUNS.search(output)
     found = sorted(set(findings.iterdir()) - known)
     if not found and runs and finished.returncode == 0:
         kept = len(list(inputs.iterdir()))
-        print(f"{target}: {runs[1]} inputs in {seconds} s, {kept} in the corpus, nothing found")
+        work = f"{runs[1]} inputs in {cpu_seconds:.0f} s of CPU time"
+        print(f"{target}: {work}, {kept} in the corpus, nothing found")
         return True
     print("\n".join(output.splitlines()[-40:]))
     print(f"{target}: FOUND something (exit code {finished.returncode})")
@@ -59,11 +67,18 @@ def explore(target: str, seconds: int, directory: Path) -> bool:
 
 
 def keep(target: str, directory: Path) -> None:
-    """Keep in the repository the shortest of all that was found so far."""
+    """Keep in the repository as few inputs as reach all that was reached so far, short ones."""
     inputs = directory / target
     corpus.unpack(target, inputs)
-    found = [path.read_bytes() for path in inputs.iterdir()]
-    print(f"{target}: {corpus.keep(target, found)} of {len(found)} inputs are kept")
+    with tempfile.TemporaryDirectory(prefix="tmem-fuzz-") as chosen:
+        arguments = ["-merge=1", f"-max_len={LENGTH_MAX[target]}", chosen, str(inputs)]
+        command = [sys.executable, "-m", "tests.fuzz.explore", target, *arguments]
+        subprocess.run(command, capture_output=True, check=True)
+        needed = [path.read_bytes() for path in Path(chosen).iterdir()]
+    kept = corpus.keep(target, needed)
+    print(
+        f"{target}: {kept} of {len(list(inputs.iterdir()))} inputs are kept, {len(needed)} needed"
+    )
 
 
 def read_input(target: str, what: str) -> bytes:

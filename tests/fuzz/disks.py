@@ -1,20 +1,17 @@
-"""Disks whose owner has written anything into the places that file systems read first.
+"""ext2 images of several shapes, and swap areas, whose owner has written anything into them.
 
-The bytes are changes of a sound image: which of its metadata blocks, where, and what.
+`ext`   changes of fields (`fields`) of an image that is mounted then, walked, read and written:
+        a small one; one of many groups, with a double indirect file, long directories and
+        attributes; the same as a crash leaves it.
+`swap`  the header of a swap area; the area is used if the header is taken.
 
-`ext`      an ext2 image, mounted, walked, read and written;
-`ocfs2`    an OCFS2 volume, the same, or looked at by our fsck;
-`journal`  a jbd2 log of any form with four transactions in it, recovered;
-`swap`     the header of a swap area.
-
-Findings are any exception but `ImageError` and `OSError`, a block outside of the device (the device
-itself says so), a recovery that changed something and was refused, and headers that make no sense
-and were taken.
+Findings are any exception but `ImageError` and `OSError` with a number that the file system may
+say, work without end, blocks that are not there, a write where nothing may be written, and swap
+headers that make no sense and were taken.
 """
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import struct
@@ -24,289 +21,241 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from fs.block.counting import CountingDevice
-from fs.block.device import BLOCK_BYTES, BlockDevice
+from fs.block.device import BLOCK_BYTES
 from fs.block.memory import MemoryDevice
 from fs.directpages import DirectPages
 from fs.errors import ImageError
 from fs.ext.filesystem import ExtFileSystem
-from fs.jbd2 import format as jbd2
-from fs.jbd2.area import Area
-from fs.jbd2.journal import Journal, format_journal
-from fs.jbd2.recovery import recover, unreplayed
-from fs.ocfs2.filesystem import Ocfs2
-from fs.ocfs2.fsck.checker import check
-from fs.ocfs2.mkfs import Parameters, blocks_needed, make_volume
 from fs.vfs import Vfs
-from guests.swapheader import BAD_PAGES_MAX, make_swap, read_header
+from guests.swapdisk import SwapDisk
+from guests.swapheader import BAD_PAGES_MAX, check_owner, make_swap, names_owner, read_header
+from guests.volumeview import volume_status
+from tests.fuzz.fields import Field, GuardedDevice, Image, change, fields_of, image_of
 from tests.fuzz.reading import Reader, hold
+from tests.support.damage import attempt, used_hard
 from tests.support.tools import need_tool
 
-CHANGES_MAX: Final = 12
-READ_BYTES_MAX: Final = 1 << 15
-PATHS_MAX: Final = 12
 _NOW_NS: Final = 1_767_225_600_000_000_000
 _UUID: Final = bytes(range(16))
-_DIRECTORY: Final = 0o40755
+_UUID_TEXT: Final = "00010203-0405-0607-0809-0a0b0c0d0e0f"
+_WORK_BLOCKS_MAX: Final = 60_000
+_KNOWN: Final = ("/d/f", "/big", "/link", "/long", "/hard", "/d", "/a", "/one", "/two")
+_MORE_PATHS: Final = 6
 
 
 def _clock() -> int:
     return _NOW_NS
 
 
-def _change(device: MemoryDevice, blocks: list[int], reader: Reader) -> None:
-    """Write what the bytes say into these blocks."""
-    for _ in range(CHANGES_MAX):
-        if reader.left <= 0:
-            break
-        control = reader.byte()
-        block = blocks[control % len(blocks)]
-        content = bytearray(device.contents[block])
-        size = reader.byte()
-        # Most that is read lies at the start of a block or a structure of 32 bytes.
-        at = int.from_bytes(reader.take(2), "little") % BLOCK_BYTES
-        written = reader.take(1 + size % 16)
-        if size >= 240:
-            content = bytearray(device.contents[blocks[at % len(blocks)]])
-        else:
-            content[at : at + len(written)] = written[: BLOCK_BYTES - at]
-        device.contents[block] = bytes(content)
-
-
-def _use(vfs: Vfs) -> None:
-    """Read what can be read, then change and remove it; errors are allowed."""
-    paths = ["/a", "/d", "/d/f", "/link"]
-
-    def walk() -> None:
-        for path, directories, others in vfs.walk():
-            paths.extend(f"{path.rstrip('/')}/{name}" for name in directories + others)
-            if len(paths) > PATHS_MAX:
-                break
-
-    _attempt(walk)
-    for path in paths[:PATHS_MAX]:
-        for call in (_read_ends, _change_file):
-            _attempt(functools.partial(call, vfs, path))
-        for one in (vfs.readlink, vfs.listdir, vfs.lstat):
-            _attempt(functools.partial(one, path))
-        _attempt(functools.partial(vfs.rename, path, path + "-2"))
-        _attempt(functools.partial(vfs.mkdir, path))
-        _attempt(functools.partial(vfs.unlink, path + "-2"))
-        _attempt(functools.partial(vfs.rmdir, path))
-    _attempt(vfs.sync)
-    _attempt(vfs.unmount)
-
-
-def _read_ends(vfs: Vfs, path: str) -> None:
-    handle = vfs.open(path)
-    try:
-        vfs.pread(handle, READ_BYTES_MAX, 0)
-        size = vfs.fstat(handle).st_size
-        vfs.pread(handle, READ_BYTES_MAX, max(0, size - READ_BYTES_MAX))
-    finally:
-        vfs.close(handle)
-
-
-def _change_file(vfs: Vfs, path: str) -> None:
-    vfs.truncate(path, 5)
-    handle = vfs.open(path + "-new", os.O_RDWR | os.O_CREAT)
-    try:
-        vfs.write(handle, b"x" * 9000)
-    finally:
-        vfs.close(handle)
-
-
-def _attempt(call: Callable[[], object]) -> None:
-    try:
-        call()
-    except OSError as reason:
-        hold(reason.errno is not None, "an error without a number")
-
-
-def _populate(vfs: Vfs) -> None:
-    """A little of everything."""
-    vfs.mkdir("/d")
-    vfs.symlink("/d/f", "/link")
-    for path, size in (("/a", 3), ("/d/f", 14 * BLOCK_BYTES)):
-        handle = vfs.open(path, os.O_RDWR | os.O_CREAT)
-        vfs.write(handle, b"f" * size)
-        vfs.close(handle)
-    vfs.unmount()
-
-
 # --- ext
+
+_SUPER_AT: Final = 1024
+_SUPER_FIELDS: Final = (
+    *fields_of("<13I6H4I2HI2H3I16s", _SUPER_AT),
+    Field(_SUPER_AT + 206, 2),
+)
+_INODE: Final = struct.Struct("<HHIIIIIHHII4x15IIIII")
+_INODES_SHOWN: Final = 16
+_DIR_HEAD: Final = struct.Struct("<IHBB")
+_ENTRIES_SHOWN: Final = 6
+_ATTRIBUTES: Final = 0xEA020000
+
+
+def _entries(content: bytes) -> list[Field]:
+    """The entries of a block of a directory; nothing if it is none."""
+    found: list[Field] = []
+    at = 0
+    for _ in range(_ENTRIES_SHOWN):
+        if at + _DIR_HEAD.size > BLOCK_BYTES:
+            break
+        _ino, length, name_bytes, kind = _DIR_HEAD.unpack_from(content, at)
+        if length < _DIR_HEAD.size or length % 4 or kind > 7 or name_bytes + 8 > length:
+            return []
+        found += [*fields_of(_DIR_HEAD, at), Field(at + _DIR_HEAD.size, 1)]
+        at += length
+    return found
+
+
+def _ext_fields(number: int, content: bytes, tables: dict[int, int]) -> list[Field]:
+    """`tables` are the first blocks of inode tables, and the bytes of an inode there."""
+    if number == 0:
+        return list(_SUPER_FIELDS)
+    if number == 1:
+        return [field for group in range(8) for field in fields_of("<3I3H", 32 * group)]
+    if number in tables:
+        shown = min(_INODES_SHOWN, BLOCK_BYTES // tables[number])
+        # An inode begins at 0 in this block, whichever it is; the root is the second.
+        return [field for n in range(shown) for field in fields_of(_INODE, n * tables[number])]
+    if struct.unpack_from("<I", content)[0] == _ATTRIBUTES:
+        return fields_of("<5I")
+    return _entries(content) or fields_of("<12I")
+
+
+def _image(device: MemoryDevice, inode_bytes: int) -> Image:
+    groups = struct.iter_unpack("<3I3H14x", device.contents[1])
+    tables = {table + n: inode_bytes for _, _, table, *_ in groups if table for n in range(2)}
+    ignored = {bytes(BLOCK_BYTES), b"f" * BLOCK_BYTES, b"x" * BLOCK_BYTES}
+    return image_of(
+        device,
+        [
+            (number, _ext_fields(number, content, tables))
+            for number, content in enumerate(device.contents)
+            if content not in ignored
+        ],
+    )
+
+
+def _made(blocks: int, *options: str, debugfs: str = "") -> MemoryDevice:
+    """What mke2fs makes, the same every time."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "image"
+        path.write_bytes(bytes(blocks * BLOCK_BYTES))
+        command = [
+            need_tool("mke2fs"), "-q", "-F", "-t", "ext2", "-b", "4096", *options,
+            "-U", _UUID_TEXT, "-E", f"hash_seed={_UUID_TEXT}", str(path),
+        ]  # fmt: skip
+        environment = {**os.environ, "E2FSPROGS_FAKE_TIME": str(_NOW_NS // 10**9)}
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+        if debugfs:
+            command = [need_tool("debugfs"), "-w", "-f", "-", str(path)]
+            subprocess.run(
+                command, check=True, env=environment, input=debugfs, text=True, capture_output=True
+            )
+        raw = path.read_bytes()
+    return MemoryDevice([raw[at : at + BLOCK_BYTES] for at in range(0, len(raw), BLOCK_BYTES)])
+
+
+def _mounted(device: MemoryDevice, *, buffer_blocks: int = 64) -> Vfs:
+    fs = ExtFileSystem(device, clock_ns=_clock, buffer_blocks=buffer_blocks)
+    return Vfs(fs, DirectPages(fs))
+
+
+def _write(vfs: Vfs, path: str, data: bytes, at: int = 0) -> None:
+    handle = vfs.open(path, os.O_RDWR | os.O_CREAT)
+    vfs.pwrite(handle, data, at)
+    vfs.close(handle)
 
 
 @functools.cache
-def _ext_image() -> tuple[MemoryDevice, list[int]]:
-    """512 KiB of ext2, and its blocks that are not empty: metadata for the most part."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "image"
-        path.write_bytes(bytes(128 * BLOCK_BYTES))
-        options = [
-            "-t",
-            "ext2",
-            "-b",
-            "4096",
-            "-N",
-            "64",
-            "-U",
-            "00010203-0405-0607-0809-0a0b0c0d0e0f",
-        ]
-        subprocess.run(
-            [
-                need_tool("mke2fs"),
-                "-q",
-                "-F",
-                *options,
-                "-E",
-                "hash_seed=00010203-0405-0607-0809-0a0b0c0d0e0f",
-                str(path),
-            ],
-            check=True,
-            env={**os.environ, "E2FSPROGS_FAKE_TIME": str(_NOW_NS // 10**9)},
-        )
-        raw = path.read_bytes()
-    device = MemoryDevice([raw[at : at + BLOCK_BYTES] for at in range(0, len(raw), BLOCK_BYTES)])
-    mounted = ExtFileSystem(device, clock_ns=_clock)
-    _populate(Vfs(mounted, DirectPages(mounted)))
-    return device, _used(device)
+def _small() -> Image:
+    device = _made(128, "-N", "64")
+    vfs = _mounted(device)
+    vfs.mkdir("/d")
+    vfs.symlink("/d/f", "/link")
+    _write(vfs, "/a", b"fff")
+    _write(vfs, "/d/f", b"f" * 14 * BLOCK_BYTES)
+    vfs.unmount()
+    return _image(device, 256)
 
 
-def _used(device: MemoryDevice) -> list[int]:
-    data = {bytes(BLOCK_BYTES), b"f" * BLOCK_BYTES}
-    return [number for number, content in enumerate(device.contents) if content not in data]
+def _with_trees() -> tuple[MemoryDevice, Vfs]:
+    names = ("a", "one", "two")
+    # Inodes of 128 bytes have no room for attributes, so that each has a block of them.
+    commands = [f"write /dev/null {name}\nea_set /{name} user.one {'v' * 40}\n" for name in names]
+    device = _made(1024, "-g", "256", "-N", "256", "-I", "128", debugfs="".join(commands))
+    vfs = _mounted(device)
+    vfs.mkdir("/d")
+    vfs.mkdir("/d/inner")
+    _write(vfs, "/d/f", b"f" * 3 * BLOCK_BYTES)
+    for number in range(40):
+        _write(vfs, f"/d/{number:0200}", b"x" if number < 2 else b"")
+    vfs.symlink("d/f", "/link")
+    vfs.symlink("l" * 200, "/long")
+    vfs.link("/d/f", "/hard")
+    # Direct, indirect, double and triple indirect blocks.
+    for page in (0, 12, 20, 12 + 1024, 12 + 1024 + 1030, 12 + 1024 + 1024**2 + 5):
+        _write(vfs, "/big", b"end", page * BLOCK_BYTES)
+    return device, vfs
+
+
+@functools.cache
+def _trees() -> Image:
+    device, vfs = _with_trees()
+    vfs.unmount()
+    return _image(device, 128)
+
+
+@functools.cache
+def _crashed() -> Image:
+    device, vfs = _with_trees()
+    vfs.open("/two")
+    vfs.unlink("/two")
+    vfs.sync()
+    left = device.copy()
+    vfs.unmount()
+    return _image(left, 128)
+
+
+_SHAPES: Final[tuple[Callable[[], Image], ...]] = (_small, _trees, _trees, _crashed)
 
 
 def fuzz_ext(data: bytes) -> None:
-    """Mount, use, unmount."""
-    sound, blocks = _ext_image()
-    device = sound.copy()
-    _change(device, blocks, Reader(data))
+    """The first byte chooses the shape, and how it is mounted; then use, unmount."""
+    choice = data[0] if data else 0
+    image = _SHAPES[choice % len(_SHAPES)]()
+    read_only = choice >> 2 & 7 == 0
+    device = GuardedDevice(image.device.contents, blocks_max=_WORK_BLOCKS_MAX, read_only=read_only)
+    change(image, device, Reader(data[1:]))
     try:
-        mounted = ExtFileSystem(device, clock_ns=_clock)
+        vfs = _mounted(device, buffer_blocks=8 if choice & 128 else 64)
     except ImageError as reason:
         hold("\n" not in str(reason), "a refusal of several lines")
         return
-    _use(Vfs(mounted, DirectPages(mounted)))
-
-
-# --- ocfs2
-
-
-@functools.cache
-def _ocfs2_volume() -> tuple[MemoryDevice, list[int]]:
-    parameters = Parameters(slots=2, uuid=_UUID, generation=7, now_s=_NOW_NS // 10**9)
-    device = MemoryDevice.empty(blocks_needed(parameters) + 64)
-    make_volume(device, parameters, fresh=True)
-    mounted = Ocfs2(device, clock_ns=_clock)
-    _populate(Vfs(mounted, DirectPages(mounted)))
-    return device, _used(device)
-
-
-def fuzz_ocfs2(data: bytes) -> None:
-    """The first byte chooses between a mount and our fsck."""
-    sound, blocks = _ocfs2_volume()
-    device = sound.copy()
-    _change(device, blocks, Reader(data[1:]))
-    try:
-        if data[:1] and data[0] % 3 == 0:
-            for problem in check(device):
-                hold(bool(str(problem)), "a problem without words")
-            return
-        mounted = Ocfs2(device, clock_ns=_clock, read_only=bool(data[:1]) and data[0] % 3 == 1)
-    except ImageError as reason:
-        hold("\n" not in str(reason), "a refusal of several lines")
-        return
-    _use(Vfs(mounted, DirectPages(mounted)))
-
-
-# --- journal
-
-_HOME_BLOCKS: Final = 24
-_JOURNAL_BLOCKS: Final = 24
-_FORMS: Final = (
-    (0, 0),
-    (0, jbd2.INCOMPAT_64BIT),
-    (jbd2.COMPAT_CHECKSUM, 0),
-    (0, jbd2.INCOMPAT_CSUM_V2),
-    (0, jbd2.INCOMPAT_CSUM_V3 | jbd2.INCOMPAT_64BIT),
-)
-
-
-def _area(device: BlockDevice) -> Area:
-    """Two runs, the later one first, as a file may have them."""
-    half, end = _HOME_BLOCKS + _JOURNAL_BLOCKS // 2, _HOME_BLOCKS + _JOURNAL_BLOCKS
-    return Area(device, [*range(half, end), *range(_HOME_BLOCKS, half)])
-
-
-@functools.cache
-def _crashed(form: int) -> MemoryDevice:
-    """A log of four transactions that nobody has brought home."""
-    compat, incompat = _FORMS[form]
-    device = MemoryDevice.empty(_HOME_BLOCKS + _JOURNAL_BLOCKS)
-    format_journal(_area(device), _UUID, compat=compat, incompat=incompat)
-    journal = Journal(_area(device), now_ns=_clock)
-    for number in range(4):
-        image = jbd2.MAGIC_BYTES + bytes([number]) * (BLOCK_BYTES - 4)
-        journal.commit({number: image, 5: image}, [20 + number] if number else [])
-    return device
-
-
-def fuzz_journal(data: bytes) -> None:
-    """Recover, within bounds; what is refused has changed nothing."""
-    form = data[0] % len(_FORMS) if data else 0
-    device = _crashed(form).copy()
-    area = _area(device)
-    _change(device, list(area.blocks), Reader(data[1:]))
-    if data and data[0] & 128:
-        _seal_superblock(device, area)
-    counting = CountingDevice(device)
-    before = list(device.contents)
-    try:
-        found = recover(_area(counting))
-    except ImageError:
-        found = None
-    except OSError as reason:
-        hold(reason.errno == errno.EUCLEAN, f"a refusal with {reason}")
-        found = None
-    if found is None:
-        hold(device.contents == before, "a refused log was replayed in part")
-        return
-    # Each pass visits a block once, the last one reads what it writes.
-    hold(counting.read_pages <= 4 * _JOURNAL_BLOCKS, "the log was read for ever")
-    changed = {n for n, content in enumerate(device.contents) if content is not before[n]}
-    hold(changed <= {*range(_HOME_BLOCKS), area.blocks[0]}, "a write beside the home blocks")
-    hold(not unreplayed(_area(device)), "something is left to replay")
-
-
-def _seal_superblock(device: MemoryDevice, area: Area) -> None:
-    """Give a superblock that was changed its checksum again."""
-    raw = bytearray(device.contents[area.blocks[0]])
-    raw[252:256] = bytes(4)
-    struct.pack_into(">I", raw, 252, jbd2.checksum(0xFFFF_FFFF, memoryview(raw)[:1024]))
-    device.contents[area.blocks[0]] = bytes(raw)
+    fs = vfs.fs
+    assert isinstance(fs, ExtFileSystem)
+    attempt(lambda: volume_status(fs, ()))
+    used_hard(vfs, _KNOWN, paths_max=len(_KNOWN) + _MORE_PATHS, written_bytes=9000)
+    attempt(vfs.sync)
+    attempt(vfs.unmount)
 
 
 # --- swap
 
+_PAGES: Final = 24
+_FIELDS_AT: Final = 1024
+_BAD_PAGES_AT: Final = 1536
+_SIGNATURES: Final = (
+    b"SWAP-SPACE", b"S1SUSPEND\0", b"S2SUSPEND\0", b"ULSUSPEND\0", b"LINHIB0001", b"SWAPSPACE3",
+)  # fmt: skip
+
+
+@functools.cache
+def _area() -> Image:
+    device = MemoryDevice.empty(_PAGES)
+    make_swap(device, uuid=_UUID, label="fuzz")
+    header = [*fields_of("<III16s16s", _FIELDS_AT), *fields_of("<6I", _BAD_PAGES_AT)]
+    others = [(page, [Field(BLOCK_BYTES - 10, 10)]) for page in (1, 3, 7, 15)]
+    return image_of(device, [(0, header)] * 4 + [(0, [Field(BLOCK_BYTES - 10, 10)])] + others)
+
 
 def fuzz_swap(data: bytes) -> None:
-    """Changes of a header, on a device of 16 pages."""
-    device = MemoryDevice.empty(16)
-    make_swap(device, uuid=_UUID, label="fuzz")
+    """Changes of a header, whole lists of bad pages, other signatures."""
+    device = GuardedDevice(_area().device.contents, blocks_max=_WORK_BLOCKS_MAX)
     reader = Reader(data)
-    if reader.byte() & 1:
-        # Places that have a meaning, most of the time.
-        page = bytearray(device.contents[0])
-        page[1024:1068] = reader.take(44)
-        bad = reader.take(24)
-        page[1536 : 1536 + len(bad)] = bad
-        page[4086:] = reader.take(10) if reader.byte() & 1 else page[4086:]
-        device.contents[0] = bytes(page)
-    _change(device, [0, 0, 0, 1, 3, 7, 15], reader)
+    choice = reader.byte()
+    page = bytearray(device.contents[0])
+    if choice & 1:
+        count = reader.byte() % 28
+        struct.pack_into("<I", page, _FIELDS_AT + 8, count)
+        for number in range(count):
+            struct.pack_into("<I", page, _BAD_PAGES_AT + 4 * number, reader.byte() % (_PAGES + 1))
+    if choice & 2:
+        struct.pack_into("<I", page, _FIELDS_AT + 4, reader.byte() % (_PAGES + 1))
+    device.contents[0] = bytes(page)
+    if choice & 4:
+        which, place = reader.take(2)
+        block = (0, 0, 1, 3, 7, 15)[place % 6]
+        signature = (b"SWAPSPACE2", *_SIGNATURES)[which % 7]
+        device.contents[block] = device.contents[block][:-10] + signature
+        if block:
+            device.contents[0] = device.contents[0][:-10] + bytes(10)
+    change(_area(), device, reader)
     try:
         header = read_header(device)
+        if choice & 8:
+            check_owner(header, _UUID)
+        names_owner(header.uuid)
+        disk = SwapDisk.open(device, uuid=_UUID if choice & 8 else None)
     except ImageError as reason:
         hold("\n" not in str(reason), "a refusal of several lines")
         return
@@ -315,3 +264,7 @@ def fuzz_swap(data: bytes) -> None:
     bad_pages = set(header.bad_pages)
     hold(len(bad_pages) == len(header.bad_pages), "a bad page twice")
     hold(bad_pages < set(range(1, header.last_page + 1)), "bad pages that are not there")
+    slots: list[int] = []
+    while found := disk.allocate(7):
+        slots += found
+    hold(sorted(slots) == sorted(set(range(1, header.last_page + 1)) - bad_pages), "other slots")

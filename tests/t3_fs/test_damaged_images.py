@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import random
 import re
 import struct
@@ -17,60 +16,11 @@ import pytest
 from fs.block.device import BlockDevice
 from fs.block.faulty import FaultyDevice
 from fs.errors import ImageError
-from fs.vfs import Vfs
+from tests.support.damage import attempt, read_ends, used_hard
 from tests.support.tools import need_tool
 from tests.t3_fs.images import BLOCK, Image, MakeImage, write
 
-READ_BYTES_MAX = 1 << 16
-
-
-def used_hard(vfs: Vfs) -> None:
-    """Read everything that can be read, then change and remove what can be; errors are allowed."""
-    found: list[str] = []
-    try:
-        for path, directories, others in vfs.walk():
-            found += [f"{path.rstrip('/')}/{name}" for name in directories + others]
-    except OSError:
-        found += ["/deep", "/deep/file0", "/link", "/big"]
-    for path in found:
-        for call in (
-            lambda path=path: read_ends(vfs, path),
-            lambda path=path: vfs.readlink(path),
-            lambda path=path: vfs.listdir(path),
-        ):
-            attempt(call)
-    for path in [*found, "/new/one", "/new/two"]:
-        for call in (
-            lambda path=path: vfs.mkdir(os.path.dirname(path)),  # noqa: PTH120
-            lambda path=path: vfs.link(path, path + "-linked"),
-            lambda path=path: vfs.rename(path, path + "-renamed"),
-            lambda path=path: write(vfs, path + "-new", b"x" * 70_000),
-            lambda path=path: vfs.truncate(path + "-linked", 5),
-            lambda path=path: vfs.unlink(path + "-renamed"),
-            lambda path=path: vfs.rmdir(path + "-renamed"),
-            lambda path=path: vfs.unlink(path + "-linked"),
-        ):
-            attempt(call)
-
-
-def read_ends(vfs: Vfs, path: str) -> None:
-    """The first and the last bytes of a file."""
-    handle = vfs.open(path)
-    try:
-        vfs.pread(handle, READ_BYTES_MAX, 0)
-        size = vfs.fstat(handle).st_size
-        vfs.pread(handle, READ_BYTES_MAX, max(0, size - READ_BYTES_MAX))
-    finally:
-        vfs.close(handle)
-
-
-def attempt(call: object) -> None:
-    """Run it; only `OSError` may come out."""
-    assert callable(call)
-    try:
-        call()
-    except OSError as reason:
-        assert reason.errno is not None  # noqa: PT017
+KNOWN = ("/deep", "/deep/file0", "/link", "/big")
 
 
 @pytest.fixture
@@ -125,7 +75,7 @@ def test_flipped_bits_in_metadata(make_image: MakeImage, small_tree: Path, seed:
         except ImageError:
             continue
         survived += 1
-        used_hard(vfs)
+        used_hard(vfs, KNOWN)
         attempt(vfs.unmount)
         image.mounts.clear()
     assert survived > 10
@@ -149,7 +99,7 @@ def test_garbage_blocks(make_image: MakeImage, small_tree: Path, seed: int) -> N
             vfs = image.mount()
         except ImageError:
             continue
-        used_hard(vfs)
+        used_hard(vfs, KNOWN)
         attempt(vfs.unmount)
         image.mounts.clear()
 
