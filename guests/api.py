@@ -291,10 +291,11 @@ class Pool:
         key = _key(oid, 0, 1)
         return self._checked(self._tmem.calls.flush_object(self.number, key, token)).value
 
-    def report(self, oid: int, index: int) -> bool:
-        """Say that a page which was got is not what it must be, before it is flushed: whether it is
-        there still.  The audit log then says who put it, and nothing else follows."""
-        reply = self._tmem.calls.report(self.number, _key(oid, index, 1), index)
+    def report(self, oid: int, index: int, page: bytes) -> bool:
+        """Say that a page, as it was got, is not what it must be, before it is flushed: whether it
+        is there still.  The audit log then says who put it, and nothing else follows."""
+        self._tmem.calls.channel.window.slot(0)[:] = page
+        reply = self._tmem.calls.report(self.number, _key(oid, index, 1), index, 0)
         return self._checked(reply).status == Status.DONE
 
     def destroy(self) -> None:

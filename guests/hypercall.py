@@ -101,9 +101,12 @@ class Hypercalls:
         """Forget all pages of an object; `value` is how many there were."""
         return self._ask(_FLUSH_OBJECT, 0, pool, 0, oid, token)
 
-    def report(self, pool: int, oid: bytes, index: int) -> Reply:
-        """Say that a page is not what it must be, before it is flushed; MISS: it is gone."""
-        return self._ask(_REPORT, 0, pool, index, oid)
+    def report(self, pool: int, oid: bytes, index: int, slot: int) -> Reply:
+        """Say, before it is flushed, that a page is not what it must be; it is in the window's
+        `slot` as it was got.  MISS: it is another page that is there, or none."""
+        self._sequence = sequence = (self._sequence + 1) & _SEQUENCE_MASK
+        request = _pack(sequence, _REPORT, 0, 0, pool, index, oid, slot, 0, 0)
+        return _new_reply(Reply, _unpack(self._call(request)))
 
     # --- unrelated handles, described in the window's batch table
 

@@ -53,6 +53,7 @@ from guests.cleancache import OWED_PAGES_PER_FILE_MAX, Cleancache, object_id
 from guests.hypercall import BatchEntry, Hypercalls
 from ipc.abi import PAGE_BYTES, CallFlag, Reason, Reply, ReplyFlag, Status
 from ipc.errors import Disconnected
+from ipc.limits import WINDOW_SLOTS
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class SharedCleancache(Cleancache):
         """Pages whose put was refused for its token, as far as a batch tells."""
         self.handed_over = 0
         self.distrusted = 0
+        self._got_index = 0
         self.reported = 0
         """Wrong pages that the hypervisor was told of."""
 
@@ -107,6 +109,7 @@ class SharedCleancache(Cleancache):
         if key in self._owed and not self._is_clear(key):
             self.skipped += count
             return 0
+        self._got_index = index
         return super().get_pages(key, index, count, into)
 
     def put_extents(self, extents: Sequence[Extent], pages: memoryview) -> None:
@@ -163,9 +166,9 @@ class SharedCleancache(Cleancache):
         self._flush(key, index)
 
     def refuse_page(self, key: FileKey, index: int) -> None:
-        """Somebody put a wrong page. The hypervisor is told, while it still knows who; then a
-        writer takes the page out of the pool. A reader, who can't, owes nobody anything: it has not
-        changed the page."""
+        """A page that was got just now is wrong. The hypervisor is told, while it still knows who
+        put it; then a writer takes it out of the pool. A reader, who can't, owes nobody anything:
+        it has not changed the page."""
         self._report(key, index)
         if not self.reader:
             self._flush(key, index)
@@ -214,13 +217,14 @@ class SharedCleancache(Cleancache):
         self._flush(key, None)
 
     def _report(self, key: FileKey, index: int) -> None:
-        """Without an attachment there is nobody to tell, and nothing depends on it."""
-        calls, pool = self._calls, self._pool
-        if calls is None or pool is None:
+        """Without an attachment there is nobody to tell, and nothing depends on it.  What was got
+        last is in the window still, from slot 0 on."""
+        calls, pool, slot = self._calls, self._pool, index - self._got_index
+        if calls is None or pool is None or not 0 <= slot < WINDOW_SLOTS:
             return
         self.reported += 1
         try:
-            calls.report(pool, object_id(key), index)
+            calls.report(pool, object_id(key), index, slot)
         except Disconnected:
             self._attachment.lose(calls)
 

@@ -22,10 +22,10 @@ flood is over (`settle`), and the file is turned over to `audit.log.1` at `FILE_
 are counted before they are dropped (`counts`), so no figure depends on the file.  What no guest can
 bring about at will, damage, has a bucket of its own, so that no flood hides it.
 
-A report is a claim of the guest: nothing but this line follows from it, and nobody is to be judged
-by it alone.  `pool`, `object` and `index` are what it says; `page`, `put_by`, `pid`, `after`,
-`before` and `token` are known of the page that is there when it says so: a page that was replaced
-since the guest got it has another putter.
+That a reported page is wrong is a claim of the guest: nothing but this line follows from it, and
+nobody is to be judged by it alone.  So are `object` and `index`.  `put_by`, `pid`, `after`,
+`before` and `token` are known, and told only if the bytes that the guest got are those that are
+there; else `page` is `replaced` or `gone`, and nobody is named.
 
 What a guest says of itself is never written raw: details are printable ASCII and bounded.
 """

@@ -94,7 +94,7 @@ class Machine(Management):
                 elif op == Op.LEND:
                     answer = self._lend(client, account, index)
                 elif op == Op.REPORT:
-                    answer = self._report(client, account, pool_id, oid, index)
+                    answer = self._report(client, account, pool_id, oid, index, window, slot)
                 else:
                     answer = self._manage(client, account, op, pool_id, oid, token)
                 status, reason, bitmap, value, reply_flags = answer

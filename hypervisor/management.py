@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from hypervisor.accounting import OpCount
 from hypervisor.pools import Client, Member
-from hypervisor.residents import Answer, Residents
+from hypervisor.residents import Answer, Report, Residents
 from ipc.abi import (
     ABI_REVISION,
     POOL_PAGE_SIZE_MASK,
@@ -25,6 +25,7 @@ from ipc.abi import (
     Status,
 )
 from ipc.errors import GuestFault
+from ipc.window import Window
 
 
 class Management(Residents):
@@ -96,15 +97,23 @@ class Management(Residents):
         return Status.DONE, 0, 0, pages, 0
 
     def _report(
-        self, client: Client, account: OpCount, pool_id: int, oid: bytes, index: int
+        self,
+        client: Client,
+        account: OpCount,
+        pool_id: int,
+        oid: bytes,
+        index: int,
+        window: Window,
+        slot: int,
     ) -> Answer:
         """A guest says that a page is wrong.  It is heard, and that is all: it may lie."""
         account.pages += 1
         member = client.members.get(pool_id)
         if member is None or not member.may_get:
             return self._no_member(client, account, member, 1)
-        self.hear(client, member.pool, oid, index)
-        if not self.store.can_be_had(member.pool, oid, index):
+        is_there = self.store.is_same(member.pool, oid, index, bytes(window.slot(slot)))
+        self.hear(client, Report(member.pool, oid, index, is_there))
+        if not is_there:
             account.missed += 1
             return Status.MISS, 0, 0, 0, 0
         account.done += 1

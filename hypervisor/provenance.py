@@ -19,7 +19,7 @@ from hypervisor.arena import SEQUENCE_SHIFT
 from hypervisor.audit import stamp
 from hypervisor.entries import FILLED, KIND_MASK, SLAB
 from hypervisor.pools import Pool
-from hypervisor.residents import Residents
+from hypervisor.residents import Report, Residents
 from hypervisor.store import Store
 from ipc.abi import OID_BYTES
 from ipc.errors import OperatorError
@@ -92,15 +92,20 @@ def pages_of(machine: Residents, pools: list[Pool], oid: bytes, index: int) -> l
     return found
 
 
-def report_words(machine: Residents, pool: Pool, oid: bytes, index: int) -> dict[str, object]:
+def report_words(machine: Residents, report: Report) -> dict[str, object]:
     """What the audit log says of a page that a guest reports: its name, which is the guest's word,
-    and who put the page that is there now, which is not.  `page` is "there", "disowned" (nobody can
-    have it any more) or "gone"."""
+    and who put it, which is not.  `page` is "there", "disowned" (nobody can have it any more),
+    "replaced" by another one, or "gone"; of these two it is not known who put what the guest got.
+    """
+    pool = report.pool
     words: dict[str, object] = {"pool": pool.number}
     if pool.shared:
         words["uuid"] = pool.uuid.hex()
-    words |= {"object": format_oid(oid), "index": index, "page": "gone"}
-    for page in pages_of(machine, [pool], oid, index):
+    words |= {"object": format_oid(report.oid), "index": report.page_index, "page": "gone"}
+    for page in pages_of(machine, [pool], report.oid, report.page_index):
+        if not report.is_there:
+            words["page"] = "replaced"
+            break
         words["page"] = "disowned" if page["disowned"] else "there"
         words |= {"put_by": page["guest"], "pid": page["pid"]}
         for word, time_ns in (("after", page["after_ns"]), ("before", page["before_ns"])):

@@ -8,6 +8,7 @@ has those on pages, `management` the others), except for what both of them answe
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from hypervisor.accounting import Account, OpCount
 from hypervisor.arena import Arena, GuestRecord
@@ -25,6 +26,15 @@ from ipc.limits import GUESTS_MAX
 
 Answer = tuple[int, int, int, int, int]
 """status, reason, map, value, reply flags."""
+
+
+class Report(NamedTuple):
+    """A page that a guest says is wrong.  `is_there`: what it says it got is what is there."""
+
+    pool: Pool
+    oid: bytes
+    page_index: int
+    is_there: bool
 
 
 class Residents:
@@ -68,8 +78,8 @@ class Residents:
         self.departed = Account()
         self.witness: Callable[[Client, str, str, str], None] = _look_away
         """Told of (guest, event, reason, detail) when a guest breaks a rule or is denied."""
-        self.hear: Callable[[Client, Pool, bytes, int], None] = _do_not_listen
-        """Told of (guest, pool, object id, index) when a guest reports a page."""
+        self.hear: Callable[[Client, Report], None] = _do_not_listen
+        """Told when a guest reports a page."""
         self.free_guest_numbers = list(range(GUESTS_MAX - 1, -1, -1))
 
     # --- guests
@@ -142,5 +152,5 @@ def _look_away(_client: Client, _event: str, _reason: str, _detail: str) -> None
     """Nobody asked to be told."""
 
 
-def _do_not_listen(_client: Client, _pool: Pool, _oid: bytes, _index: int) -> None:
+def _do_not_listen(_client: Client, _report: Report) -> None:
     """Nobody asked to be told."""

@@ -33,8 +33,9 @@ from hypervisor.audit import Audit
 from hypervisor.control import Control
 from hypervisor.doorman import Doorman
 from hypervisor.machine import Machine
-from hypervisor.pools import Client, Pool
+from hypervisor.pools import Client
 from hypervisor.provenance import report_words
+from hypervisor.residents import Report
 from hypervisor.sessions import Session, Sessions
 from hypervisor.snapshot import snapshot
 from ipc.codec import Record
@@ -267,9 +268,9 @@ class Server:
         """A guest broke a rule or was denied."""
         self._audit.record(client.name, event, reason=reason, detail=detail)
 
-    def _note_report(self, client: Client, pool: Pool, oid: bytes, index: int) -> None:
+    def _note_report(self, client: Client, report: Report) -> None:
         """A guest says that a page is wrong."""
-        words = report_words(self._machine, pool, oid, index)
+        words = report_words(self._machine, report)
         self._audit.record(client.name, "reported", **words)
 
     def _note_refusal(self, name: str, why: str) -> None:

@@ -29,6 +29,7 @@ from hypervisor.objects import NO_PAGE, NO_PAGES, TmemObject
 from hypervisor.pages import REMOVED, Run, StoreOptions
 from hypervisor.pools import Member, Pool
 from hypervisor.reclaim import REAP_SLICE_PAGES, Reclaim
+from ipc.abi import PAGE_BYTES
 from ipc.errors import InvariantError
 
 _LOOK_FRAMES: Final = 512
@@ -79,13 +80,19 @@ class Vetting(Reclaim):
             self._drop(owner, number, index)
         return False
 
-    def can_be_had(self, pool: Pool, oid: bytes, index: int) -> bool:
-        """Whether there is such a page, and it is not disowned."""
+    def is_same(self, pool: Pool, oid: bytes, index: int, page: bytes) -> bool:
+        """Whether there is a page under this handle, and it has these bytes."""
         owner = pool.objects.get(oid)
         number = NO_PAGE if owner is None else owner.find(index)
-        return number != NO_PAGE and not (
-            pool.shared and self._is_disowned(pool, self.state(number))
-        )
+        if number == NO_PAGE:
+            return False
+        if number < self._entry_base:
+            return page == self.arena.data[number * PAGE_BYTES : (number + 1) * PAGE_BYTES]
+        try:
+            return page == self.contents.read(number)
+        except (LookupError, ValueError, InvariantError):
+            # As in `is_right`.
+            return False
 
     def take_damaged(self) -> list[Damage]:
         """What this call found, once."""

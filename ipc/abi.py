@@ -201,17 +201,18 @@ class Op(IntEnum):
     REPORT = 37
     """Say that page `index` of an object, as it was got, is not what it must be.
 
-    For guests that know better what a page holds, by a checksum of their own.  It is a claim of the
-    guest's: the hypervisor counts it and writes it into the audit log, together with what it knows
-    itself of the page that is there now (who put it, when, under which token), and that is all.  No
-    page, pool or guest is treated otherwise for it.  So a guest reports first and flushes then; one
-    that may only get from the pool reports as well.  Lines of the log are limited for each guest;
-    what is beyond the limit is only counted.  A page that was replaced since it was got is another
-    one, and that of a private ephemeral pool has gone with the get.
+    For guests that know better what a page holds, by a checksum of their own.  Slot `slot` of the
+    window holds the page that the guest got.  If it is that very page which is there, the
+    hypervisor knows who put it, when and under which token; all of this goes into the audit log.
 
-    uses: pool index oid
-    DONE: it was noted, with what is known of the page.
-    MISS: it was noted, and there is no such page any more.
+    That the page is wrong is a claim of the guest's, and nothing but that line and a count follows
+    from it: no page, pool or guest is treated otherwise.  So a guest reports first and flushes
+    then; one that may only get from the pool reports as well.  Lines of the log are limited for
+    each guest; what is beyond the limit is only counted.
+
+    uses: pool index oid slot
+    DONE: it was noted; the page is there, and so it is known who put it.
+    MISS: it was noted; another page is there by now, or none.
     ENODEV: NO_SUCH_POOL.
     """
 

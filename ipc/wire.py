@@ -136,7 +136,9 @@ def _check(request: RequestTuple) -> None:
     elif op == Op.LEND:
         _check_unused(request, "count pool oid slot token")
     elif op == Op.REPORT:
-        _check_unused(request, "count slot token")
+        _check_unused(request, "count token")
+        if slot >= WINDOW_SLOTS:
+            raise GuestFault(Reason.BAD_SLOT, str(slot))
         if oid == INVALID_OID:
             raise GuestFault(Reason.INVALID_OID)
     else:

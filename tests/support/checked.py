@@ -490,14 +490,17 @@ class CheckedMachine:
             raise Mismatch(f"{name} {part} {oid}:{index} was got and can't be there")
         self.was_got(name, part, oid, index, page, keep=keep)
 
-    def report(self, name: str, part: int, oid: int, index: int) -> None:
-        """A guest says that a page is wrong."""
+    def report(self, name: str, part: int, oid: int, index: int, slot: int) -> None:
+        """A guest says that a page is wrong: the one that is there, or was there lately."""
+        known = self.pool(name, part)
+        page = known.get(oid, index) or self.page()
+        self.windows[name].slot(slot)[:] = page
         self.reports.begin(self.machine)
-        reply = self.call(name, Op.REPORT, self.ids[name, part], oid, index)
+        reply = self.call(name, Op.REPORT, self.ids[name, part], oid, index, slot=slot)
         if self.denied(name, part, reply, writes=False):
             self.reports.denied()
         else:
-            self.reports.answered(self.pool(name, part), (oid, index), reply, self.evictions)
+            self.reports.answered(known, (oid, index), page, reply, self.evictions)
 
     # --- fate and the administrator
 

@@ -117,7 +117,7 @@ class World(CheckedMachine):
         elif choice < 0.905:
             self.flush_object(name, part, oid, token)
         elif choice < 0.92:
-            self.report(name, part, oid, index)
+            self.report(name, part, oid, index, slot)
         else:
             op = rng.choice((Op.PUT_BATCH, Op.GET_BATCH, Op.GET_BATCH, Op.FLUSH_BATCH))
             entries = []

@@ -15,6 +15,7 @@ from hypervisor.pools import Client, Member, Pool, Settings
 from hypervisor.pressure import shared_info
 from hypervisor.provenance import report_words
 from hypervisor.recovery import recover
+from hypervisor.residents import Report
 from ipc.abi import (
     INVALID_OID,
     REQUEST,
@@ -145,8 +146,8 @@ class Playing:
     def _notify(self, client: Client) -> None:
         self.windows[client.name].notify(**shared_info(client))
 
-    def _hear(self, client: Client, pool: Pool, oid: bytes, index: int) -> None:
-        words = report_words(self.machine, pool, oid, index)
+    def _hear(self, client: Client, report: Report) -> None:
+        words = report_words(self.machine, report)
         told = (f"{key} {words[key]}" for key in words if key not in _CLAIMED)
         self.heard.append(f"{client.name} is heard: " + ", ".join(told))
 
@@ -397,10 +398,13 @@ class Playing:
 
     def do_report(self, words: list[str]) -> Iterator[str]:
         """A guest says that a page is wrong."""
-        label, where = words
+        label, where, *page = words
         oid, index, _ = self._extent(where)
+        self._put_words(guest_of(label), 9, page, 1)
         self.heard.clear()
-        reply = self._call(guest_of(label), Op.REPORT, pool=self._id(label), oid=oid, index=index)
+        reply = self._call(
+            guest_of(label), Op.REPORT, pool=self._id(label), oid=oid, index=index, slot=9
+        )
         yield f"{label} {where} {self._why(reply)}"
         yield from (f"  {line}" for line in self.heard)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from hypervisor.machine import Machine
-from hypervisor.pools import Client, Pool
+from hypervisor.pools import Client
 from hypervisor.provenance import report_words
+from hypervisor.residents import Report
 from ipc.abi import Reply, Status
 from tests.support.expectations import Handle, Known, Mismatch
 
@@ -28,25 +29,27 @@ class Reports:
         costs = (client.cost_bytes for client in self._machine.clients.values())
         return store.sequence, store.evictions, store.frames.free, sum(costs)
 
-    def _hear(self, _client: Client, pool: Pool, oid: bytes, index: int) -> None:
-        self._heard = report_words(self._machine, pool, oid, index)
+    def _hear(self, _client: Client, report: Report) -> None:
+        self._heard = report_words(self._machine, report)
 
     def denied(self) -> None:
         """It was refused for want of a right."""
         if self._heard is not None or self._effects() != self._before:
             raise Mismatch(f"a report of one who may not was heard: {self._heard}")
 
-    def answered(self, known: Known, handle: Handle, reply: Reply, evictions: int) -> None:
-        """It was heard; `known` is the pool."""
+    def answered(
+        self, known: Known, handle: Handle, page: bytes, reply: Reply, evictions: int
+    ) -> None:
+        """It was heard; `known` is the pool, `page` what its guest says it has got."""
         if self._effects() != self._before:
             raise Mismatch("a report had an effect")
         there = reply.status == Status.DONE
-        expected = known.get(*handle) is not None
+        expected = known.get(*handle) == page
         sure = there or known.persistent or known.seen.get(handle) == evictions
         if there != expected and sure:
             raise Mismatch(f"a report of {handle}, {expected=}: {reply}")
         heard = self._heard
-        if heard is None or (heard["page"] == "there") != there:
+        if heard is None or (heard["page"] == "there") != there or ("put_by" in heard) != there:
             raise Mismatch(f"a report of {handle}: {reply}, heard was {heard}")
         putter = known.putters.get(handle)
         if there and putter is not None and heard["put_by"] != putter:

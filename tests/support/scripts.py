@@ -28,7 +28,7 @@ follows it, indented; so does what the audit log says of a report.
     pool G/P ephemeral|persistent [shared=UUID] [priority=low|high]
     put G/P H W... [hints=low,active] [token=T] / get G/P H [keep]
     flush G/P H [token=T] / flush G/P OBJECT [token=T]
-    destroy G/P / report G/P OBJECT:INDEX
+    destroy G/P / report G/P OBJECT:INDEX W
     batch G put|get|flush P H W [token=T]; P H W; ...
     lend G PAGES
     call G OP field=value... / message G BYTES / version G

@@ -473,19 +473,21 @@ static void try_single_pages(uint32_t ephemeral, uint32_t persistent)
           "get of the last index");
 }
 
-static struct reply report(uint32_t pool, uint64_t object, uint32_t index)
+static struct reply report(uint32_t pool, uint64_t object, uint32_t index, uint64_t slot)
 {
-    return call((struct request){.op = REPORT, .pool = pool, .oid = oid(object), .index = index});
+    return call((struct request){.op = REPORT, .pool = pool, .oid = oid(object), .index = index,
+                                 .slot = slot});
 }
 
 static void try_reports(uint32_t ephemeral, uint32_t persistent)
 {
-    fill(0, 1, 400);
+    fill(0, 2, 400);
     check(served(extent(PUT_PAGE, persistent, 5, 8, 1, 0), 1), "put of a page to be reported");
-    check(served(report(persistent, 5, 8), 0), "report of a page");
-    check(refused(report(persistent, 5, 9), MISS, NONE), "report of an absent page");
-    check(refused(report(ephemeral, 5, 8), MISS, NONE), "report of an absent object");
-    check(refused(report(60, 5, 8), NODEV, NO_SUCH_POOL), "report of a page of no pool");
+    check(served(report(persistent, 5, 8, 0), 0), "report of a page");
+    check(refused(report(persistent, 5, 8, 1), MISS, NONE), "report of another page");
+    check(refused(report(persistent, 5, 9, 0), MISS, NONE), "report of an absent page");
+    check(refused(report(ephemeral, 5, 8, 0), MISS, NONE), "report of an absent object");
+    check(refused(report(60, 5, 8, 0), NODEV, NO_SUCH_POOL), "report of a page of no pool");
     wipe();
     check(served(extent(GET_PAGE, persistent, 5, 8, 1, 0), 1) && holds(0, 1, 400),
           "a report changes nothing");

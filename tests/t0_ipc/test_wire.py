@@ -83,7 +83,7 @@ def broken_rules(request: RequestTuple) -> set[Reason]:
     if "index" in uses and index + count > 2**32:
         broken.add(Reason.BAD_INDEX)
     if "slot" in uses:
-        if slot + count > WINDOW_SLOTS:
+        if slot + max(count, 1) > WINDOW_SLOTS:
             broken.add(Reason.BAD_SLOT)
     elif slot and op is Op.FLUSH_PAGE:
         broken.add(Reason.BAD_SLOT)

@@ -30,6 +30,7 @@ from hypervisor.residents import Answer
 from hypervisor.tokens import Tokens
 from ipc.abi import REPLY, CallFlag, Op, Priority, Status
 from ipc.limits import WINDOW_SLOTS
+from ipc.window import Window
 from tests.support import longrun
 from tests.support.expectations import GUESTS, INDEX_LAST, PARTS, Entry, Mismatch
 from tests.support.oracle import World
@@ -118,7 +119,7 @@ class Histories(RuleBasedStateMachine):
     @rule(name=names, part=parts, oid=oids, index=indexes)
     def report(self, name: str, part: int, oid: int, index: int) -> None:
         if (name, part) in self.world.ids:
-            self.world.report(name, part, oid, index)
+            self.world.report(name, part, oid, index, WINDOW_SLOTS - 1)
 
     @rule(
         name=names,
@@ -280,9 +281,16 @@ def _a_report_has_an_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Machine._report
 
     def wrong(
-        self: Machine, client: Client, account: OpCount, pool_id: int, oid: bytes, index: int
+        self: Machine,
+        client: Client,
+        account: OpCount,
+        pool_id: int,
+        oid: bytes,
+        index: int,
+        window: Window,
+        slot: int,
     ) -> Answer:
-        answer = right(self, client, account, pool_id, oid, index)
+        answer = right(self, client, account, pool_id, oid, index, window, slot)
         if answer[0] == Status.DONE:
             self.store.flush(client.members[pool_id], oid, index, 1)
         return answer

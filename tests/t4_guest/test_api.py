@@ -62,10 +62,11 @@ def test_persistent_page_stays_until_it_is_flushed(tmem: Tmem) -> None:
     assert pool.put(7, 0, A)
     assert pool.put(7, 0, B)
     assert pool.get(7, 0) == pool.get(7, 0) == B
-    assert pool.report(7, 0)
+    assert not pool.report(7, 0, A)
+    assert pool.report(7, 0, B)
     pool.flush_page(7, 0)
     pool.flush_page(7, 0)
-    assert not pool.report(7, 0)
+    assert not pool.report(7, 0, B)
     assert pool.get(7, 0) is None
 
 

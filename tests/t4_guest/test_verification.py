@@ -10,7 +10,6 @@ import os
 import random
 from array import array
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -23,6 +22,7 @@ from guests.verification import TELL_SECONDS, Verification
 from hypervisor.auth import Role
 from hypervisor.pools import Client
 from hypervisor.provenance import format_oid, report_words
+from hypervisor.residents import Report
 from tests.support.expectations import held_pages
 from tests.t3_fs.ocfs2 import nodes
 from tests.t4_guest import test_shared_volume
@@ -111,8 +111,8 @@ def test_the_hypervisor_is_told_while_it_knows_who(
     machine = world.hypervisor.machine
     heard = []
 
-    def hear(client: Client, *page: Any) -> None:
-        heard.append((client.name, report_words(machine, *page)))
+    def hear(client: Client, report: Report) -> None:
+        heard.append((client.name, report_words(machine, report)))
 
     machine.hear = hear
     poison(world, 1, 1)

@@ -134,8 +134,11 @@ def test_bad_pages_are_found_and_go_and_their_putter_is_out(
         for index in range(0, 64, 2):
             assert his.put(FILE, index, BAD, token=TOKEN)
         assert pool.get_extent(FILE, 0, 2) == [BAD, GOOD]
-        assert pool.report(FILE, 0)
-        (event,) = live.audit("--event", "reported")
+        assert not pool.report(FILE, 0, GOOD)
+        assert pool.report(FILE, 0, BAD)
+        replaced, event = live.audit("--event", "reported")
+        assert replaced["page"] == "replaced"
+        assert "put_by" not in replaced
         assert (event["guest"], event["put_by"]) == ("victim", "mallory")
         assert int(event["token"], 16) == TOKEN
 
@@ -214,7 +217,7 @@ def _flood(live: Live) -> None:
         assert BURST_LINES <= len(lines) < 4 * BURST_LINES
         assert log.stat().st_size - before < 150 * len(lines)
 
-        assert not any(pool.report(FILE, index) for index in range(1000))
+        assert not any(pool.report(FILE, index, BAD) for index in range(1000))
         stats = live.cluster.stats()
         assert stats["audit"]["events"]["reported"] == 1000
         assert stats["guests"]["flood"]["operations"]["report"]["missed"] == 1000

@@ -73,6 +73,7 @@ class Call:
     def __init__(self, request: bytes, window: Window) -> None:
         _, op, flags, count, self.pool, self.index, self.oid, slot, _, _ = REQUEST.unpack(request)
         self.op = Op(op)
+        self.slot = slot
         self.count = count
         self.entries: list[Entry] = []
         if self.op in BATCHES:
@@ -118,7 +119,7 @@ class Ledger:
             if known:
                 self.leave(guest, call.pool)
         elif call.op == Op.REPORT:
-            self._settle_report(guest, call, reply)
+            self._settle_report(guest, call, reply, window)
         elif call.op == Op.LEND:
             # Kernels ask for their RAM; here they have it for themselves.
             require(reply.reason == Reason.LENDING_OFF, f"RAM was lent: {reply}")
@@ -185,15 +186,15 @@ class Ledger:
         require(expected or not served, f"a page that was gone was flushed: {book.kind} {key}")
         require(served or not (expected and book.persistent), f"a persistent page is lost: {key}")
 
-    def _settle_report(self, guest: str, call: Call, reply: Reply) -> None:
+    def _settle_report(self, guest: str, call: Call, reply: Reply, window: Window) -> None:
         book = self.books.get((guest, call.pool))
         forbidden = self._forbidden(guest, book, writing=False)
         if forbidden is not None or book is None:
             require(reply.reason == forbidden, f"reason {reply.reason}, not {forbidden}")
             return
-        expected = (call.oid, call.index) in book.pages
+        expected = book.pages.get((call.oid, call.index)) == bytes(window.slot(call.slot))
         there = reply.status == Status.DONE
-        require(expected or not there, f"a page that was gone was reported: {book.kind}")
+        require(expected or not there, f"a page that is another or gone is there: {book.kind}")
         require(there or not (expected and book.persistent), "a persistent page is lost")
 
     def _settle_flush_object(self, guest: str, call: Call, reply: Reply) -> None:

@@ -231,8 +231,9 @@ class Program:
         elif choice < 0.96:
             self._flush_object(calls, pool, oid)
         elif choice < 0.97:
-            assert pool.number is not None
-            self._checked(pool, calls.report(pool.number, oid, index))
+            self._get(calls, pool, oid, index, 1, slot, CallFlag.KEEP)
+            if pool.number is not None:
+                self._checked(pool, calls.report(pool.number, oid, index, slot))
         else:
             self._destroy(calls, pool)
 
