@@ -31,6 +31,7 @@ import resource
 from pathlib import Path
 from typing import Final
 
+import ipc.jail.lazily  # noqa: F401
 from ipc.jail import JailSpec, check_strict, descriptors, landlock, limits, missing_parts, seccomp
 from ipc.jail.interpreter import INTERPRETER, WORD
 from ipc.jail.landlock import Access, Rule

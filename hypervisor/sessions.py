@@ -20,6 +20,7 @@ import select
 import socket
 from collections import Counter
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Final
 
@@ -182,7 +183,7 @@ class Sessions:
         """Give up the oldest handshake of the process that has the most, if that leaves it as many
         as this one will have; one that only opens doors then keeps nobody out."""
         held = Counter(session.peer.pid for session in self._pending.values())
-        greediest, most = held.most_common(1)[0]
+        greediest, most = max(held.items(), key=itemgetter(1))
         if held[pid] + 1 >= most:
             return False
         oldest = next(one for one in self._pending.values() if one.peer.pid == greediest)

@@ -7,7 +7,8 @@
     limits      user id, capabilities, no-new-privileges, dumpability, sizes
     descriptors what it has open because its starter had
     cgroup      memory, as the host counts it
-    warmup      what must be imported before
+    lazily      what must be imported before
+    warmup      that, and what text encodings need
 
 Each says what the kernel lacks for it and does the rest.  `guests.jail` and `hypervisor.jail` are
 the policies.  ctypes and nothing else: no library to install, none to trust.

@@ -12,6 +12,8 @@ import hashlib
 import pkgutil
 from importlib import import_module
 
+import ipc.jail.lazily  # noqa: F401
+
 for _module in pkgutil.iter_modules(encodings.__path__):
     # Those of Windows are there and can't be imported.
     with contextlib.suppress(ImportError):

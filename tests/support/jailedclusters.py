@@ -16,14 +16,17 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import posix_ipc
 
+from ipc.attach import ATTACH_SOCKET
 from ipc.codec import Record
+from ipc.errors import Disconnected
 from ipc.jail import Mode
+from ipc.limits import HANDSHAKES_MAX
 from tests.support.clusters import wait_until
 from tests.support.jailprobe import outcome
 from tests.t4_guest.worlds import make_image
@@ -94,6 +97,19 @@ class JailedCluster:
         self.administer(verb="set", guest="red", weight=200)
         audit.unlink()
         return bait.exists()
+
+    def crowd_the_door(self) -> bool:
+        """Whether it is the same hypervisor that was there before many knocked at once."""
+        before = self._ask_hypervisor({"verb": "ping"})
+        door = str(self.cluster.directory.door / ATTACH_SOCKET)
+        with ExitStack() as crowd:
+            for _ in range(2 * HANDSHAKES_MAX):
+                knocking = crowd.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                knocking.connect(door)
+            try:
+                return self._ask_hypervisor({"verb": "ping"}) == before
+            except Disconnected:
+                return False
 
     # --- red
 

@@ -55,6 +55,7 @@ class Seen(NamedTuple):
     generations: tuple[int, int]
     listed_again: list[bytes]
     went_astray: bool
+    survives_crowds: bool
 
 
 def _look(folder: Path, mode: Mode) -> Seen:
@@ -80,6 +81,7 @@ def _look(folder: Path, mode: Mode) -> Seen:
         before = cluster.stats()["generation"]
         listed = cluster.exec("ls", "/").split()
         went_astray = cluster.lead_astray(folder / "bait")
+        survives_crowds = cluster.crowd_the_door()
         return Seen(
             report,
             statuses,
@@ -92,6 +94,7 @@ def _look(folder: Path, mode: Mode) -> Seen:
             (before, cluster.stats()["generation"]),
             cluster.exec("ls", "/").split(),
             went_astray,
+            survives_crowds,
         )
 
 
@@ -238,6 +241,11 @@ def test_hypervisor_opens_nothing_outside_of_its_run_directory(
     """Led astray by a link in its run directory; without a jail it goes where that leads."""
     assert unjailed.went_astray
     assert not jailed.went_astray
+
+
+def test_hypervisor_survives_a_crowd_at_its_door(jailed: Seen) -> None:
+    """More handshakes than it takes at a time; what it does then it does in its jail."""
+    assert jailed.survives_crowds
 
 
 def test_strict_refuses_where_a_part_is_missing(
