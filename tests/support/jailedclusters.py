@@ -101,12 +101,17 @@ class JailedCluster:
     def crowd_the_door(self) -> bool:
         """Whether it is the same hypervisor that was there before many knocked at once."""
         before = self._ask_hypervisor({"verb": "ping"})
+
+        def refused() -> bool:
+            return self.stats()["audit"]["events"].get("refused", 0) >= HANDSHAKES_MAX
+
         door = str(self.cluster.directory.door / ATTACH_SOCKET)
         with ExitStack() as crowd:
             for _ in range(2 * HANDSHAKES_MAX):
                 knocking = crowd.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
                 knocking.connect(door)
             try:
+                wait_until(refused, "the hypervisor to refuse whom it has no room for")
                 return self._ask_hypervisor({"verb": "ping"}) == before
             except Disconnected:
                 return False
