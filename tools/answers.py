@@ -2,7 +2,8 @@
 
 A guest is hostile from its first instruction, and its answers end up on a person's terminal and in
 the arithmetic of commands.  So an answer has the shapes below or it counts as none (BadRecord), and
-no text in it can drive a terminal.  Keys that are not listed are looked at only for that.
+no text in it can drive a terminal.  Keys that are not listed are looked at only for that, and for
+being what JSON can say.
 
     a type              a value of it; `int` takes no bool
     None in a tuple     may be missing or None
@@ -12,6 +13,7 @@ no text in it can drive a terminal.  Keys that are not listed are looked at only
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from typing import Any, Final
 
@@ -47,6 +49,8 @@ _COUNTERS: Final = {
     "mismatch_paths": [str],
     "cleancache": COUNTS,
     "page_cache": COUNTS,
+    "anonymous": {"oom_kills": int},
+    "swap": {"in_pages": int, "out_pages": int},
     "balloon": {
         "size_pages": int,
         "target_pages": int,
@@ -100,7 +104,7 @@ _SHAPES: Final[dict[str, dict[str, Any]]] = {
 
 def believed(verb: object, untrusted: Record) -> Record:
     """The answer of a guest to `verb`, with plain texts; BadRecord if it makes no sense."""
-    plain = _plain(untrusted, 0)
+    plain = _plain(untrusted, 0, with_bytes=verb == "exec")
     assert isinstance(plain, dict)
     if verb != "status" and isinstance(plain.get("error"), str):
         return plain
@@ -117,16 +121,23 @@ def plain_text(untrusted: str) -> str:
     return "".join("?" if _drives(letter) else letter for letter in untrusted)
 
 
-def _plain(value: Any, depth: int) -> Any:
+def _plain(value: Any, depth: int, *, with_bytes: bool) -> Any:
     if depth > _DEPTH_MAX:
         raise BadRecord("an answer that is nested too deep")
     if isinstance(value, str):
         return plain_text(value)
     if isinstance(value, dict):
-        return {_plain(key, depth): _plain(item, depth + 1) for key, item in value.items()}
+        return {
+            _plain(key, depth, with_bytes=False): _plain(item, depth + 1, with_bytes=with_bytes)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
-        return [_plain(item, depth + 1) for item in value]
-    return value
+        return [_plain(item, depth + 1, with_bytes=with_bytes) for item in value]
+    if value is None or isinstance(value, int) or (with_bytes and isinstance(value, bytes)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    raise BadRecord("an answer with what is no text, number, list or map")
 
 
 def _drives(letter: str) -> bool:

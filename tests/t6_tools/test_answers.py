@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 
 from ipc.codec import BadRecord, encode
@@ -28,6 +29,8 @@ COUNTERS: dict[str, Any] = {
     "seconds": 0.5,
     "cleancache": {"puts": 1, "attached": True},
     "page_cache": {"hits": 5},
+    "anonymous": {"oom_kills": 0, "pages": 1},
+    "swap": {"in_pages": 0, "out_pages": 0},
     "balloon": {"size_pages": 1, "target_pages": 1, "floor_pages": 1, "maximum_pages": 1},
     "verification": None,
     "something new": {"of": ["any", "kind"]},
@@ -72,6 +75,12 @@ def test_a_good_answer_is_as_it_was() -> None:
         ("status", STATUS | {"counters": {}}),
         ("status", STATUS | {"counters": COUNTERS | {"cleancache": {"puts": b"x"}}}),
         ("status", STATUS | {"counters": COUNTERS | {"balloon": {}}}),
+        ("status", STATUS | {"counters": COUNTERS | {"swap": 5}}),
+        ("status", STATUS | {"counters": COUNTERS | {"anonymous": {}}}),
+        ("status", STATUS | {"counters": COUNTERS | {"new": b"no JSON"}}),
+        ("status", STATUS | {"counters": COUNTERS | {"new": [float("nan")]}}),
+        ("status", STATUS | {"report": {"at": msgpack.Timestamp(1)}}),
+        ("locks", {"resources": [], "new": msgpack.ExtType(1, b"")}),
         ("status", STATUS | {"counters": COUNTERS | {"mismatch_paths": [7]}}),
         ("status", STATUS | {"node": 3}),
         ("status", STATUS | {"node": {"volume": "data"}}),
