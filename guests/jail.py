@@ -31,8 +31,9 @@ A *node* (a guest that mounts a volume with others) needs more: to kill one that
 middle of a write (`fs.block.reservations`), which is what fencing means; it talks to the others
 through sockets of the door's type.  So it may read /proc, to be sure of whom it kills, and send
 SIGKILL, to whom user ids allow: nodes of one volume have one *real* user id beside their own, by
-which that is decided; nobody else's process is among them.  Where nobody has an id of his own, that
-is any process of the user.
+which that is decided; nobody else's process is among them.  That number is their group, too, by
+which they alone may connect to each other.  Where nobody has an id of his own, all that is any
+process of the user.
 """
 
 from __future__ import annotations
@@ -182,9 +183,13 @@ class GuestJail:
             run_directory=Path(),
         )
         if jail.uid is not None and jail.gid is not None:
-            real_uid = jail.uid if jail.real_uid is None else jail.real_uid
             keep = frozenset({limits.Capability.DAC_OVERRIDE})
-            limits.become(jail.uid, jail.gid, keep, real_uid)
+            if jail.real_uid is None:
+                limits.become(jail.uid, jail.gid, keep)
+            else:
+                # The volume's number is its group's, too: sockets of nodes are for nodes of it.
+                others = (jail.gid,)
+                limits.become(jail.uid, jail.real_uid, keep, jail.real_uid, others)
 
     def shut(self) -> None:
         """Once everything is open; no way back."""

@@ -2,9 +2,10 @@
 
 As root every guest has a user id of its own and all share one group, by which the run directory
 lets them through to the hypervisor's door and to nothing else in it (mode 0710: no listing).  Nodes
-of one volume have a real user id in common (`guests.jail`).  The ids are a block of 256 that is
-drawn for each cluster, from 0x70000000 up: above what distributions and systemd's containers use,
-in no password file, so files that such a user left behind are nobody's.
+of one volume have a real user id in common, which is a group of theirs, too (`guests.jail`).  The
+ids are a block of 256 that is drawn for each cluster, from 0x70000000 up: above what distributions
+and systemd's containers use, in no password file, so files that such a user left behind are
+nobody's.
 
     first          the group
     first + n      guest n, from 1

@@ -36,7 +36,8 @@ class JailSpec:
 
     `uid` is a user id of its own and `gid` the one group that all guests of its cluster have; None
     where the starter is not root, who alone can give ids away.  `real_uid` is what it shares with
-    those who may send signals to it.  `group` is the control group to enter, if one was made.
+    those who may send signals to it and connect to its sockets (it is their group as well).
+    `group` is the control group to enter, if one was made.
     """
 
     mode: Mode = "off"

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Final
@@ -97,14 +97,20 @@ def _is_mapped(kind: str, number: int) -> bool:
     return True
 
 
-def become(uid: int, gid: int, keep: frozenset[Capability] = frozenset(), real: int = -1) -> None:
-    """Another user, with one group and these capabilities; no way back.
+def become(
+    uid: int,
+    gid: int,
+    keep: frozenset[Capability] = frozenset(),
+    real: int = -1,
+    others: Sequence[int] = (),
+) -> None:
+    """Another user, with one group, others beside it and these capabilities; no way back.
 
     `real` is the real user id, if it is to differ: by it a process is known to those who may send
     signals to it.
     """
     _empty_bounding_set()
-    os.setgroups([])
+    os.setgroups(others)
     os.setresgid(gid, gid, gid)
     _prctl(_PR_SET_KEEPCAPS, 1)
     os.setresuid(uid if real < 0 else real, uid, uid)

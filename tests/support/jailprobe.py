@@ -3,8 +3,9 @@
 `report` maps the name of an attempt to `done`, or to the name of the errno.  None of them does harm
 where it succeeds: signals are signal 0, what is made is removed, a child ends at once.
 
-As a node (parameter `node` 1) it tries what only a node may, on whom it may not, and last of all on
-its sibling, another node of its volume, which ends by it.
+With `sibling_door` it only knocks there.  As a node (parameter `node` 1) it tries what only a node
+may, on whom it may not, and last of all on its sibling, another node of its volume, which ends by
+it.
 
 Parameters: `sibling` and `hypervisor` (process ids), `image` (of the sibling), `folder` (the run
 directory), `segment` and `queue` (names of somebody's), `port` (of a listener on 127.0.0.1).
@@ -41,8 +42,11 @@ _FALLOC_KEEP_SIZE = 1
 
 def run(cell: Cell) -> Iterator[None]:
     """All attempts, in one step each."""
+    sibling_door = cell.text("sibling_door", "")
     attempts = (
-        of_node(cell)
+        {"knock at a node": lambda: _connect(socket.AF_UNIX, socket.SOCK_SEQPACKET, sibling_door)}
+        if sibling_door
+        else of_node(cell)
         if cell.count("node", 0, 0, 1)
         else {
             **files(cell),

@@ -48,6 +48,7 @@ def test_a_node_kills_nodes_of_its_volume_and_nobody_else(
         record = directory.read()
         assert record is not None
         pids = {guest.name: guest.pid for guest in record.guests}
+        stranger = wait_for_work(cluster, "green", {"sibling_door": "node-red.sock"})
         status = wait_for_work(
             cluster,
             "red",
@@ -67,6 +68,7 @@ def test_a_node_kills_nodes_of_its_volume_and_nobody_else(
         wait_until(blue_is_gone, "the end of blue")
 
     assert news == ["guest blue died (exit code -9)"]
+    assert stranger["report"]["knock at a node"] == "EACCES"
     report = dict(status["report"])
     assert report.pop("uid") != report.pop("real_uid"), "by which nodes know each other"
     assert report == {
