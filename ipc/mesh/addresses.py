@@ -21,12 +21,14 @@ import fcntl
 import ipaddress
 import os
 import socket
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
 from ipc.errors import ExitCode, OperatorError
 
 _BACKLOG = 64
+_UCRED = struct.Struct("iII")
 
 
 class UnixAddress(NamedTuple):
@@ -148,6 +150,18 @@ class Listener:
                 Path(self.address.path).unlink(missing_ok=True)
             os.close(self._lock_fd)
             self._lock_fd = None
+
+
+def origin(connection: socket.socket) -> object:
+    """Whom an accepted connection is from, as the kernel says: a process of this host or an
+    address; None if it is gone again."""
+    try:
+        if connection.family == socket.AF_UNIX:
+            peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+            return _UCRED.unpack(peer)[0]
+        return connection.getpeername()[0]
+    except OSError:
+        return None
 
 
 def begin_connect(address: Address) -> socket.socket:

@@ -41,7 +41,7 @@ from enum import Enum
 from typing import Final, NamedTuple
 
 from ipc.errors import OperatorError
-from ipc.mesh.addresses import Address, Listener, begin_connect
+from ipc.mesh.addresses import Address, Listener, begin_connect, origin
 from ipc.mesh.faults import Copy, Policy, Post
 from ipc.mesh.frames import PAYLOAD_BYTES_MAX, Kind
 from ipc.mesh.handshake import (
@@ -64,7 +64,8 @@ log = logging.getLogger(__name__)
 
 QUEUE_BYTES_MAX: Final = 1 << 20
 HANDSHAKES_MAX: Final = 32
-"""Strangers at a time; the oldest has to go when another one comes."""
+"""Strangers at a time; when another one comes the oldest of those goes of whose process there are
+the most.  So who only opens connections keeps nobody out."""
 _ACCEPTS_A_POLL: Final = 16
 _INBOX_BYTES_MAX: Final = 4 << 20
 """No more is read when this much waits to be delivered."""
@@ -119,7 +120,8 @@ class Mesh:
         self._identity = Identity(node, cluster, parameters, random_bytes(INCARNATION_BYTES))
         now = now_ns()
         self._peers = {n: Peer(n, a, now) for n, a in addresses.items() if n != node}
-        self._strangers: dict[Link, None] = {}
+        self._strangers: dict[Link, object] = {}
+        """Handshakes with whoever came, oldest first, and whom they are from."""
         self._inbox: deque[_Item] = deque()
         self._inbox_bytes = 0
         self._post = Post(queue_bytes_max)
@@ -270,9 +272,16 @@ class Mesh:
             if connection is None:
                 return
             if len(self._strangers) >= HANDSHAKES_MAX:
-                oldest = next(iter(self._strangers))
-                self._refuse(oldest, Refused(Reason.CROWDED, "too many handshakes at once"), now)
-            self._strangers[self._link(connection, None, now)] = None
+                refused = Refused(Reason.CROWDED, "too many handshakes at once")
+                self._refuse(self._one_too_many(), refused, now)
+            whose = origin(connection)
+            self._strangers[self._link(connection, None, now)] = whose
+
+    def _one_too_many(self) -> Link:
+        """The oldest stranger of those who sent the most."""
+        held = Counter(self._strangers.values())
+        most = max(held.values())
+        return next(link for link, whose in self._strangers.items() if held[whose] == most)
 
     def _may_connect(self, peer: Peer) -> bool:
         return peer.node < self.node and peer.link is None and peer.attempt is None and not peer.cut

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -233,6 +235,25 @@ def test_a_flood_of_strangers_is_one_line_and_leaves_room(
         assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 2
         for peer in silent:
             peer.socket.close()
+
+
+def test_a_crowd_of_one_process_keeps_nobody_else_out(
+    tmp_path: Path, expect_warning: Expect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though that one has been there longest, and is slow."""
+    expect_warning("too many handshakes at once")
+    processes = chain(["slow"], repeat("crowd"))
+    monkeypatch.setattr("ipc.mesh.mesh.origin", lambda _connection: next(processes))
+    with MeshBed(1, tmp_path) as bed, ExitStack() as crowd:
+        slow = crowd.enter_context(RawPeer(bed.addresses[0]))
+        bed.poll()
+        for _ in range(2 * HANDSHAKES_MAX):
+            crowd.enter_context(RawPeer(bed.addresses[0]))
+            bed.poll()
+        slow.read()
+
+        assert not slow.closed
+        assert bed.nodes[0].mesh.refused[Reason.CROWDED] == HANDSHAKES_MAX + 1
 
 
 def test_a_slow_handshake_has_one_deadline_for_all_its_bytes(tmp_path: Path) -> None:
