@@ -103,7 +103,7 @@ class JailedCluster:
         before = self._ask_hypervisor({"verb": "ping"})
 
         def refused() -> bool:
-            return self.stats()["audit"]["events"].get("refused", 0) >= HANDSHAKES_MAX
+            return int(self.stats()["audit"]["events"].get("refused", 0)) >= HANDSHAKES_MAX
 
         door = str(self.cluster.directory.door / ATTACH_SOCKET)
         with ExitStack() as crowd:

@@ -253,6 +253,7 @@ def test_a_crowd_of_one_process_keeps_nobody_else_out(
         slow.read()
 
         assert not slow.closed
+        assert not slow.frames, "it was refused"
         assert bed.nodes[0].mesh.refused[Reason.CROWDED] == HANDSHAKES_MAX + 1
 
 
