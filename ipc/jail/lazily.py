@@ -6,6 +6,7 @@ takes `heapq`, a traceback with a letter beyond ASCII `unicodedata`, `datetime.s
 
 from __future__ import annotations
 
-import _strptime  # noqa: F401
-import heapq  # noqa: F401
-import unicodedata  # noqa: F401
+from importlib import import_module
+
+for _name in ("heapq", "unicodedata", "_strptime"):
+    import_module(_name)
