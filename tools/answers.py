@@ -107,7 +107,8 @@ def believed(verb: object, untrusted: Record) -> Record:
     plain = _plain(untrusted, 0, with_bytes=verb == "exec")
     assert isinstance(plain, dict)
     if verb != "status" and isinstance(plain.get("error"), str):
-        return plain
+        # Whatever else it has was not looked at.
+        return {"error": plain["error"]}
     shape = _SHAPES.get(verb) if isinstance(verb, str) else None
     if shape is not None:
         _check(plain, shape, "")

@@ -60,6 +60,7 @@ def test_a_good_answer_is_as_it_was() -> None:
     """Nothing is lost of what real guests say."""
     assert believed("status", STATUS) == STATUS
     assert believed("locks", {"error": "not a node"}) == {"error": "not a node"}
+    assert believed("locks", {"error": "no", "left_out": [1]}) == {"error": "no"}
     assert believed("unheard-of", {"anything": 1}) == {"anything": 1}
 
 
