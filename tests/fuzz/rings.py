@@ -1,16 +1,18 @@
 """The hypervisor's end of rings, with guests that write anything anywhere in their windows.
 
 The bytes are steps of two guests (writes into both blocks, proper calls, KICKs, messages in the
-queue) and of the hypervisor (looking at a queue, rounds over the rings, going to rest).  Findings
-are any exception, a call that nobody made, more than one call of a guest a round, an answer in the
-wrong place, a hypervisor that does not come to rest, and a proper call at the end that is not
-answered.
+queue) and of the hypervisor (looking at a queue, waiting in one, rounds over the rings, going to
+rest, yields that take long).  What guests do may also come later: while a call is served, before
+and after its answer, and while the hypervisor yields.  Findings are any exception, a call that
+nobody made, more than one call of a guest a round, an answer in the wrong place, a hypervisor that
+does not come to rest, and a proper call at the end that is not answered.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
+from collections.abc import Callable
 from typing import Any, Final
 from unittest import mock
 
@@ -20,6 +22,9 @@ from ipc import ring
 from ipc.abi import CALL_BLOCK, COMPLETION_BLOCK, REPLY_BYTES, REQUEST_BYTES
 from ipc.limits import (
     REQUEST_QUEUE_MESSAGES,
+    SLOW_YIELD_NS,
+    SOON_NS,
+    STRETCH_NS,
     WINDOW_CALL_OFFSET,
     WINDOW_COMPLETION_OFFSET,
     YIELDS_MAX,
@@ -27,8 +32,10 @@ from ipc.limits import (
 from ipc.mqueue import KICK
 from ipc.ring import RingPair, Rings
 from ipc.window import anonymous_window
+from tests.fuzz.reading import Reader
 
 GUESTS: Final = 2
+_LEAPS_NS: Final = (1_000, SLOW_YIELD_NS + 1, SOON_NS, STRETCH_NS, 10**9)
 _PLACES: Final = (
     (WINDOW_CALL_OFFSET, CALL_BLOCK.size),
     (WINDOW_CALL_OFFSET, 16),
@@ -87,8 +94,12 @@ class Hypervisor:
         self.pairs = [DryPair() for _ in range(GUESTS)]
         self.rings: Rings[DryPair] = Rings(self.serve)
         self.served: Counter[DryPair] = Counter()
+        self.interfere: Callable[[], None] = _nothing
+        """What guests do meanwhile."""
+        self.now_ns: Callable[[], int] = itertools.count().__next__
 
     def serve(self, pair: DryPair, message: bytes, moment_ns: int) -> int:
+        self.interfere()
         by_queue = pair.came_by_queue
         self.served[pair] += 1
         waiting = len(pair.replies.messages)
@@ -103,16 +114,24 @@ class Hypervisor:
             assert len(message) == REQUEST_BYTES
             assert pair.window.completion_words[0] == pair.seen
             assert bytes(pair.window.reply) == reply
-        return moment_ns
+        self.interfere()
+        return max(moment_ns, self.now_ns())
 
     def attend(self, pair: DryPair) -> None:
         """The queue is ready."""
-        message = pair.receive()
+        self._answer(pair, pair.receive())
+
+    def favour(self, pair: DryPair) -> None:
+        """Wait in the queue of the only one that calls."""
+        self._answer(pair, pair.wait(0.0))
+
+    def _answer(self, pair: DryPair, message: bytes | None) -> None:
         if message is not None:
             rang = not pair.came_by_queue
-            self.serve(pair, message, 0)
+            started_ns = self.now_ns()
+            self.serve(pair, message, started_ns)
             if rang:
-                self.rings.watch(pair, pair, 0)
+                self.rings.watch(pair, pair, started_ns)
 
     def spin(self, rounds: int) -> None:
         before = self.served.copy()
@@ -122,16 +141,19 @@ class Hypervisor:
             assert self.served[pair] - before[pair] <= rounds + 1
 
 
-def _no_yield() -> None:
+def _nothing() -> None:
     pass
 
 
 def fuzz_ring(data: bytes) -> None:
     """All steps, then rest, then one proper call of each guest."""
-    clock = itertools.count().__next__
-    with mock.patch.object(ring, "now_ns", clock), mock.patch.object(ring, "_yield", _no_yield):
-        hypervisor = Hypervisor()
-        _play(hypervisor, data)
+    steps = _Steps(data)
+    with (
+        mock.patch.object(ring, "now_ns", steps.now_ns),
+        mock.patch.object(ring, "_yield", steps.interfere),
+    ):
+        hypervisor = steps.hypervisor
+        steps.run()
         hypervisor.rings.spin(YIELDS_MAX + 2)
         assert not hypervisor.rings.watched, "it never comes to rest"
         for pair in hypervisor.pairs:
@@ -139,42 +161,78 @@ def fuzz_ring(data: bytes) -> None:
             pair.close()
 
 
-def _play(hypervisor: Hypervisor, data: bytes) -> None:
-    at = 0
+class _Steps(Reader):
+    """What guests and hypervisor do, as the bytes say."""
 
-    def take(count: int) -> bytes:
-        nonlocal at
-        taken = data[at : at + count]
-        at += count
-        return taken.ljust(count, b"\0")
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.hypervisor = Hypervisor()
+        self.hypervisor.interfere = self.interfere
+        self.hypervisor.now_ns = self.now_ns
+        self._clock = itertools.count()
+        self._leap_ns = 0
+        self._later: deque[tuple[int, int, bytes]] = deque()
+        """Steps of guests that are still to come."""
 
-    while at < len(data):
-        control, choice = take(2)
-        pair = hypervisor.pairs[control % GUESTS]
+    def now_ns(self) -> int:
+        """A clock that goes on with each look, and leaps."""
+        return next(self._clock) + self._leap_ns
+
+    def interfere(self) -> None:
+        """A guest's turn while the hypervisor does something."""
+        if self._later:
+            self._act(*self._later.popleft())
+
+    def run(self) -> None:
+        """All steps."""
+        while self.left > 0:
+            self._step()
+        self._later.clear()
+
+    def _step(self) -> None:
+        control, choice = self.take(2)
+        pair = self.hypervisor.pairs[control % GUESTS]
+        rings = self.hypervisor.rings
+        match control >> 1 & 15:
+            case 0 | 1 | 2 | 3 | 4:
+                self._act(control, choice, self.take(4))
+            case 5 | 6 | 7:
+                self._later.append((self.byte(), choice, self.take(4)))
+            case 8 | 9 | 10:
+                if pair.requests.messages:
+                    self.hypervisor.attend(pair)
+            case 11 | 12:
+                self.hypervisor.spin(1 + choice % 4)
+            case 13:
+                (rings.rest if choice & 1 else rings.part_with_idlers)()
+            case 14:
+                self.hypervisor.favour(pair)
+            case _:
+                self._leap_ns += _LEAPS_NS[choice % len(_LEAPS_NS)]
+
+    def _act(self, control: int, choice: int, words: bytes) -> None:
+        """One thing that a guest does."""
+        pair = self.hypervisor.pairs[control % GUESTS]
         window = pair.window
-        step = control >> 1 & 7
-        if step <= 1:
-            start, size = _PLACES[choice & 3]
-            written = take(1 + choice % 16)
-            place = start + int.from_bytes(take(2), "little") % (size - len(written) + 1)
-            window._view[place : place + len(written)] = written
-        elif step == 2:
-            window.request[:] = take(4).ljust(REQUEST_BYTES, b"\0")
-            window.call_words[0] = (window.call_words[0] + 1) % 2**64
-        elif step == 3:
-            message = KICK if choice < 128 else take(choice % (REQUEST_BYTES + 1))
-            if len(pair.requests.messages) < REQUEST_QUEUE_MESSAGES:
-                pair.requests.send(message, 0)
-        elif step == 4:
-            if pair.requests.messages:
-                hypervisor.attend(pair)
-        elif step == 5:
-            hypervisor.spin(1 + choice % 4)
-        elif step == 6:
-            rest = hypervisor.rings.rest if choice & 1 else hypervisor.rings.part_with_idlers
-            rest()
-        else:
-            pair.replies.messages.clear()
+        match control >> 1 & 7:
+            case 0 | 5:
+                start, size = _PLACES[choice & 3]
+                written = (words * 4)[: 1 + choice % 16]
+                place = start + int.from_bytes(words[:2], "little") % (size - len(written) + 1)
+                window._view[place : place + len(written)] = written
+            case 1 | 6:
+                window.request[:] = words.ljust(REQUEST_BYTES, b"\0")
+                window.call_words[0] = (window.call_words[0] + 1) % 2**64
+            case 2:
+                message = KICK if choice < 128 else words * (choice % (REQUEST_BYTES // 4 + 1))
+                if len(pair.requests.messages) < REQUEST_QUEUE_MESSAGES:
+                    pair.requests.send(message, 0)
+            case 3:
+                window.call_words[1] = choice & 1
+            case 4:
+                window.completion_words[choice & 1] = int.from_bytes(words, "little")
+            case _:
+                pair.replies.messages.clear()
 
 
 def _proper_call(hypervisor: Hypervisor, pair: DryPair) -> None:

@@ -5,7 +5,7 @@
 `machine`  a whole machine, its guests and its administrator (`machines`).
 `ring`     the hypervisor's end of rings whose guests write anything anywhere (`rings`).
 `mesh`     one end of a connection between two nodes: frames, handshake and seals (`mesh`).
-`attach`, `control`            what comes through sockets (`doors`).
+`attach`, `control`            what comes through sockets (`doors`, `records`).
 `locks`, `cluster`, `ranges`   what members of a cluster send each other (`peers`).
 `ext`, `swap`, `ocfs2`, `journal`   what is on a disk (`disks`, `volumes`, `journals`).
 """
@@ -29,12 +29,13 @@ from ipc.errors import GuestFault
 from ipc.limits import WINDOW_SLOTS
 from ipc.wire import decode_batch, decode_request
 from tests.fuzz.disks import fuzz_ext, fuzz_swap
-from tests.fuzz.doors import fuzz_attach, fuzz_control
+from tests.fuzz.doors import fuzz_attach
 from tests.fuzz.journals import fuzz_journal
 from tests.fuzz.machines import fuzz_machine
 from tests.fuzz.mesh import fuzz_mesh
 from tests.fuzz.peers import fuzz_cluster, fuzz_locks, fuzz_ranges
 from tests.fuzz.reading import hold
+from tests.fuzz.records import fuzz_control
 from tests.fuzz.rings import fuzz_ring
 from tests.fuzz.volumes import fuzz_ocfs2
 
