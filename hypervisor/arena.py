@@ -264,6 +264,8 @@ class Arena:
         self.state = view[where.state_column : where.object_column].cast("Q")
         self.object = view[where.object_column : where.index_column].cast("I")
         self.index = view[where.index_column : where.index_column + 4 * frames].cast("I")
+        self.state_octets = self.state.cast("B")
+        self.object_octets = self.object.cast("B")
         self.object_word = view[where.object_word : where.object_oid].cast("I")
         self.token = view[where.token : where.sum].cast("Q")
         self.sum = view[where.sum : where.end].cast("I")
@@ -453,7 +455,9 @@ class Arena:
             self.words,
             self.halves,
             self.data,
+            self.state_octets,
             self.state,
+            self.object_octets,
             self.object,
             self.index,
             self.object_word,

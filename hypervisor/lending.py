@@ -65,12 +65,11 @@ class Loans:
     def lend(self, client: Client, count: int) -> None:
         """Precondition: as many frames are free, and `count` is at most RUN_MAX."""
         arena = self._arena
-        for first, length in self._frames.allocate(count):
+        for first, length in self._frames.allocate(count, LENT):
             arena.punch(first, length)
             arena.object[first : first + length] = array("I", [LENT_FRAME]) * length
             arena.index[first : first + length] = array("I", [client.number]) * length
             arena.state[first : first + length] = _LENT_STATES[length]
-            self._frames.mark(first, length, LENT)
             client.lent.extend(range(first, first + length))
         self.lent += count
 

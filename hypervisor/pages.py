@@ -179,42 +179,63 @@ class Pages:
     ) -> None:
         """Pages of a leaf are no more: `runs` are all that there are between `place`, from which
         they count, and the end of the last run.  `key` is the leaf's, -1 if it was not computed."""
-        gone = 0
+        pool = owner.pool
+        only = pool.only
         if key < 0:
-            only = owner.pool.only
             known = why == REMOVED or (only is not None and not only.keyed)
             key = 0 if known else self.leaf_key(owner.oid, leaf_number)
-        for at, length, first in runs:
-            self._release(owner, first, length, why, key, place + at)
-            gone += length
-        end = place + runs[-1][0] + runs[-1][1]
-        leaf[place:end] = NO_PAGES[end - place]
+        if only is not None and not owner.doomed:
+            gone = self._release_own(only, runs, why, key, place)
+        else:
+            gone = 0
+            for at, length, first in runs:
+                self._release(owner, first, length, why, key, place + at)
+                gone += length
         owner.pages -= gone
         if not owner.doomed:
-            owner.pool.pages -= gone
+            pool.pages -= gone
         if not owner.pages:
-            self._count_leaf_gone(owner.pool)
+            self._count_leaf_gone(pool)
             self._drop_object(owner)
-        elif leaf == NO_PAGES[len(leaf)]:
-            self._count_leaf_gone(owner.pool)
+            return
+        end = place + runs[-1][0] + runs[-1][1]
+        leaf[place:end] = NO_PAGES[end - place]
+        if leaf == NO_PAGES[len(leaf)]:
+            self._count_leaf_gone(pool)
             owner.drop_leaf(leaf_number)
+
+    def _release_own(self, only: Member, runs: list[Run], why: int, key: int, place: int) -> int:
+        """`_release` of runs of a private pool; how many pages went."""
+        policy = only.policy
+        frames, states = self.frames, self._state_column
+        gone = raw = 0
+        for at, length, first in runs:
+            gone += length
+            if policy is not None:
+                if why == TAKEN:
+                    policy.taken(first, length, key, place + at)
+                elif why == EVICTED:
+                    policy.evicted(first, length, key, place + at)
+                else:
+                    policy.removed(first, length)
+            if first >= self._entry_base:
+                self.contents.release_run(only, first, length)
+                continue
+            raw += length
+            if length == 1:
+                states[first] = 0
+                frames.give(first)
+            else:
+                states[first : first + length] = _FREE_STATES[length]
+                frames.release(first, length)
+        only.charge(-raw, -raw * RAW_COST_BYTES)
+        return gone
 
     def _release(
         self, owner: TmemObject, first: int, count: int, why: int, key: int, place: int
     ) -> None:
         """Pages of one leaf stop being live, in the segment first (arena A1), and are no longer
         charged."""
-        only = owner.pool.only
-        if only is not None and count == 1 and first < self._entry_base and why == TAKEN:
-            # A single page that its guest takes back: what most calls of one page come to.
-            assert only.policy is not None
-            only.policy.taken(first, 1, key, place)
-            only.pages -= 1
-            only.cost_bytes -= RAW_COST_BYTES
-            only.purse.bytes -= RAW_COST_BYTES
-            self._state_column[first] = 0
-            self.frames.give(first)
-            return
         for member, number, length in self._by_member(owner.pool, first, count):
             if member.policy is not None:
                 if why == TAKEN:

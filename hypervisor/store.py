@@ -37,6 +37,8 @@ class Store(Vetting):
     def __init__(self, arena: Arena, options: StoreOptions) -> None:
         super().__init__(arena, options)
         self._indexes = array("I", range(max(arena.frames_count, LEAF_PAGES)))
+        self._object_octets = arena.object_octets
+        self._state_octets = arena.state_octets
 
     # --- one page: what `get` and `put` do, without their loops over leaves and runs
 
@@ -143,7 +145,8 @@ class Store(Vetting):
         removes them, unless `flags` says KEEP."""
         pool = member.pool
         found = pool.objects.get(oid)
-        if found is None and member.sampler is None:
+        sampler = member.sampler
+        if found is None and sampler is None:
             return 0
         exclusive = pool.exclusive and not flags & _KEEP
         bitmap = 0
@@ -151,23 +154,24 @@ class Store(Vetting):
         while at < count:
             place = (index + at) & 63
             leaf_number = (index + at) >> 6
-            wanted = min(count - at, LEAF_PAGES - place)
+            wanted = count - at if place + count - at <= LEAF_PAGES else LEAF_PAGES - place
             key = -1
-            if member.sampler is not None:
+            if sampler is not None:
                 key = self.leaf_key(oid, leaf_number)
-                if key & SAMPLE_MASK < member.sampler.threshold:
-                    member.sampler.get(key, place, wanted, keep=not exclusive)
+                if key & SAMPLE_MASK < sampler.threshold:
+                    sampler.get(key, place, wanted, keep=not exclusive)
             leaf = None if found is None else found.leaf(leaf_number)
             if leaf is not None and found is not None:
                 runs = self._runs(leaf[place : place + wanted])
                 if pool.vets and runs:
                     runs = self._passing(found, leaf_number, place, runs)
-                bitmap |= self._copy_out(runs, window.slots, slot + at) << at
-                if exclusive and runs:
-                    self._remove(found, leaf_number, leaf, place, runs, TAKEN, key)
-                elif not pool.persistent:
-                    for _, length, first in runs:
-                        self._use(pool, first, length)
+                if runs:
+                    bitmap |= self._copy_out(runs, window.slots, slot + at) << at
+                    if exclusive:
+                        self._remove(found, leaf_number, leaf, place, runs, TAKEN, key)
+                    elif not pool.persistent:
+                        for _, length, first in runs:
+                            self._use(pool, first, length)
             at += wanted
         return bitmap
 
@@ -207,6 +211,42 @@ class Store(Vetting):
         """Store pages from window slots; (bits of the pages stored, bits of older pages that were
         dropped because the new one did not fit).  Raises NoObjectNumber with nothing changed but
         pages evicted."""
+        if (index & 63) + count <= LEAF_PAGES and not member.client.encodes:
+            # Of one leaf, raw: what most extents are.  Anything in the way is for `_put_any`.
+            frames = self.frames
+            if frames.free < count + self.spare_frames:
+                self.make_room(count, member.client)
+            pool = member.pool
+            target = pool.objects.get(oid)
+            leaf_number = index >> 6
+            if (
+                frames.free >= count
+                and (
+                    (target is not None and target.leaf(leaf_number) is not None)
+                    or (not pool.persistent and self.leaves < self.arena.frames_count)
+                )
+                and not candidates(window.words, slot, count)
+            ):
+                if target is None:
+                    target = self._new_object(pool, oid)
+                self.sequence += 1
+                self._put_in_leaf(
+                    member, target, leaf_number, index & 63, count, window.slots, slot, flags, 0, 0
+                )
+                return _MASKS[count], 0
+        return self._put_any(member, oid, index, count, window, slot, flags)
+
+    def _put_any(
+        self,
+        member: Member,
+        oid: bytes,
+        index: int,
+        count: int,
+        window: Window,
+        slot: int,
+        flags: int,
+    ) -> tuple[int, int]:
+        """`put` of pages in two leaves, or some of which become entries, or find no room."""
         found = member.pool.objects.get(oid)
         first_leaf, last_leaf = index >> 6, index + count - 1 >> 6
         missing = int(found is None or found.leaf(first_leaf) is None)
@@ -289,9 +329,9 @@ class Store(Vetting):
             target.lengthen(leaf, place + count)
         old = leaf[place : place + count]
         key = self.leaf_key(target.oid, leaf_number) if member.keyed else 0
-        first_place = place
         if not encode & _MASKS[count]:
-            self._put_raw(member, target, leaf_number, leaf, place, count, slots, slot, flags, key)
+            index = leaf_number * LEAF_PAGES + place
+            self._put_raw(member, target, leaf, index, count, slots, slot, flags, key)
         else:
             at = 0
             while at < count:
@@ -317,9 +357,8 @@ class Store(Vetting):
                     self._put_raw(
                         member,
                         target,
-                        leaf_number,
                         leaf,
-                        place + at,
+                        leaf_number * LEAF_PAGES + place + at,
                         end - at,
                         slots,
                         slot + at,
@@ -328,11 +367,11 @@ class Store(Vetting):
                     )
                 at = end
         if member.sampler is not None and key & SAMPLE_MASK < member.sampler.threshold:
-            member.sampler.put(key, first_place, count)
+            member.sampler.put(key, place, count)
         fresh = count
         if old != NO_PAGES[count]:
             for at, length, first in self._runs(old):
-                self._release(target, first, length, REMOVED, key, first_place + at)
+                self._release(target, first, length, REMOVED, key, place + at)
                 fresh -= length
         target.pages += fresh
         member.pool.pages += fresh
@@ -341,25 +380,29 @@ class Store(Vetting):
         self,
         member: Member,
         target: TmemObject,
-        leaf_number: int,
         leaf: array[int],
-        place: int,
+        index: int,
         count: int,
         slots: memoryview,
         slot: int,
         flags: int,
         key: int,
     ) -> None:
+        policy = member.policy
         number = target.number
-        index = leaf_number * LEAF_PAGES + place
         state = self.sequence << SEQUENCE_SHIFT | member.state_bits | flags
-        kind = PERSISTENT if member.policy is None else EPHEMERAL
+        place = index & 63
+        start = slot * PAGE_BYTES
         data = self._data
-        for first, length in self.frames.allocate(count):
-            data[first * PAGE_BYTES : (first + length) * PAGE_BYTES] = slots[
-                slot * PAGE_BYTES : (slot + length) * PAGE_BYTES
-            ]
-            if target.pool.notes:
+        notes = target.pool.notes
+        for first, length in self.frames.allocate(
+            count, PERSISTENT if policy is None else EPHEMERAL
+        ):
+            end = first + length
+            bytes_ = length * PAGE_BYTES
+            data[first * PAGE_BYTES : end * PAGE_BYTES] = slots[start : start + bytes_]
+            start += bytes_
+            if notes:
                 self.beside.note(target, first, length, index, state)
             if length == 1:
                 self._object_column[first] = number
@@ -367,16 +410,15 @@ class Store(Vetting):
                 self._state_column[first] = state
                 leaf[place] = first
             else:
-                self._object_column[first : first + length] = array("I", [number]) * length
-                self._index_column[first : first + length] = self._index_run(index, length)
-                self._state_column[first : first + length] = array("Q", [state]) * length
-                leaf[place : place + length] = self._ident[first : first + length]
-            self.frames.mark(first, length, kind)
-            if member.policy is not None:
-                member.policy.inserted(first, length, key, place, flags)
+                # Words as bytes: repeating those makes one object, and no array of one word first.
+                self._object_octets[4 * first : 4 * end] = number.to_bytes(4, "little") * length
+                self._index_column[first:end] = self._index_run(index, length)
+                self._state_octets[8 * first : 8 * end] = state.to_bytes(8, "little") * length
+                leaf[place : place + length] = self._ident[first:end]
+            if policy is not None:
+                policy.inserted(first, length, key, place, flags)
             place += length
             index += length
-            slot += length
         member.charge(count, count * RAW_COST_BYTES)
 
     def _put_encoded(

@@ -21,9 +21,7 @@ from hypervisor.frames import (
 
 def take_run(frames: Frames, count: int, kind: int = EPHEMERAL) -> list[int]:
     """Allocate and mark."""
-    runs = frames.allocate(count)
-    for first, length in runs:
-        frames.mark(first, length, kind)
+    runs = frames.allocate(count, kind)
     return [frame for first, length in runs for frame in range(first, first + length)]
 
 
@@ -31,7 +29,7 @@ def test_an_allocation_from_fresh_frames_is_one_run() -> None:
     """Neighbours are what makes an extent one copy."""
     frames = Frames(1000)
 
-    assert frames.allocate(RUN_MAX) == [(1000 - RUN_MAX, RUN_MAX)]
+    assert frames.allocate(RUN_MAX, EPHEMERAL) == [(1000 - RUN_MAX, RUN_MAX)]
 
 
 def test_a_run_that_was_freed_last_is_used_first() -> None:
@@ -41,7 +39,31 @@ def test_a_run_that_was_freed_last_is_used_first() -> None:
     take_run(frames, 32)
     frames.release(first[0], 32)
 
-    assert frames.allocate(32) == [(first[0], 32)]
+    assert frames.allocate(32, EPHEMERAL) == [(first[0], 32)]
+
+
+def test_a_full_arena_gives_the_run_that_fits() -> None:
+    """Longer ones are left whole for who needs them."""
+    frames = Frames(64)
+    take_run(frames, 64)
+    for first, count in ((10, 4), (20, 8), (40, 16)):
+        frames.release(first, count)
+
+    assert frames.allocate(7, EPHEMERAL) == [(20, 7)]
+    assert frames.allocate(16, EPHEMERAL) == [(40, 16)]
+
+
+@pytest.mark.parametrize("order", [(0, 4, 8), (8, 4, 0), (4, 0, 8)])
+def test_neighbours_that_were_freed_one_by_one_are_one_run(order: tuple[int, ...]) -> None:
+    """Whichever of them came first, and if one was given as a single frame."""
+    frames = Frames(640)
+    for _ in range(10):
+        take_run(frames, 64)
+    frames.give(7)
+    for first in order:
+        frames.release(first, {0: 4, 4: 3, 8: 8}[first])
+
+    assert frames.allocate(16, EPHEMERAL) == [(0, 16)]
 
 
 def test_scattered_frames_are_gathered_without_repeating_one() -> None:

@@ -175,13 +175,12 @@ def test_the_cut_sees_memory_that_is_given_back_too_late(monkeypatch: pytest.Mon
 
     def mark_first(self: Any, client: Client, count: int) -> None:
         arena = self._arena
-        for first, length in self._frames.allocate(count):
+        for first, length in self._frames.allocate(count, LENT):
             for frame in range(first, first + length):
                 arena.object[frame] = LENT_FRAME
                 arena.index[frame] = client.number
                 arena.state[frame] = HELD
             arena.punch(first, length)
-            self._frames.mark(first, length, LENT)
             client.lent.extend(range(first, first + length))
         self.lent += count
 
