@@ -150,11 +150,17 @@ def test_bad_pages_are_found_and_go_and_their_putter_is_out(
         assert [line.split()[3] for line in shown.splitlines()[1:]] == ["victim"]
         assert " 3.9 " in shown
 
+        with live.program("mayfly") as mayfly:
+            live.say("auth", "allow", "mayfly", UUID.hex())
+            assert mayfly.pool(shared_uuid=UUID).put(FILE, 64, BAD, token=TOKEN)
+
         live.kill_hypervisor()
         assert victim.reconnect()
         assert mallory.reconnect()
         assert [live.page(index)[0]["guest"] for index in (0, 1)] == ["mallory", "victim"]
         assert live.page(0)[0]["token"] == TOKEN
+        (left,) = live.page(64)
+        assert (left["guest"], left["left"]) == ("mayfly", True), "who has gone is still told"
         assert pool.get(FILE, 0) == BAD
 
         done = live.ask("quarantine", "mallory", "--also-deny")
@@ -243,6 +249,14 @@ def test_secrets_lie_nowhere_and_can_be_drawn_anew(
     for token in old:
         with pytest.raises(OperatorError, match="not enrolled with this token"):
             attach.connect(live.path, "red", token)
+    # That is as another user, who would be refused with any token; as its own:
+    uid = attach.enrolled_uid(live.path, "red")
+    assert uid is not None
+    good = [
+        one for one in (*old, *new) if attach.is_enrolled(live.path, attach.Hello("red", one), uid)
+    ]
+    assert len(good) == 1
+    assert good[0] in new
 
     live.kill_hypervisor()
     os.kill(live.pids()["blue"], signal.SIGKILL)

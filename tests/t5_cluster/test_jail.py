@@ -185,6 +185,16 @@ def test_processes_have_lost_what_they_had(jailed: Seen, unjailed: Seen) -> None
     assert {status["Seccomp"] for status in unjailed.statuses.values()} == {"0"}
 
 
+def test_the_hypervisor_is_not_of_the_guests_fork_server(jailed: Seen) -> None:
+    """From which all guests have one seed of Python's hash, that it must not have."""
+    parents = {name.split()[0]: status["PPid"] for name, status in jailed.statuses.items()}
+
+    assert len(parents) == 3
+    hypervisors = parents.pop("hypervisor")
+    assert len(set(parents.values())) == 1
+    assert hypervisors not in parents.values()
+
+
 def _status(process: Path) -> dict[str, str]:
     lines = (process / "status").read_text().splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
