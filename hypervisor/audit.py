@@ -45,6 +45,34 @@ FILE_BYTES_MAX: Final = 16 * 2**20
 _DETAIL_CHARACTERS_MAX: Final = 96
 _UNPROVOKED: Final = frozenset(("checksum",))
 """Events that no guest can bring about."""
+ADMINISTERED: Final = frozenset(
+    (
+        "auth",
+        "balloon",
+        "destroy",
+        "flush",
+        "freeze",
+        "quarantine",
+        "reseed",
+        "rotated",
+        "schedule",
+        "set",
+        "thaw",
+    )
+)
+"""Verbs of the administrator that change something."""
+EVENTS: Final = (
+    "fault",
+    "denied",
+    "stale",
+    "refused",
+    "detached",
+    "reported",
+    "checksum",
+    "suppressed",
+    *sorted(ADMINISTERED),
+)
+"""All that there are: who asks for another one has mistyped it."""
 
 
 class _Bucket:
@@ -78,7 +106,8 @@ class Audit:
         self.lost = 0
 
     def record(self, guest: str, event: str, **fields: object) -> None:
-        """One event of a guest (or of "administrator")."""
+        """One of `EVENTS` of a guest (or of "administrator")."""
+        assert event in EVENTS, event
         self.counts[event] = self.counts.get(event, 0) + 1
         now_seconds = self._now_seconds()
         key = guest, event not in _UNPROVOKED

@@ -29,7 +29,7 @@ from typing import Final
 
 from hypervisor.accounting import Account
 from hypervisor.administration import Administration
-from hypervisor.audit import Audit
+from hypervisor.audit import ADMINISTERED, Audit
 from hypervisor.control import Control
 from hypervisor.doorman import Doorman
 from hypervisor.machine import Machine
@@ -49,22 +49,6 @@ _EVENTS_MAX: Final = 64
 _CALLS_PER_CPU_READING: Final = 256
 _ROUNDS_MAX: Final = 16
 """Rounds over the rings between two looks at everything else when nothing came from there."""
-_AUDITED: Final = frozenset(
-    (
-        "auth",
-        "balloon",
-        "destroy",
-        "flush",
-        "freeze",
-        "quarantine",
-        "reseed",
-        "rotated",
-        "schedule",
-        "set",
-        "thaw",
-    )
-)
-"""Verbs that change something."""
 _IDLE_CPU_NS: Final = 20_000_000
 """CPU time for compaction and recompression between two waits of a second: 2 % of a core."""
 _IDLE_SLICE_PAGES: Final = 16
@@ -340,7 +324,7 @@ class Server:
             verbs = ", ".join(["ping", "stats", "stop", *self._administration.verbs])
             return {"error": f"no verb {verb!r}; there are {verbs}"}
         answer = self._administration.answer(record)
-        if verb in _AUDITED:
+        if verb in ADMINISTERED:
             fields = {key: value for key, value in record.items() if key != "verb"}
             about = {"about": fields.pop("guest")} if fields.get("guest") else {}
             done = "error" if "error" in answer else "done"

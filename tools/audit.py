@@ -119,6 +119,16 @@ class _File:
         self._file.close()
 
 
+def names(directory: ClusterDirectory) -> set[str]:
+    """Whom the log may be asked about: who was enrolled, and who is in it (anybody may knock under
+    any name)."""
+    roster = directory.path / "guests"
+    found = set(os.listdir(roster)) if roster.is_dir() else set()
+    for _, event in AuditReader(directory).events(follow=False):
+        found |= {event["guest"], event.get("about", "administrator")}
+    return {name for name in found if not name.startswith(".")}
+
+
 def _open(path: Path) -> _File | None:
     try:
         return _File(path)

@@ -13,7 +13,7 @@ import pytest
 
 import hypervisor.audit
 import tools.audit
-from hypervisor.audit import BURST_LINES, LINES_PER_SECOND, Audit
+from hypervisor.audit import BURST_LINES, EVENTS, LINES_PER_SECOND, Audit
 from tests.support.clusters import tmem_here
 from tools.audit import AuditReader, parse
 from tools.rundir import ClusterDirectory
@@ -123,6 +123,46 @@ def test_only_what_was_asked_for(directory: ClusterDirectory) -> None:
     assert done.returncode == 0
     assert [json.loads(line)["detail"] for line in done.stdout.splitlines()] == ["3"]
     assert done.stderr == "tmem: 2 lines are no events\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--event", "quarantin"], "--event quarantin: there is no such event; there are fault, "),
+        (["--event", "fault", "--event", ""], "--event : there is no such event"),
+        (
+            ["--guest", "rde"],
+            "--guest rde: nobody of that name was ever here; there are administrator, blue, red",
+        ),
+    ],
+)
+def test_what_can_never_be_in_the_log_is_refused(
+    directory: ClusterDirectory, words: list[str], says: str
+) -> None:
+    """Nothing at all, with exit code 0, would be taken for good news."""
+    audit = Audit(directory.logs, Clock())
+    audit.record("red", "fault", reason="bad_slot")
+    audit.close()
+    (directory.path / "guests").mkdir()
+    (directory.path / "guests" / "blue").touch()
+    done = tmem_here("audit", "--run", str(directory.path), *words, cwd=directory.path)
+    assert (done.returncode, done.stdout) == (64, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"tmem: {says}")
+    quiet = tmem_here("audit", "--run", str(directory.path), "--guest", "blue", cwd=directory.path)
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+def test_only_known_events_are_written(directory: ClusterDirectory) -> None:
+    """So that the list of what may be asked for can't fall behind."""
+    audit = Audit(directory.logs, Clock())
+    with pytest.raises(AssertionError, match="rumour"):
+        audit.record("red", "rumour")
+    for event in EVENTS:
+        audit.record("red", event)
+    audit.close()
+    found = [event["event"] for _, event in AuditReader(directory).events(follow=False)]
+    assert found == list(EVENTS)
 
 
 def test_a_folder_without_a_cluster_is_told(tmp_path: Path) -> None:

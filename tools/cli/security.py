@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ipc.errors import ExitCode
+from ipc.errors import ExitCode, OperatorError
 from tools.cli.common import RunOption
 
 PANEL = "Security"
@@ -35,23 +35,43 @@ def audit(
     event: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only such events: fault, denied, stale, refused, detached, checksum, suppressed, "
-            "quarantine, auth and other verbs of the administrator. May be repeated."
+            help="Only such events: fault, denied, stale, refused, detached, reported, checksum, "
+            "suppressed, quarantine, auth and other verbs of the administrator. May be repeated."
         ),
     ] = None,
     run: RunOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
 ) -> int:
     """Print the audit log of the cluster that lives, or of the newest one that did."""
-    from tools.audit import AuditReader
+    from tools.audit import AuditReader, names
     from tools.rundir import find_logged
 
-    reader = AuditReader(find_logged(run), guest=guest, events=event or ())
+    events = _events(event or [])
+    directory = find_logged(run)
+    if guest is not None and guest not in (known := names(directory)):
+        raise OperatorError(
+            f"--guest {guest}: nobody of that name was ever here; there are "
+            f"{', '.join(sorted(known)) or 'none'}",
+            ExitCode.USAGE,
+        )
+    reader = AuditReader(directory, guest=guest, events=events)
     for line, found in reader.events(follow=follow):
         print(json_format.dumps(found) if json else line, flush=follow)
     if reader.unreadable:
         print(f"tmem: {reader.unreadable} lines are no events", file=sys.stderr)
     return ExitCode.OK
+
+
+def _events(names: list[str]) -> list[str]:
+    from hypervisor.audit import EVENTS
+
+    for name in names:
+        if name not in EVENTS:
+            raise OperatorError(
+                f"--event {name}: there is no such event; there are {', '.join(EVENTS)}",
+                ExitCode.USAGE,
+            )
+    return names
 
 
 def rotate_token(
