@@ -119,6 +119,9 @@ class Sessions:
         """Process id and start of guests that were expelled."""
         self._barred_tokens: dict[str, bytes] = {}
         """By name; as many as were ever enrolled."""
+        self._earlier_faults: dict[str, tuple[bytes, int]] = {}
+        """Of guests that have left, by name, with the token they had: who comes back with it has
+        them again."""
         self._listener = attach.listen(run_directory, guests_gid)
         self._watch(self._listener.fileno(), self._accept)
         machine.pressure.notify = self.notify
@@ -216,12 +219,12 @@ class Sessions:
             raise attach.HandshakeError("the guest hung up")
         peer = session.peer
         hello = attach.decode_hello(untrusted_message)
+        digest = session.token_digest = attach.token_digest(hello.token)
+        if self._barred_tokens.get(hello.name) == digest:
+            raise attach.HandshakeError(_BARRED)
         if not attach.is_enrolled(self._run_directory, hello, peer.uid):
             raise attach.HandshakeError(f"guest {hello.name} is not enrolled with this token")
-        session.token_digest = attach.token_digest(hello.token)
-        if self._barred_tokens.get(hello.name) == session.token_digest:
-            raise attach.HandshakeError(_BARRED)
-        client, resumed = self._client_for(hello.name, peer)
+        client, resumed = self._client_for(hello.name, peer, digest)
         session.client = client
         window = create_window()
         try:
@@ -239,7 +242,7 @@ class Sessions:
             resumed=resumed,
         )
 
-    def _client_for(self, name: str, peer: attach.Peer) -> tuple[Client, bool]:
+    def _client_for(self, name: str, peer: attach.Peer, digest: bytes) -> tuple[Client, bool]:
         """The client for this process and whether it was known before."""
         start_ticks = process_start(peer.pid)
         if start_ticks is None:
@@ -256,6 +259,9 @@ class Sessions:
         client = self._machine.attach(name, peer.pid, start_ticks, peer.uid)
         if client is None:
             raise attach.HandshakeError("the guest table is full")
+        earlier_digest, faults = self._earlier_faults.get(name, (b"", 0))
+        if earlier_digest == digest:
+            client.account.faults_total += faults
         return client, False
 
     def _confirm(self, session: Session) -> None:
@@ -342,6 +348,8 @@ class Sessions:
     def _end(self, client: Client, event: str) -> None:
         session = self._by_client.get(client.name)
         if session is not None:
+            faults = client.account.faults_total
+            self._earlier_faults[client.name] = session.token_digest, faults
             self._close(session)
         self._forget_life(client)
         self._machine.depart(client)
@@ -349,12 +357,13 @@ class Sessions:
 
     def expel(self, client: Client) -> None:
         """Detach a guest that broke too many rules.  Its process may not attach again, nor may any
-        other with the same token, be it one that it has forked: whoever wants the guest back starts
-        it, and so enrols it, anew."""
+        other with the same token, be it one that it has forked, nor at the next hypervisor: whoever
+        wants the guest back starts it, and so enrols it, anew."""
         self._barred.add((client.pid, client.start_ticks))
         session = self._by_client.get(client.name)
         if session is not None:
             self._barred_tokens[client.name] = session.token_digest
+            attach.strike_off(self._run_directory, client.name, session.token_digest)
         if len(self._barred) > BARRED_MAX:
             self._barred = {
                 (pid, start) for pid, start in self._barred if process_start(pid) == start

@@ -156,6 +156,14 @@ def is_enrolled(run_directory: Path, hello: Hello, uid: int) -> bool:
         return False
 
 
+def strike_off(run_directory: Path, name: str, digest: bytes) -> None:
+    """Nobody may use this name any more, unless it was enrolled with another token meanwhile."""
+    path = run_directory / "guests" / name
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        if bytes.fromhex(path.read_text().split()[1]) == digest:
+            path.unlink()
+
+
 # --- the hypervisor's half ----------------------------------------------------------------------
 
 

@@ -97,6 +97,10 @@ class RunningHypervisor:
         attach.enrol(self.run_directory, name, token, os.getuid())
         return token
 
+    def token(self, name: str) -> bytes:
+        """Of a guest that was enrolled."""
+        return self._tokens[name]
+
     def attach(self, name: str, *, ring: bool | None = None) -> RawGuest:
         """A guest in this process; without `ring` it asks for what the machine allows."""
         token = self.enrol(name)

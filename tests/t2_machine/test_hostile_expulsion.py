@@ -173,22 +173,49 @@ def test_faults_are_a_guests_own(siege: Siege) -> None:
     siege.unharmed()
 
 
-def test_the_bar_outlives_the_guest_and_not_the_hypervisor(
-    cluster_name: str, tmp_path: Path
-) -> None:
-    """After a restart nobody is barred: what is known of an expelled guest is not in the segment,
-    nor are its pages."""
+RETURNER = """
+from ipc.errors import Disconnected
+kept = attacker
+try:
+    for number in range(int(arguments[0])):
+        assert kept.call(101).flags == ReplyFlag.FAULT
+        if number in (3, 7):
+            kept.detach()
+            kept = enter()
+            say("came back with", number + 1)
+except Disconnected:
+    say("disconnected")
+else:
+    say("still in after", arguments[0], "faults")
+time.sleep(600)
+"""
+
+
+def test_a_guest_that_leaves_in_between_keeps_its_faults(siege: Siege) -> None:
+    """Good-bye after the fourth and the eighth, and in again with the same token."""
+    rogue = siege.rogue(RETURNER, str(PATIENCE_FAULTS))
+    assert rogue.says() == "came back with 4"
+    assert rogue.says() == "came back with 8"
+    assert rogue.says() == "disconnected"
+    until(lambda: is_out(siege, rogue), "it is out", EXPULSION_SECONDS)
+    rogue.kill()
+
+
+def test_the_bar_outlives_the_guest_and_the_hypervisor(cluster_name: str, tmp_path: Path) -> None:
+    """What was enrolled once does not get in again; after a restart who is enrolled anew does."""
     with besieged(cluster_name, tmp_path, TRANSPORTS[-1], faults_max=FAULTS_MAX) as siege:
         rogue = siege.rogue(OFFENDER, "slot", "0", str(PATIENCE_FAULTS))
         assert rogue.says() == "True"
         assert rogue.says() == "disconnected"
         assert "broke too many rules" in rogue.says()
-        token = siege.hypervisor.enrol(rogue.name)
+        token = siege.hypervisor.token(rogue.name)
         with pytest.raises(OperatorError, match="broke too many rules"):
             siege.knock(rogue.name, token)
         siege.restart()
         siege.unharmed()
-        siege.knock(rogue.name, token)
+        with pytest.raises(OperatorError, match="is not enrolled with this token"):
+            siege.knock(rogue.name, token)
+        siege.knock(rogue.name, siege.hypervisor.enrol(rogue.name))
         rogue.kill()
 
 
