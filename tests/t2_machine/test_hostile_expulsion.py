@@ -183,6 +183,9 @@ try:
             kept.detach()
             kept = enter()
             say("came back with", number + 1)
+    for _ in range(int(arguments[1])):
+        kept.call(Op.VERSION)
+        time.sleep(0.01)
 except Disconnected:
     say("disconnected")
 else:
@@ -193,7 +196,7 @@ time.sleep(600)
 
 def test_a_guest_that_leaves_in_between_keeps_its_faults(siege: Siege) -> None:
     """Good-bye after the fourth and the eighth, and in again with the same token."""
-    rogue = siege.rogue(RETURNER, str(PATIENCE_FAULTS))
+    rogue = siege.rogue(RETURNER, str(FAULTS_MAX), str(PATIENCE_FAULTS))
     assert rogue.says() == "came back with 4"
     assert rogue.says() == "came back with 8"
     assert rogue.says() == "disconnected"
