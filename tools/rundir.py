@@ -18,6 +18,10 @@ which a supervisor lives.  DIR may be a run or the folder of a cluster.
 A socket's path has at most 107 bytes.  Where a folder's path is too long for that, a link below the
 temporary folder leads to it; `door` in the folder names the link, and it goes with the cluster.
 
+Commands believe a run directory: they end the processes and remove the objects that its registry
+names, and files in it.  So one that belongs to somebody else is refused: its owner could make root
+end any process and remove any file.
+
 A cluster is *live* while the process that cluster.json names is that same process, *stale* when it
 is not and something is still registered or cluster.json is still there.
 """
@@ -130,8 +134,22 @@ class ClusterDirectory:
         """Why a guest did not start; there only after it failed."""
         return self.path / f"guest-{name}.error"
 
+    def check_owner(self) -> None:
+        """Raise OperatorError if this folder is neither ours nor root's."""
+        try:
+            owner = self.path.stat().st_uid
+        except OSError:
+            return
+        if owner not in (os.geteuid(), 0):
+            raise OperatorError(
+                f"{self.path} belongs to user {owner}, and whoever uses it does what stands there: "
+                "use it as that user, or choose another directory with --run",
+                ExitCode.USAGE,
+            )
+
     def check(self) -> None:
         """Raise OperatorError if a cluster can't live here; makes nothing."""
+        self.check_owner()
         record = self.read()
         if record is not None and record.lives:
             raise OperatorError(
@@ -259,7 +277,9 @@ def clusters(run: Path | None) -> Iterator[ClusterDirectory]:
     for parent in parents:
         for path in (parent, *(parent / folder for folder in _CLUSTER_FOLDERS)):
             if (path / "log").is_dir() or (path / "registry").is_dir():
-                yield ClusterDirectory(path)
+                directory = ClusterDirectory(path)
+                directory.check_owner()
+                yield directory
 
 
 def find_live(run: Path | None) -> tuple[ClusterDirectory, ClusterRecord]:

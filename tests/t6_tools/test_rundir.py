@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from ipc.errors import OperatorError
+from ipc.errors import ExitCode, OperatorError
 from ipc.names import Registry, process_start
-from tests.support.clusters import environment, short_folder, wait_until
+from tests.support.clusters import environment, short_folder, tmem_here, wait_until
 from tools.rundir import (
     ClusterDirectory,
     ClusterRecord,
@@ -97,6 +97,38 @@ def test_sweep_removes_what_the_registry_names(folder: Path) -> None:
     assert not directory.is_stale()
     assert sorted(path.name for path in folder.iterdir()) == ["images", "log", "registry"]
     directory.check()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_somebody_else_is_refused(folder: Path) -> None:
+    """Its registry names a process, and `keys` leads out: root would end the one and empty the
+    other."""
+    directory = ClusterDirectory(folder / "run")
+    directory.make()
+    bait = folder / "bait"
+    bait.mkdir()
+    (bait / "precious").touch()
+    (directory.path / "keys").symlink_to(bait)
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        Registry(directory.path).add_process(child.pid)
+        os.chown(directory.path, 54_321, -1)
+        for verb in ("clean", "down", "ps"):
+            done = tmem_here(verb, "--run", str(directory.path), cwd=folder)
+
+            assert done.returncode == ExitCode.USAGE
+            assert "belongs to user 54321" in done.stderr
+            assert len(done.stderr.splitlines()) == 1
+        with pytest.raises(OperatorError, match="belongs to user"):
+            directory.check()
+        assert child.poll() is None
+        assert (bait / "precious").exists()
+
+        os.chown(directory.path, 0, -1)
+        tmem_here("clean", "--run", str(directory.path), cwd=folder)
+        assert child.wait() == -9
+    finally:
+        child.kill()
 
 
 def test_damaged_record_is_stale_and_not_an_error(folder: Path) -> None:
