@@ -120,11 +120,18 @@ class ClusterDirectory:
 
     @property
     def door(self) -> Path:
-        """The folder by a path that is short enough for sockets in it."""
+        """The folder by a path that is short enough for sockets in it.
+
+        The link lies where everybody may make one: one that was swept away, and made again by
+        somebody else, leads nowhere.
+        """
         try:
-            return Path((self.path / _DOOR_FILE).read_text())
+            link = Path((self.path / _DOOR_FILE).read_text())
+            if link.readlink() == self.path and link.lstat().st_uid == self.path.stat().st_uid:
+                return link
         except OSError:
-            return self.path
+            pass
+        return self.path
 
     def key_file(self, volume: str) -> Path:
         """The key of a volume's nodes; there only after it was changed (`tools.rotate`)."""
@@ -187,9 +194,8 @@ class ClusterDirectory:
     def _remove_door(self) -> None:
         door = self.door
         if door != self.path:
-            if door.is_symlink() and door.readlink() == self.path:
-                door.unlink()
-            (self.path / _DOOR_FILE).unlink()
+            door.unlink()
+        (self.path / _DOOR_FILE).unlink(missing_ok=True)
 
     def is_stale(self) -> bool:
         """Whether no supervisor lives here but something was left behind."""

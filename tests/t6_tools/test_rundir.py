@@ -193,3 +193,29 @@ def test_long_path_has_a_short_way_in_until_it_is_swept(
     directory.sweep()
     assert not door.is_symlink()
     assert directory.door == directory.path
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link away")
+def test_a_short_way_in_of_somebody_else_leads_nowhere(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was swept away as an old file, and somebody else was quick: elsewhere, or by a link of
+    theirs to the right place, which may lead elsewhere tomorrow.  It is not removed either."""
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    directory = ClusterDirectory(folder / ("d" * 90))
+    directory.make()
+    door = directory.door
+    door.unlink()
+    door.symlink_to(folder)
+    assert directory.door == directory.path
+
+    door.unlink()
+    door.symlink_to(directory.path)
+    os.chown(door, 54_321, -1, follow_symlinks=False)
+    assert directory.door == directory.path
+
+    directory.sweep()
+    assert door.is_symlink()
+    directory.make()
+    assert directory.door not in (door, directory.path)
+    directory.sweep()
