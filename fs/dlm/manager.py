@@ -277,8 +277,9 @@ class LockManager:
     # The inside.
 
     def _handle(self, from_node: int, message: Message) -> None:
-        if _newest_token(message) >= token_limit(self.epoch):
-            # A lie: adopted, it would grow beyond what a message can carry.
+        if _newest_token(message) >= token_limit(self.epoch) or _newest_death(message) > self.epoch:
+            # A lie: adopted, a token would grow beyond what a message can carry, and of a death
+            # that is still to come no release would ever tell.
             self.refused += 1
             return
         match message:
@@ -412,3 +413,15 @@ def _newest_token(message: Message) -> int:
         case Done():
             return message.highest_token
     return 0
+
+
+def _newest_death(message: Message) -> int:
+    match message:
+        case Record():
+            deaths = message.deaths
+        case Done():
+            # What is said to be released is cut to this epoch where it is taken.
+            deaths = message.held.union(*(grave.deaths for grave in message.graves))
+        case _:
+            return 0
+    return max((death.epoch for death in deaths), default=0)

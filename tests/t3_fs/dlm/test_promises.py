@@ -8,7 +8,18 @@ import random
 import pytest
 
 from fs.dlm.codec import encode, encode_frame
-from fs.dlm.messages import TOKEN_MAX, VALUE_BYTES, Flag, Message, Reason, Record
+from fs.dlm.messages import (
+    TOKEN_MAX,
+    VALUE_BYTES,
+    Death,
+    Done,
+    Flag,
+    Grave,
+    Member,
+    Message,
+    Reason,
+    Record,
+)
 from fs.dlm.modes import Mode, compatible, highest_beside
 from fs.dlm.recovery import master_of
 from fs.dlm.twin import Faults, Link
@@ -425,3 +436,29 @@ def test_a_token_that_cannot_be_is_no_token(cluster: Cluster) -> None:
         node.take_events()
     hold(cluster, 2, EX, name)
     assert cluster.nodes[2].manager.token(name) < TOKEN_MAX
+
+
+@pytest.mark.parametrize("where", ["record", "held", "grave"])
+def test_a_death_that_is_to_come_is_none(cluster: Cluster, where: str) -> None:
+    """Nobody could say that its journal was replayed, and all that it held back would wait."""
+    name = next(
+        name for name in (b"%d" % n for n in range(99)) if master_of(name, range(3)) == 1
+    )  # fmt: skip
+    for number in (1, 2):
+        cluster.nodes[number].manager.set_view(2, frozenset(range(3)))
+    manager = cluster.nodes[1].manager
+    deaths = frozenset({Death(7, 3)})
+    members = frozenset(range(3))
+    lie: Message = Record(name, 5, 5, None, None, deaths)
+    if where != "record":
+        graves = frozenset({Grave(members, members, deaths)} if where == "grave" else ())
+        held = deaths if where == "held" else frozenset()
+        since = tuple(Member(node, 1) for node in range(3))
+        lie = Done(1, True, 5, since, held, frozenset(), graves)
+    manager.deliver(0, encode_frame(2, 1, 0, *encode(lie)))
+    assert manager.refused == 1
+    manager.set_view(3, frozenset({1}))
+    assert manager.ready
+    assert not manager.held
+    manager.lock(name, EX)
+    assert manager.mode(name) == EX
