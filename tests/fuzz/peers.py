@@ -1,32 +1,24 @@
-"""What one member of a cluster can send to another, whatever it makes up.
+"""What one node of a volume can send to another, whatever it makes up.
 
 `locks`    frames of the lock manager: any bytes, and whole managers of three nodes whose two
            others answer with frames that are right more often than not.  A frame that is decoded
            says the same when it is encoded and decoded again, and what a peer can make a manager
-           remember is bounded.
-`cluster`  messages of membership and heartbeat sectors, any bytes and shaped ones, for a node
-           among others that beat.  What it sends is a message, and its views only go on.
+           remember is bounded.  When all others have gone, the node can lock what it likes.
 `ranges`   questions and answers about locked byte ranges.
 
-A member that lies within the rules is believed (`hypervisor/SECURITY.md`): only what can't be is a
+A node that lies within the rules is believed (`hypervisor/SECURITY.md`): only what can't be is a
 finding here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
-from fs.cluster import messages as cluster
-from fs.cluster import region
-from fs.cluster.config import Timing
-from fs.cluster.membership import Membership
-from fs.cluster.view import Ballot, View, make_view
 from fs.dlm import codec
 from fs.dlm.links import WINDOW
 from fs.dlm.manager import LockManager
 from fs.dlm.messages import (
-    FRAME_BYTES_MAX,
     TOKEN_MAX,
     VALUE_BYTES,
     Bast,
@@ -43,7 +35,6 @@ from fs.dlm.messages import (
     Lifted,
     Member,
     Message,
-    MessageError,
     Reason,
     Record,
     Release,
@@ -55,8 +46,10 @@ from fs.hooks import FileKey
 from guests import rangequeries
 from guests.rangequeries import RangeQueries
 from tests.fuzz.reading import Reader, hold
+from tests.support.messages import lock_frame_is_taken
 
 STEPS_MAX: Final = 120
+_NODES_MAX: Final = 255
 _NAMES: Final = (b"M1", b"W1", b"N2", b"S0", b"x" * 64)
 _EPOCHS: Final = (1, 2, 2, 3, 4, 2**32, 2**63, 2**64 - 1)
 _TOKENS: Final = (0, 1, 2**32, 2 * 2**32 + 1, TOKEN_MAX - 1, TOKEN_MAX)
@@ -69,23 +62,9 @@ _MODES: Final = (*Mode, None)
 def fuzz_locks(data: bytes) -> None:
     """The first byte chooses: bytes for the codec, or steps of a manager and its peers."""
     if not data or data[0] % 4 == 0:
-        _check_frame(data[1:])
+        lock_frame_is_taken(data[1:])
     else:
         _Manager(Reader(data[1:])).run()
-
-
-def _check_frame(untrusted: bytes) -> None:
-    try:
-        frame = codec.decode(untrusted)
-    except MessageError:
-        return
-    if frame.message is None:
-        hold(frame.sequence == 0, "a frame without a message")
-        return
-    kind, body = codec.encode(frame.message)
-    again = codec.encode_frame(frame.epoch, frame.sequence, frame.acknowledged, kind, body)
-    hold(len(again) <= FRAME_BYTES_MAX, "a frame that grows")
-    hold(codec.decode(again) == frame, "a frame that says something else the second time")
 
 
 class _Manager:
@@ -127,6 +106,21 @@ class _Manager:
                 break
             self._step()
             self._check()
+        if not self._manager.expelled:
+            self._be_alone()
+
+    def _be_alone(self) -> None:
+        """The others have gone, all journals are replayed: nothing that was said is waited for."""
+        manager = self._manager
+        manager.set_view(manager.epoch + 1, frozenset({self.node}))
+        for node in range(_NODES_MAX):
+            manager.release_dead(node)
+        hold(not manager.held, "a journal that nobody can replay")
+        hold(manager.ready, "a recovery that never ends")
+        for name, lock in list(manager.locks.items()):
+            hold(lock.wanted is None, f"{name!r} is waited for in vain")
+        manager.lock(b"fresh", Mode.EX)
+        hold(manager.mode(b"fresh") == Mode.EX, "a lock of nobody is not granted")
 
     def _check(self) -> None:
         links = self._manager.links
@@ -159,7 +153,7 @@ class _Manager:
             frame[place] ^= self._reader.byte()
         else:
             self._sequence[peer] = sequence
-        _check_frame(bytes(frame))
+        lock_frame_is_taken(bytes(frame))
         self._manager.deliver(peer, bytes(frame))
 
     def _message(self) -> Message:
@@ -229,12 +223,18 @@ class _Manager:
             manager.unlock(name)
         elif choice & 64:
             manager.lift(name, _TOKENS[choice % len(_TOKENS)])
+        elif choice & 32 and lock.granted == Mode.EX:
+            manager.set_value(name, bytes([choice]) * VALUE_BYTES)
+        elif choice & 16 and lock.granted < Mode.EX:
+            manager.lock(name, Mode.EX, Flag(choice >> 3 & 1))
         else:
             manager.down(name, Mode.NL)
 
     def _new_view(self) -> None:
         choice = self._reader.byte()
         if choice & 128:
+            if choice & 64:
+                (self._manager.peer_down if choice & 32 else self._manager.peer_up)(choice & 3)
             self._manager.tick(self._reader.byte() << 24)
             return
         members = frozenset(node for node in (0, 2, 3) if choice >> node & 1)
@@ -247,163 +247,6 @@ class _Manager:
         if choice & 32:
             for node in sorted(self._manager.held):
                 self._manager.release_dead(node)
-
-
-# --- cluster
-
-
-class _Witness:
-    """The disk as a node sees it: three nodes beat."""
-
-    def __init__(self) -> None:
-        self.beating = {0: 10, 1: 11, 2: 12}
-        self.gone: dict[int, int] = {}
-        self.epoch = 0
-
-    def live(self) -> dict[int, int]:
-        return dict(self.beating)
-
-    def claims(self) -> Mapping[int, frozenset[int]]:
-        return {}
-
-    def unclean(self) -> dict[int, int]:
-        return dict(self.gone)
-
-    def silent(self) -> bool:
-        return True
-
-    def highest_epoch(self) -> int:
-        return self.epoch
-
-    def preempt(self, node: int, generation: int) -> bool:
-        return self.beating.get(node) != generation
-
-    def publish(self, epoch: int, members: frozenset[int]) -> bool:
-        region.encode(region.Beat(1, 0, 10, 100, epoch, members))
-        self.epoch = max(self.epoch, epoch)
-        return True
-
-    def fenced(self) -> bool:
-        return False
-
-
-class _Member:
-    """One node's membership, told by bytes what comes in."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self._witness = _Witness()
-        self._epoch = 0
-        self._now_ns = 0
-        self._node = reader.byte() % 2
-        self._membership = Membership(
-            self._node,
-            self._witness.beating[self._node],
-            timing=Timing(),
-            witness=self._witness,
-            outcome=self,
-            send=self._sent,
-        )
-
-    def _sent(self, to_node: int, message: bytes) -> None:
-        hold(to_node != self._node, "a message to itself")
-        cluster.decode(message)
-
-    # Outcome
-
-    def installed(self, view: View, dead: frozenset[int]) -> None:
-        hold(view.epoch > self._epoch, "a view that is not newer")
-        hold(self._node in view.members and self._node not in dead, "a view without the node")
-        self._epoch = view.epoch
-
-    def excluded(self, reason: str) -> None:
-        pass
-
-    def gone(self) -> None:
-        pass
-
-    def refused(self, reason: str) -> None:
-        hold(len(reason) < 2000, "a long refusal")
-
-    def run(self) -> None:
-        """All steps."""
-        for _ in range(STEPS_MAX):
-            if self._reader.left <= 0:
-                break
-            self._step()
-
-    def _step(self) -> None:
-        reader = self._reader
-        control = reader.byte()
-        sender = control >> 3 & 3
-        match control & 7:
-            case 0:
-                self._membership.deliver(sender, reader.take(reader.byte()))
-            case 1 | 2:
-                self._now_ns += 1 << 31
-                self._membership.tick(self._now_ns)
-            case 3:
-                self._change_disk(sender)
-            case _:
-                message = bytearray(cluster.encode(self._message(sender)))
-                if control >> 6 == 3:
-                    message[reader.byte() % len(message)] ^= reader.byte()
-                self._membership.deliver(sender, bytes(message))
-
-    def _change_disk(self, node: int) -> None:
-        if node == self._node:
-            if self._reader.byte() == 255:
-                self._membership.leave()
-        elif node in self._witness.beating:
-            self._witness.gone[node] = self._witness.beating.pop(node)
-        else:
-            made = self._witness.gone.pop(node, 12)
-            self._witness.beating[node] = made + self._reader.byte() % 2
-
-    def _message(self, sender: int) -> cluster.Message:
-        reader = self._reader
-        kind_byte, choice = reader.take(2)
-        kind = tuple(cluster.Kind)[kind_byte % len(cluster.Kind)]
-        epochs = (self._epoch + 1, self._epoch, self._epoch + 2, *_EPOCHS)
-        epoch = min(epochs[choice % len(epochs)], 2**64 - 1)
-        ballot = Ballot(epoch, (choice >> 4) + 1, sender)
-        generations = self._witness.beating
-        members = {
-            node: made for node, made in generations.items() if not kind_byte >> 4 >> node & 1
-        }
-        left = frozenset(generations) - frozenset(members)
-        view = make_view(epoch or 1, members or {sender: 1}, left=left - {sender})
-        view = View(view.epoch, view.generations, left=left - view.members)
-        accepted = (Ballot(view.epoch, 1, 2), view) if choice & 1 else None
-        return cluster.Message(
-            kind, generations.get(sender, 1), ballot, bool(choice & 128), accepted, view, epoch,
-            Timing() if choice & 64 else Timing.fast(), "x" * choice,
-        )  # fmt: skip
-
-
-def fuzz_cluster(data: bytes) -> None:
-    """The first byte chooses: a message, a sector, timings, or steps of a node."""
-    kind, rest = (data[0] % 8 if data else 0), data[1:]
-    try:
-        match kind:
-            case 0 | 1:
-                message = cluster.decode(rest)
-                again = cluster.encode(message)
-                if message.kind is not cluster.Kind.REFUSE:
-                    hold(cluster.decode(again) == message, "another message the second time")
-                hold(len(message.text) <= cluster.MAX_TEXT_BYTES, "a long text")
-            case 2:
-                sector = bytearray(rest[: region.SECTOR_BYTES].ljust(region.SECTOR_BYTES, b"\0"))
-                beat = region.decode(bytes(sector))
-                sector[12:16] = region.checksum(sector).to_bytes(4, "little")
-                beat = beat or region.decode(bytes(sector))
-                hold(beat is not None, "a sector with the right checksum")
-            case 3:
-                hold(Timing.decode(rest).encode() == rest, "timings that change")
-            case _:
-                _Member(Reader(rest)).run()
-    except ValueError:
-        hold(kind < 4, "a node that gives up")
 
 
 # --- ranges

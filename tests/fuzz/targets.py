@@ -6,7 +6,7 @@
 `ring`     the hypervisor's end of rings whose guests write anything anywhere (`rings`).
 `mesh`     one end of a connection between two nodes: frames, handshake and seals (`mesh`).
 `attach`, `control`            what comes through sockets (`doors`, `records`).
-`locks`, `cluster`, `ranges`   what members of a cluster send each other (`peers`).
+`locks`, `ranges`, `cluster`   what members of a cluster send each other (`peers`, `members`).
 `ext`, `swap`, `ocfs2`, `journal`   what is on a disk (`disks`, `volumes`, `journals`).
 """
 
@@ -32,8 +32,9 @@ from tests.fuzz.disks import fuzz_ext, fuzz_swap
 from tests.fuzz.doors import fuzz_attach
 from tests.fuzz.journals import fuzz_journal
 from tests.fuzz.machines import fuzz_machine
+from tests.fuzz.members import fuzz_cluster
 from tests.fuzz.mesh import fuzz_mesh
-from tests.fuzz.peers import fuzz_cluster, fuzz_locks, fuzz_ranges
+from tests.fuzz.peers import fuzz_locks, fuzz_ranges
 from tests.fuzz.reading import hold
 from tests.fuzz.records import fuzz_control
 from tests.fuzz.rings import fuzz_ring

@@ -64,7 +64,7 @@ def test_what_is_kept_is_small_and_there_once() -> None:
 @pytest.mark.parametrize(("target", "place", "defect"), [
     ("attach", "ipc.attach.is_enrolled", lambda *_: True),
     ("control", "hypervisor.control.encode", lambda record: encode(record)[:-1]),
-    ("locks", "fs.dlm.manager.token_limit", lambda _epoch: 1 << 65),
+    ("locks", "fs.dlm.manager._newest_death", lambda _message: 0),
     (
         "cluster",
         "fs.cluster.participant.Participant._on_view",

@@ -9,6 +9,7 @@ import pytest
 from fs.cluster.config import Timing
 from fs.cluster.messages import MAX_MESSAGE_BYTES, Kind, Message, decode, encode
 from fs.cluster.view import MAX_EPOCH, Ballot, make_view
+from tests.support.messages import membership_message_is_taken
 
 VIEW = make_view(7, {0: 5, 3: (1 << 64) - 1, 254: 1}, frozenset({1}), frozenset({2}))
 BALLOT = Ballot(7, 3, 254)
@@ -68,13 +69,8 @@ def test_damaged_messages_are_refused_or_well_formed(seed: int) -> None:
         data = bytearray(encode(rng.choice(MESSAGES)))
         for _ in range(rng.randrange(1, 4)):
             data[rng.randrange(len(data))] = rng.randrange(256)
-        try:
-            message = decode(bytes(data))
-        except ValueError:
-            continue
-        accepted += 1
-        assert decode(encode(message)) == message
-    assert accepted
+        accepted += membership_message_is_taken(bytes(data))
+    assert 0 < accepted < 2000
 
 
 @pytest.mark.parametrize(

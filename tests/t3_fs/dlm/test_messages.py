@@ -29,6 +29,7 @@ from fs.dlm.messages import (
     Request,
 )
 from fs.dlm.modes import Mode
+from tests.support.messages import lock_frame_is_taken
 from tests.t3_fs.dlm.cluster import Cluster
 
 NAME = b"M0000000000000000000018feb14715"
@@ -125,6 +126,7 @@ def test_any_bytes_and_any_lies_leave_a_manager_alive() -> None:
             data[chance.randrange(len(data))] = chance.randrange(256)
         if chance.random() < 0.1:
             data = bytearray(chance.randbytes(chance.randrange(200)))
+        lock_frame_is_taken(bytes(data))
         victim.deliver(sender, bytes(data))
     assert victim.links.malformed > 100
     assert expected  # the links went on
