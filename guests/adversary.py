@@ -14,6 +14,9 @@ An adversary is a Python module, by habit in `guests.adversaries`, with one func
     {"verb": "run", "workload": "adversary", "seed": 1, "parameters": {...}}     begins it
     {"verb": "status"}      -> "state", "done", "total", "error", and "report": what it has written
 
+What a module takes is what its text asks for: names of parameters stand there literally, as in the
+call of `count` above, so `parameters` can tell them before anything has run.
+
 The module is read and compiled while the guest may still open files, and so is whatever its text
 imports; its own code, the top of the module included, runs when the workload begins, after the jail
 is shut (`guests.jail`).  What it raises ends the workload with `error` and does the guest no harm.
@@ -36,14 +39,18 @@ from typing import Any, Final
 
 from fs.errors import error
 from guests.kernel import GuestSpec, Kernel
+from guests.node import Node
 from guests.process import ProcessKilled
 from guests.workloads.job import BadParameters, Job
+from ipc.abi import UUID_BYTES
 from ipc.channel import Channel
 from ipc.errors import Disconnected, ExitCode, OperatorError
 
 log = logging.getLogger(__name__)
 
 WORKLOAD: Final = "adversary"
+KINDS: Final = ("text", "uuid", "number", "count")
+"""Of parameters, by the methods of `Cell` that take them."""
 
 
 class Cell:
@@ -63,6 +70,25 @@ class Cell:
         self.count = job.count
         self.report: dict[str, Any] = job.report
 
+    def uuid(self, name: str, default: str | None = None) -> bytes:
+        """A parameter that is the uuid of a shared pool: 32 hex digits."""
+        text = self.text(name, default)
+        try:
+            uuid = bytes.fromhex(text)
+        except ValueError:
+            uuid = b""
+        if len(uuid) != UUID_BYTES:
+            raise BadParameters(f"parameter {name} must be 32 hex digits, not {text!r}")
+        return uuid
+
+    @property
+    def node(self) -> Node:
+        """The node that this guest is; BadParameters if it is none."""
+        node = self.kernel.node
+        if node is None:
+            raise BadParameters("this guest is no node of a volume; by hand: --nodes 2")
+        return node
+
     @property
     def channel(self) -> Channel:
         """To the hypervisor, below everything that a well-behaved kernel would do; Disconnected."""
@@ -72,11 +98,38 @@ class Cell:
         return attachment.calls.channel
 
 
+def parameters(module: str) -> dict[str, str]:
+    """What a module asks its cell for: by name one of `KINDS`.  Raises OperatorError if there is no
+    such module."""
+    tree, _ = _parsed(module)
+    return {
+        node.args[0].value: node.func.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in KINDS
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+        and isinstance(node.args[0].value, str)
+    }
+
+
 def load(module: str) -> CodeType:
     """The compiled text of a module, none of which has run; what it imports is imported.
 
     Raises OperatorError if there is no such module.
     """
+    tree, origin = _parsed(module)
+    for name in _imported(tree):
+        try:
+            import_module(name)
+        except ImportError as reason:
+            log.warning("adversary=%s event=not-imported why=%s", module, reason)
+    return compile(tree, origin, "exec", dont_inherit=True)
+
+
+def _parsed(module: str) -> tuple[ast.Module, str]:
+    """The text of a module, and where it lies."""
     try:
         found = importlib.util.find_spec(module)
     except (ImportError, ValueError):
@@ -86,15 +139,9 @@ def load(module: str) -> CodeType:
             f"there is no adversary {module!r}; name a Python module", ExitCode.NO_INPUT
         )
     try:
-        tree = ast.parse(Path(found.origin).read_bytes(), found.origin)
+        return ast.parse(Path(found.origin).read_bytes(), found.origin), found.origin
     except (OSError, SyntaxError, ValueError) as reason:
         raise OperatorError(f"the adversary {module}: {reason}", ExitCode.NO_INPUT) from None
-    for name in _imported(tree):
-        try:
-            import_module(name)
-        except ImportError as reason:
-            log.warning("adversary=%s event=not-imported why=%s", module, reason)
-    return compile(tree, found.origin, "exec", dont_inherit=True)
 
 
 def _imported(tree: ast.AST) -> Iterator[str]:

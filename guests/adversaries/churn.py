@@ -22,7 +22,7 @@ def run(cell: Cell) -> Iterator[None]:
     raw = Raw(cell)
     report = cell.report
     report |= {"attempts": 0, "succeeded": 0, "caught": 0, "refused": 0}
-    uuid = bytes.fromhex(cell.text("uuid"))
+    uuid = cell.uuid("uuid")
     until = time.monotonic() + cell.number("seconds", 2.0, 0.01, 600.0)
     yield
     while time.monotonic() < until:

@@ -25,10 +25,10 @@ class _Piece(ctypes.Structure):
 
 
 def run(cell: Cell) -> Iterator[None]:
-    """Parameters: pid of the victim (0: none is known), and address, in it."""
+    """Parameters: pid of the victim."""
     report = cell.report
     report |= {"attempts": 0, "succeeded": 0, "caught": 0, "reasons": {}}
-    pid = cell.count("pid", 0, 0, 2**31)
+    pid = cell.count("pid", 0, 1, 2**31)
     libc = ctypes.CDLL(None, use_errno=True)
     yield
 

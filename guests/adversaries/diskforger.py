@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from guests.adversary import Cell
+from guests.workloads.job import BadParameters
 from ipc.abi import PAGE_BYTES
 
 _BLOCKS = 24
+_KINDS = ("bits", "random", "ones")
 
 
 def run(cell: Cell) -> Iterator[None]:
@@ -25,9 +27,12 @@ def run(cell: Cell) -> Iterator[None]:
     report |= {"attempts": 0, "succeeded": 0, "caught": 0}
     device = cell.kernel.device
     kind = cell.text("kind", "bits")
-    first = cell.count("first", 0, 0, 10**6)
+    if kind not in _KINDS:
+        raise BadParameters(f"kind must be one of {', '.join(_KINDS)}, not {kind!r}")
+    blocks = cell.count("blocks", 8, 1, 10**5)
+    first = cell.count("first", 0, 0, device.blocks - 1)
     span = min(cell.count("span", _BLOCKS, 1, 10**6), device.blocks - first)
-    for _ in range(cell.count("blocks", 8, 1, 10**5)):
+    for _ in range(blocks):
         # Where metadata lies on a small disk; block 0 has the superblock.
         block = first + cell.random.randrange(span)
         data = bytearray(PAGE_BYTES)

@@ -28,7 +28,7 @@ _MARK = b"poisoned by %s: "
 def run(cell: Cell) -> Iterator[None]:
     """Parameters: folder, files (how many of it), pages (of each), rounds, pause_seconds (after
     each file), seconds (the most that it takes).  `paths` are files by inode number."""
-    report = cell.report
+    report, _ = cell.report, cell.node
     report |= {"attempts": 0, "succeeded": 0, "caught": 0, "reasons": {}, "paths": {}}
     until = time.monotonic() + cell.number("seconds", 600.0, 0.0, 3600.0)
     folder = cell.text("folder", "/")
@@ -37,13 +37,14 @@ def run(cell: Cell) -> Iterator[None]:
     names = names[: cell.count("files", len(names), 1, 10**6)]
     rounds = cell.count("rounds", 1, 1, 10**6)
     pause_seconds = cell.number("pause_seconds", 0.0, 0.0, 10.0)
+    pages = cell.count("pages", 1 << 20, 1, 1 << 20)
     mark = _MARK % cell.spec.name.encode()
     page = (mark * (PAGE_BYTES // len(mark) + 1))[:PAGE_BYTES]
     cell.job.total = rounds * len(names)
     yield
     for _ in range(rounds):
         for name in names:
-            yield from _poison(cell, f"{folder.rstrip('/')}/{name}", page)
+            yield from _poison(cell, f"{folder.rstrip('/')}/{name}", page, pages)
             cell.job.done += 1
             if time.monotonic() >= until:
                 return
@@ -53,7 +54,7 @@ def run(cell: Cell) -> Iterator[None]:
                 yield
 
 
-def _poison(cell: Cell, path: str, page: bytes) -> Iterator[None]:
+def _poison(cell: Cell, path: str, page: bytes, pages: int) -> Iterator[None]:
     report, vfs = cell.report, cell.kernel.vfs
     handle = vfs.open(path)
     try:
@@ -68,7 +69,7 @@ def _poison(cell: Cell, path: str, page: bytes) -> Iterator[None]:
     token, pool = standing(cell.kernel, key)
     raw = Raw(cell)
     oid = file_oid(*key)
-    for index in range(min(size_pages, cell.count("pages", 1 << 20, 1, 1 << 20))):
+    for index in range(min(size_pages, pages)):
         reply = raw.put(pool, oid, index, [page], token=token)
         report["attempts"] += 1
         if reply.map & 1:

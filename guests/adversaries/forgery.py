@@ -27,9 +27,10 @@ def run(cell: Cell) -> Iterator[None]:
     oid = file_oid(cell.count("ino", 7, 0, 2**63), cell.count("generation", 1, 0, 2**32 - 1))
     token = cell.count("token", 0, 0, 2**63)
     pool = cell.count("pool", -1, -1, 4096)
+    uuid = cell.uuid("uuid")
     yield
     if pool < 0:
-        reply = raw.new_pool(uuid=bytes.fromhex(cell.text("uuid")))
+        reply = raw.new_pool(uuid=uuid)
         if reply.status != Status.DONE:
             # Not in: every page that it would have put is an attempt that failed.
             report |= {"attempts": pages, "caught": pages, "reasons": {why(reply): pages}}

@@ -25,9 +25,10 @@ def run(cell: Cell) -> Iterator[None]:
     report = cell.report
     report |= {"attempts": 0, "succeeded": 0, "caught": 0, "reasons": {}}
     children: list[int] = []
+    most = cell.count("most", 6, 1, 16)
     yield
     try:
-        for _ in range(cell.count("most", 6, 1, 16)):
+        for _ in range(most):
             try:
                 pid = os.fork()
             except OSError as error:

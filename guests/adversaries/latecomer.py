@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from guests.adversaries.raw import Raw, file_oid, page_of, why
 from guests.adversary import Cell
+from ipc.abi import Status
 
 
 def run(cell: Cell) -> Iterator[None]:
@@ -21,13 +22,18 @@ def run(cell: Cell) -> Iterator[None]:
     raw = Raw(cell)
     report = cell.report
     report |= {"attempts": 0, "succeeded": 0, "caught": 0, "reasons": {}}
-    pool = raw.new_pool(uuid=bytes.fromhex(cell.text("uuid"))).value
     ino = cell.count("ino", 7, 0, 2**63)
     oid = file_oid(ino, cell.count("generation", 1, 0, 2**32 - 1))
     version = cell.count("version", 1, 0, 2**32)
     token = cell.count("token", 0, 0, 2**63)
     owner = cell.text("owner")
-    for index in range(cell.count("pages", 32, 1, 65536)):
+    joined = raw.new_pool(uuid=cell.uuid("uuid"))
+    pages = cell.count("pages", 32, 1, 65536)
+    if joined.status != Status.DONE:
+        report |= {"attempts": pages, "caught": pages, "reasons": {why(joined): pages}}
+        return
+    pool = joined.value
+    for index in range(pages):
         page = page_of(owner, ino, version, index)
         reply = raw.put(pool, oid, index, [page], token=token)
         report["attempts"] += 1

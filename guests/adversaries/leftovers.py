@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from guests.adversaries.raw import Raw, page_of, why
 from guests.adversary import Cell
+from guests.workloads.job import BadParameters
 from ipc.abi import Op, Reply, Status
 
 
@@ -23,7 +24,7 @@ def run(cell: Cell) -> Iterator[None]:
     raw = Raw(cell)
     report = cell.report
     report |= {"attempts": 0, "succeeded": 0, "caught": 0, "reasons": {}}
-    uuid = bytes.fromhex(cell.text("uuid"))
+    uuid = cell.uuid("uuid")
 
     def refused(reply: Reply) -> None:
         report["attempts"] += 1
@@ -33,6 +34,9 @@ def run(cell: Cell) -> Iterator[None]:
             report["caught"] += 1
             report["reasons"][why(reply)] = report["reasons"].get(why(reply), 0) + 1
 
+    if (joined := raw.new_pool(uuid=uuid)).status != Status.DONE:
+        raise BadParameters(f"it may not share this pool ({why(joined)}); by hand: --grant")
+    raw.call(Op.DESTROY_POOL, pool=joined.value)
     ids = []
     while (reply := raw.new_pool()).status == Status.DONE:
         ids.append(reply.value)

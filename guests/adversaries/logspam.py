@@ -11,25 +11,25 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from guests.adversaries.raw import Raw
+from guests.adversaries.raw import Raw, until_out
 from guests.adversary import Cell
 from ipc.abi import ReplyFlag
-from ipc.errors import Disconnected
 
 
 def run(cell: Cell) -> Iterator[None]:
     """Parameters: calls, seconds (the most it takes)."""
+    return until_out(cell.report, _spam(cell))
+
+
+def _spam(cell: Cell) -> Iterator[None]:
     raw = Raw(cell)
     report = cell.report
-    report |= {"attempts": 0, "succeeded": 0, "caught": 0, "out": False}
+    report |= {"attempts": 0, "succeeded": 0, "caught": 0}
+    calls = cell.count("calls", 5000, 1, 10**7)
     until = time.monotonic() + cell.number("seconds", 5.0, 0.01, 600.0)
     yield
-    for number in range(cell.count("calls", 5000, 1, 10**7)):
-        try:
-            reply = raw.call(0xEE, oid=number.to_bytes(24, "little"))
-        except Disconnected:
-            report["out"] = True
-            return
+    for number in range(calls):
+        reply = raw.call(0xEE, oid=number.to_bytes(24, "little"))
         report["attempts"] += 1
         report["caught"] += reply.flags == ReplyFlag.FAULT
         if number % 64 == 63:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from guests.adversaries.raw import Raw, why
+from guests.adversaries.raw import Raw, until_out, why
 from guests.adversary import Cell
 from ipc.abi import (
     INVALID_OID,
@@ -51,9 +51,14 @@ _WRONG: tuple[dict[str, Any], ...] = (
 
 def run(cell: Cell) -> Iterator[None]:
     """Parameters: random (how many requests of random bytes come after the chosen ones)."""
+    return until_out(cell.report, _attempts(cell))
+
+
+def _attempts(cell: Cell) -> Iterator[None]:
     raw = Raw(cell)
     report = cell.report
     report |= {"attempts": 0, "succeeded": 0, "caught": 0, "reasons": {}, "served": 0}
+    messages = cell.count("random", 300, 0, 10**6)
     pool = raw.new_pool(persist=True).value
     for op, fields in _chosen(pool):
         reply = raw.call(op, **fields)
@@ -65,7 +70,7 @@ def run(cell: Cell) -> Iterator[None]:
             report.setdefault("through", []).append(f"{op} {fields}")
         yield
     window = raw.channel.window
-    for number in range(cell.count("random", 300, 0, 10**6)):
+    for number in range(messages):
         # Pages of its own may come and go by these; that is no harm, so only faults are counted.
         window.table[:] = cell.random.randbytes(BATCH_TABLE_BYTES)
         body = cell.random.randbytes(60)

@@ -29,6 +29,7 @@ def run(cell: Cell) -> Iterator[None]:
     ino = cell.count("ino", 7, 0, 2**63)
     secret = page_of(cell.text("owner"), ino, cell.count("version", 1, 0, 2**32), 0)
     cluster = cell.text("cluster")
+    guesses = cell.count("guesses", _GUESSES, 1, 10**6)
     for folder in _FOLDERS:
         try:
             names = [name for name in os.listdir(folder) if cluster in name]
@@ -42,7 +43,7 @@ def run(cell: Cell) -> Iterator[None]:
             if _holds(cell, f"{folder}/{name}", secret):
                 report["succeeded"] += 1
         yield
-    for _ in range(cell.count("guesses", _GUESSES, 1, 10**6)):
+    for _ in range(guesses):
         guess = f"/tmem-{cluster}-{cell.random.getrandbits(64):016x}"
         try:
             posix_ipc.MessageQueue(guess).close()

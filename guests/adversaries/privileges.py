@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from guests.adversaries.raw import Raw, why
+from guests.adversaries.raw import Raw, until_out, why
 from guests.adversary import Cell
 from ipc.abi import Op, ReplyFlag, Status
 
@@ -22,10 +22,14 @@ _FIELDS: tuple[dict[str, Any], ...] = ({}, {"index": 0xFFFF}, {"pool": 1, "index
 
 def run(cell: Cell) -> Iterator[None]:
     """Parameters: uuid of a pool that it is not allowed to share."""
+    return until_out(cell.report, _attempts(cell))
+
+
+def _attempts(cell: Cell) -> Iterator[None]:
     raw = Raw(cell)
     report = cell.report
     report |= {"attempts": 0, "succeeded": 0, "caught": 0, "reasons": {}}
-    uuid = bytes.fromhex(cell.text("uuid"))
+    uuid = cell.uuid("uuid")
     for op in sorted(set(range(256)) - {int(op) for op in Op}):
         for fields in _FIELDS:
             oid = uuid + bytes(8)

@@ -22,7 +22,7 @@ def run(cell: Cell) -> Iterator[None]:
     """Parameters: pid of the victim."""
     report = cell.report
     report |= {"attempts": 0, "succeeded": 0, "caught": 0, "reasons": {}}
-    pid = cell.count("pid", 0, 0, 2**31)
+    pid = cell.count("pid", 0, 1, 2**31)
     for folder in ("/proc", f"/proc/{pid}/fd", f"/proc/{pid}/task"):
         try:
             found = os.listdir(folder)

@@ -7,6 +7,7 @@ gave something, everything else was refused.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any, Final
 
 from guests.adversary import Cell
@@ -22,6 +23,7 @@ from ipc.abi import (
     oid_from_int,
     pool_flag_word,
 )
+from ipc.errors import Disconnected
 from ipc.wire import decode_reply
 
 _WORD: Final = 0xFFFF_FFFF
@@ -97,8 +99,19 @@ class Raw:
         return bytes(window.slot(0)) if reply.status == Status.DONE else None
 
 
+def until_out(report: dict[str, Any], steps: Iterator[None]) -> Iterator[None]:
+    """What an adversary does until it is thrown out for it, which `out` in its report says."""
+    report["out"] = False
+    try:
+        yield from steps
+    except Disconnected:
+        report["out"] = True
+
+
 def why(reply: Reply) -> str:
     """The reason of a reply, as it stands in the audit log."""
+    if not reply.reason and reply.status == Status.MISS:
+        return "nothing there"
     try:
         return Reason(reply.reason).name.lower()
     except ValueError:

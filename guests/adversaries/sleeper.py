@@ -27,8 +27,9 @@ _PAUSE_SECONDS = 0.1
 
 def run(cell: Cell) -> Iterator[None]:
     """Parameters: path, seconds (how long it is deaf)."""
-    report, vfs = cell.report, cell.kernel.vfs
+    report, vfs, _ = cell.report, cell.kernel.vfs, cell.node
     report |= {"attempts": 0, "succeeded": 0, "caught": 0, "reasons": {}}
+    seconds = cell.number("seconds", 8.0, 0.1, 600.0)
     handle = vfs.open(cell.text("path"))
     data = vfs.read(handle, 64 * PAGE_BYTES)
     inode = vfs.inode_of(handle)
@@ -41,7 +42,7 @@ def run(cell: Cell) -> Iterator[None]:
     raw = Raw(cell)
     cell.job.total = 1
     yield
-    until = time.monotonic() + cell.number("seconds", 8.0, 0.1, 600.0)
+    until = time.monotonic() + seconds
     # No yield in here: the node's own work is not done.
     while time.monotonic() < until:
         for index, page in enumerate(pages):

@@ -22,19 +22,20 @@ _FOLDER = "/dev/shm"
 
 
 def run(cell: Cell) -> Iterator[None]:
-    """Parameters: cluster (part of the names of its objects), and owner, ino, version, pages of
-    what to look for, as `witness` names them."""
+    """Parameters: cluster (part of the names of its objects), segment (the name of one, as if it
+    had guessed it), and owner, ino, version, pages of what to look for, as `witness` names them."""
     report = cell.report
     report |= {"attempts": 0, "succeeded": 0, "caught": 0, "reasons": {}}
     owner, ino = cell.text("owner"), cell.count("ino", 7, 0, 2**63)
     version, pages = cell.count("version", 1, 0, 2**32), cell.count("pages", 32, 1, 65536)
+    cluster, segment = cell.text("cluster"), cell.text("segment", "")
     yield
     try:
-        names = [name for name in os.listdir(_FOLDER) if cell.text("cluster") in name]
+        names = [name for name in os.listdir(_FOLDER) if cluster in name]
     except OSError as error:
         _refused(cell, error)
         # It may have been told the name, or have guessed it.
-        names = [cell.text("segment", "")]
+        names = [segment]
     for name in names:
         try:
             fd = os.open(f"{_FOLDER}/{name}", os.O_RDWR)

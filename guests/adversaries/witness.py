@@ -9,6 +9,10 @@ can check what another has put.
             work   both, round after round, each with a new version
             drop   flush the file
 
+A file has an `owner`, `ino`, `generation`, so many `pages`, a `version`; it is in the `pool` of
+this id, or in a new one, private or that of `uuid`, of a `kind` (ephemeral, persistent).  `token`
+goes with each put.  `rounds` and `seconds` bound the work, `pause_seconds` are between two rounds.
+
 What it reports: `pool`, `kept`, `checked` (pages whose bytes were compared), `mismatches`,
 `missing`, `lost` (missing from a persistent pool, where nothing may be), `refused`, `rounds`.
 """
@@ -24,14 +28,14 @@ from guests.workloads.job import BadParameters
 from ipc.abi import Op, Status
 
 _EXTENT = 16
+_TASKS = ("fill", "check", "work", "drop")
 
 
 class _Witness:
     def __init__(self, cell: Cell) -> None:
         self.raw = Raw(cell)
         self.report = cell.report
-        uuid = cell.text("uuid", "")
-        self.uuid = bytes.fromhex(uuid) if uuid else None
+        self.uuid = cell.uuid("uuid") if cell.text("uuid", "") else None
         self.persist = cell.text("kind", "ephemeral") == "persistent"
         self.owner = cell.text("owner", cell.spec.name)
         self.ino = cell.count("ino", 7, 0, 2**63)
@@ -88,6 +92,8 @@ class _Witness:
 def run(cell: Cell) -> Iterator[None]:
     """See the module."""
     task = cell.text("task")
+    if task not in _TASKS:
+        raise BadParameters(f"task must be one of {', '.join(_TASKS)}, not {task!r}")
     witness = _Witness(cell)
     rounds = cell.count("rounds", 1, 1, 10**9)
     until = time.monotonic() + cell.number("seconds", 600.0, 0.0, 3600.0)

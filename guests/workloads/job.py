@@ -76,6 +76,8 @@ class Job:
     def text(self, name: str, default: str | None = None) -> str:
         """A parameter that is a text; required without a default."""
         value = self._untrusted.get(name, default)
+        if value is None:
+            raise BadParameters(f"{self.workload}: parameter {name} is missing")
         if not isinstance(value, str):
             raise BadParameters(f"{self.workload}: parameter {name} must be a text")
         return value

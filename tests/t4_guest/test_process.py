@@ -204,7 +204,7 @@ def test_work_that_can_not_be_begun_is_an_error(spec: GuestSpec, manifest: Path)
     """The reason comes back at once and the guest stays idle."""
     requests: list[tuple[dict[str, object], str]] = [
         ({"workload": "dance"}, "no workload 'dance'"),
-        ({"workload": "read_all"}, "manifest must be a text"),
+        ({"workload": "read_all"}, "manifest is missing"),
         ({"workload": "read_all", "parameters": {"manifest": "/nowhere"}}, "/nowhere"),
         ({"workload": "log", "parameters": {"lines": "many"}}, "lines must be a number"),
         (

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType
 from typing import Any, cast
 
 import pytest
 
-from guests.adversary import load
+from guests.adversary import load, parameters
 from ipc.errors import ExitCode, OperatorError
+from tests.support.clusters import command, environment
 from tools.cli.scenario import list_scenarios
 from tools.interrupts import Interrupts
 from tools.scenario import spying
 from tools.scenario.catalogue import SCENARIOS, find
 from tools.scenario.model import Part, Scene, Tally, Verdict, exit_code, verdict
-from tools.scenario.play import adversaries, attack
+from tools.scenario.play import adversaries, typed
 from tools.scenario.poisoned import last_report
 from tools.scenario.report import markdown, page, write
 from tools.scenario.scenario import KINDS, Outcome
@@ -172,7 +178,52 @@ def test_no_trials_tell_nothing(given: list[Batch]) -> None:
 def test_an_adversary_that_is_not_there(noun: str) -> None:
     """No module is looked for under a name that somebody typed; what there is is named."""
     with pytest.raises(OperatorError, match=r"there is no adversary .*churn.*flood"):
-        attack(noun, {}, jail="off", seed=1, interrupts=Interrupts())
+        typed(noun, {})
+
+
+@pytest.mark.parametrize(
+    ("noun", "told", "says"),
+    [
+        ("flood", {"secnds": "1"}, "flood: no parameter 'secnds'; it takes seconds"),
+        ("liar", {"b": "", "a": ""}, "liar: no parameter 'a', 'b'; it takes none"),
+        ("forgery", {"Uuid": ""}, "it takes generation, ino, pages, pool, token, uuid"),
+        ("flood", {"seconds": "soon"}, "flood: seconds=soon: write a number"),
+        ("flood", {"seconds": ""}, "seconds=: write a number"),
+        ("flood", {"seconds": "nan"}, "seconds=nan: write a number"),
+        ("forgery", {"pages": "1" * 30}, "write a number, less than 2"),
+    ],
+)
+def test_parameters_that_an_adversary_does_not_take(
+    noun: str, told: dict[str, str], says: str
+) -> None:
+    """Refused before a cluster is started, with those that it takes."""
+    with pytest.raises(OperatorError, match=re.escape(says)) as refusal:
+        typed(noun, told)
+    assert refusal.value.exit_code == ExitCode.USAGE
+
+
+def test_parameters_are_what_the_program_takes_them_for() -> None:
+    """Digits are a text where a text is taken."""
+    told = {"uuid": "0" * 32, "pages": "7", "token": "-1"}
+    assert typed("forgery", told) == {"uuid": "0" * 32, "pages": 7, "token": -1}
+    assert typed("filepoison", {"seconds": "1.5", "folder": "7"}) == {"seconds": 1.5, "folder": "7"}
+
+
+def test_every_parameter_is_described() -> None:
+    """Where the program says what it takes."""
+    for noun in adversaries():
+        found = parameters(adversary(noun))
+        constants = load(adversary(noun)).co_consts
+        told = " ".join(text for one in constants for text in _documents(one))
+        assert "Parameters:" in told or "task" in found or not found, noun
+        assert not {name for name in found if not re.search(rf"\b{name}\b", told)}, noun
+
+
+def _documents(constant: object) -> Iterator[str]:
+    if isinstance(constant, str):
+        yield constant
+    elif isinstance(constant, CodeType):
+        yield from (text for text in constant.co_consts[:1] if isinstance(text, str))
 
 
 def test_attacks_on_what_is_not_there_are_named_and_not_counted(
@@ -190,6 +241,33 @@ def test_attacks_on_what_is_not_there_are_named_and_not_counted(
 def test_every_scenarios_program_can_be_run_by_hand() -> None:
     """By the name that `tmem scenario list --json` has."""
     assert {scenario.adversary for scenario in SCENARIOS.values()} <= set(adversaries())
+
+
+WORK = """
+import sys
+from tools.cli.common import unread
+with unread():
+    for _ in range(3):
+        print("x" * 100_000, flush=True)
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "exit_code"),
+    [(command("scenario", "list"), ExitCode.OK), ([sys.executable, "-c", WORK], 1)],
+)
+def test_a_reader_that_has_left(program: list[str], exit_code: int) -> None:
+    """A list ends with what was read of it; work goes on, for it has an exit code to say."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            program, stdout=writing, stderr=subprocess.PIPE, env=environment(), check=False
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (exit_code, b"")
 
 
 class Twins:

@@ -7,6 +7,8 @@ exit with 64.  Heavy modules are imported inside commands, so `tmem --help` is f
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from tools.cli import (
@@ -44,4 +46,6 @@ xen.register(app)
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code."""
-    return run_command(app, arguments)
+    return run_command(
+        typer.main.get_command(app), sys.argv[1:] if arguments is None else arguments
+    )

@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TextIO, cast
 
 import typer
 from typer.exceptions import Abort, TyperException
 
 from ipc.errors import Disconnected, ExitCode, OperatorError
+
+
+class Command(Protocol):
+    """What typer makes of an app."""
+
+    def make_context(self, info_name: str, args: list[str]) -> Any:
+        """The words of a command line, understood."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Do it."""
+
 
 RunOption = Annotated[
     Path | None,
@@ -25,10 +37,21 @@ RunOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def run_command(command: Callable[..., Any], arguments: list[str] | None) -> int:
-    """Run one command line; its exit code.  `command` is what typer makes of all commands."""
+def run_command(command: Command, arguments: Sequence[str]) -> int:
+    """Run one command line; its exit code.  `command` is what typer makes of all commands.
+
+    Not by its `main`, which has its own mind of Ctrl-C and of a reader that has left.
+    """
+    # Closed by who started us: what is printed goes nowhere.
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     try:
-        return int(command(arguments, prog_name="tmem", standalone_mode=False) or 0)
+        with command.make_context("tmem", list(arguments)) as context:
+            code = int(command.invoke(context) or 0)
+        # Here and not when the interpreter ends, where nobody would take what it raises.
+        sys.stdout.flush()
+    except typer.Exit as ended:
+        return ended.exit_code
     except OperatorError as error:
         for line in str(error).splitlines():
             print(f"tmem: {line}", file=sys.stderr)
@@ -45,9 +68,56 @@ def run_command(command: Callable[..., Any], arguments: list[str] | None) -> int
         print("tmem: interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        # The reader of a pipe has left; what we would still flush has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        forget_output()
         return ExitCode.OK
+    except OSError as error:
+        what = "output" if error.filename is None else os.fsdecode(error.filename)
+        print(f"tmem: {what}: {error.strerror or error}", file=sys.stderr)
+        return ExitCode.NO_INPUT
+    return code
+
+
+def forget_output() -> None:
+    """The reader of a pipe has left; what we would still write has nowhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+class Unread:
+    """Standard output for work that goes on when nobody reads of it any more: it has an exit code
+    to say, and something to clean up."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As a stream's."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            forget_output()
+            return len(text)
+
+    def flush(self) -> None:
+        """As a stream's."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            forget_output()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """Print to an `Unread` meanwhile."""
+    stream = sys.stdout
+    sys.stdout = cast("TextIO", Unread(stream))
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout = stream
 
 
 def print_json(value: Any) -> None:

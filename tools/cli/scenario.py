@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ipc.errors import ExitCode, OperatorError
-from tools.cli.common import JsonOption, print_json, print_table, run_command
+from tools.cli.common import JsonOption, print_json, print_table, run_command, unread
 
 if TYPE_CHECKING:
     from tools.scenario.scenario import Outcome, Scenario
 
 _WIDTH = 96
+NODES_MAX = 8
 
 
 def register(app: typer.Typer) -> None:
@@ -89,6 +90,8 @@ def run(
     if defence not in ("on", "off"):
         raise OperatorError(f"--defence {defence}: say on or off", ExitCode.USAGE)
     chosen = list(SCENARIOS.values()) if name == "all" else [find(name)]
+    if out is not None:
+        _check_folder(out, chosen)
     is_on = defence == "on"
 
     def announce(scenario: Scenario) -> None:
@@ -99,30 +102,49 @@ def run(
         if explain:
             print(f"  {line}", file=sys.stderr if json else sys.stdout, flush=True)
 
-    outcomes = []
-    with Interrupts() as interrupts, screen(sys.stdout) as shown:
-        for outcome in play_all(
-            chosen,
-            defence=is_on,
-            seed=seed,
-            interrupts=interrupts,
-            announce=announce,
-            tell=tell,
-            watch=(lambda _scene: None) if json or explain else shown.watch,
-            command=functools.partial(run_command, context.find_root().command),
-        ):
-            shown.end()
-            outcomes.append(outcome)
-            if not json:
-                _print(outcome, explain=explain)
-            if outcome.scenes and (name != "all" or out is not None):
-                _report(outcome, out, quiet=json)
-    if json:
+    outcomes: list[Outcome] = []
+    try:
+        with unread(), Interrupts() as interrupts, screen(sys.stdout) as shown:
+            for outcome in play_all(
+                chosen,
+                defence=is_on,
+                seed=seed,
+                interrupts=interrupts,
+                announce=announce,
+                tell=tell,
+                watch=(lambda _scene: None) if json or explain else shown.watch,
+                command=functools.partial(run_command, context.find_root().command),
+            ):
+                shown.end()
+                outcomes.append(outcome)
+                if not json:
+                    _print(outcome, explain=explain)
+                if outcome.scenes and (name != "all" or out is not None):
+                    _report(outcome, out, quiet=json)
+    finally:
+        # Also of those that had ended when somebody pressed Ctrl-C.
         records = [outcome.record() for outcome in outcomes]
-        print_json(records if name == "all" else records[0])
-    elif len(outcomes) > 1:
-        _print_sum(outcomes)
+        if json and (records or name == "all"):
+            print_json(records if name == "all" else records[0])
+        elif len(outcomes) > 1:
+            _print_sum(outcomes)
     return exit_code([outcome.verdict for outcome in outcomes])
+
+
+def _check_folder(out: Path, chosen: list[Scenario]) -> None:
+    """Before minutes are spent on a report that has nowhere to go."""
+    if not any(scenario.watched for scenario in chosen):
+        raise OperatorError(
+            f"--out {out}: there is no report of {chosen[0].name}, only of poisoned-cluster",
+            ExitCode.USAGE,
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        writable = os.access(out, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise OperatorError(f"--out {out}: {error.strerror}", ExitCode.NO_INPUT) from None
+    if not writable:
+        raise OperatorError(f"--out {out}: no files can be made there", ExitCode.NO_INPUT)
 
 
 def attack(
@@ -133,6 +155,19 @@ def attack(
     jail: Annotated[
         str, typer.Option(help="off, auto or strict: how the guest is jailed.")
     ] = "off",
+    nodes: Annotated[
+        int,
+        typer.Option(
+            help="It is one of so many nodes that mount one volume (default: it has a disk of its "
+            "own).",
+            min=0,
+            max=NODES_MAX,
+            show_default=False,
+        ),
+    ] = 0,
+    grant: Annotated[
+        bool, typer.Option("--grant", help="It may write the shared pool of its parameter uuid.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 1,
 ) -> int:
     """Run one adversary by hand, in the only guest of a cluster of its own; print its report.
@@ -146,23 +181,32 @@ def attack(
     mode = next((one for one in MODES if one == jail), None)
     if mode is None:
         raise OperatorError(f"--jail {jail}: say {', '.join(MODES)}", ExitCode.USAGE)
-    told = dict(_parameter(text) for text in parameters or [])
-    with Interrupts() as interrupts:
-        report, problems = play.attack(module, told, jail=mode, seed=seed, interrupts=interrupts)
+    with unread(), Interrupts() as interrupts:
+        report, problems = play.attack(
+            module,
+            _parameters(parameters or []),
+            jail=mode,
+            nodes=nodes,
+            grant=grant,
+            seed=seed,
+            interrupts=interrupts,
+        )
     print_json(report)
     for line in problems:
         print(f"tmem: {line}", file=sys.stderr)
     return ExitCode.INCONCLUSIVE if problems else ExitCode.OK
 
 
-def _parameter(text: str) -> tuple[str, int | float | str]:
-    key, sign, value = text.partition("=")
-    if not sign or not key:
-        raise OperatorError(f"{text!r} is no parameter; write KEY=VALUE", ExitCode.USAGE)
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return key, kind(value)
-    return key, value
+def _parameters(texts: list[str]) -> dict[str, str]:
+    told: dict[str, str] = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise OperatorError(f"{text!r} is no parameter; write KEY=VALUE", ExitCode.USAGE)
+        if key in told:
+            raise OperatorError(f"{key} is said twice", ExitCode.USAGE)
+        told[key] = value
+    return told
 
 
 def _report(outcome: Outcome, out: Path | None, *, quiet: bool) -> None:

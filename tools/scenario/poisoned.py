@@ -201,4 +201,5 @@ SCENARIO: Final = Scenario(
     "means. In the second the file system compares what it gets with the checksum of what the disk "
     "holds: a wrong page is a miss, and the disk is read.",
     run,
+    watched=True,
 )

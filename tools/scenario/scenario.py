@@ -18,7 +18,7 @@ class Scenario:
     """One attack with a name.  `tries` and `stops` are for people; `off` says what `--defence off`
     takes away, None if there is no such switch and the attack is only shown to fail.  With
     `must_catch` an attack that nobody was seen to catch proves nothing.  `adversary` is the module
-    in `guests.adversaries`."""
+    in `guests.adversaries`.  One that is `watched` has scenes, and so a report."""
 
     name: str
     kind: str
@@ -29,6 +29,7 @@ class Scenario:
     explain: str
     run: Callable[[Stage], None]
     must_catch: bool = True
+    watched: bool = False
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def _spy(stage: Stage, noun: str, by: tuple[str, ...], parameters: Any, *, jaile
 
 
 def _foreign_pools(stage: Stage) -> None:
-    by = ("no_such_pool", "nothing there", "none")
+    by = ("no_such_pool", "nothing there")
     _spy(stage, "poolprobe", by, lambda _world: {"owner": "alpha"}, jailed=False)
 
 

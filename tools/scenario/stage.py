@@ -261,8 +261,8 @@ class World:
 
     # --- work
 
-    def begin(self, name: str, workload: str = WORKLOAD, **parameters: Any) -> None:
-        """Give a guest work."""
+    def begin(self, name: str, workload: str = WORKLOAD, **parameters: Any) -> str | None:
+        """Give a guest work; why it was not taken, which is a problem."""
         question = {
             "verb": "run",
             "workload": workload,
@@ -272,10 +272,12 @@ class World:
         try:
             answer = self.cluster.ask_guest(name, question, timeout_seconds=_PATIENCE_SECONDS)
         except Disconnected as error:
-            self.stage.problem(f"{name}: {error}")
-            return
-        if not answer.get("accepted"):
-            self.stage.problem(f"{name}: {answer.get('error')}")
+            answer = {"error": str(error)}
+        if answer.get("accepted"):
+            return None
+        refusal = str(answer.get("error"))
+        self.stage.problem(f"{name}: {refusal}")
+        return refusal
 
     def status(self, name: str) -> Record | None:
         """How far a guest is; None if it does not answer."""
