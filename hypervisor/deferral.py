@@ -36,7 +36,7 @@ from ipc.abi import PAGE_BYTES
 KEPT_FREE_SHARE: Final = 8
 """One frame in so many stays free while pages are left raw."""
 KEPT_FRAMES_LEAST: Final = 256
-_SPARE_FRAMES: Final = 8
+SPARE_FRAMES: Final = 8
 """To begin with: a page is compressed into other frames than its own."""
 _PUTS_A_SQUEEZE: Final = 2
 _LOOKS: Final = 16
@@ -62,7 +62,7 @@ class Deferral(Pages):
     def spare_frames(self) -> int:
         """Frames that whoever makes room leaves free beside, as far as there is something to
         squeeze."""
-        return _SPARE_FRAMES if self.deferred else 0
+        return SPARE_FRAMES if self.deferred else 0
 
     def defers(self, member: Member, count: int) -> bool:
         """Whether `count` pages of a guest that compresses are to be left raw."""

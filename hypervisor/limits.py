@@ -31,6 +31,11 @@ def may_hold(store: Store, member: Member, count: int) -> bool:
     bytes_ = count * PAGE_BYTES
     persistent = member.policy is None
     cap_bytes = client.settings.cap_bytes
+    if not (cap_bytes or client.inherited or member.pool.shared) and (
+        not persistent or member.purse.bytes + bytes_ <= client.allotment_bytes
+    ):
+        # What most puts come to: nobody else's pages count, and there is room.
+        return True
     if store.doomed:
         # Flushed pages are charged until they are reaped.
         store.reap_until(

@@ -130,9 +130,8 @@ class Machine(Management):
         member = client.members.get(pool_id)
         if member is None or not member.may_get:
             return self._no_member(client, account, member, count)
-        was_empty = not member.pool.pages
         if count == 1:
-            got = bitmap = int(self.store.get_one(member, oid, index, window, slot, flags))
+            got = bitmap = self.store.get_one(member, oid, index, window, slot, flags)
         else:
             bitmap = self.store.get(member, oid, index, count, window, slot, flags)
             got = bitmap.bit_count()
@@ -142,7 +141,7 @@ class Machine(Management):
         if self.store.damaged:
             return self._damaged(client, account, bitmap, count - got)
         account.missed += count - got
-        if was_empty:
+        if not got and not member.pool.pages:
             return Status.EEMPTY, Reason.POOL_EMPTY, 0, 0, 0
         return _MISS, 0, bitmap, 0, 0
 

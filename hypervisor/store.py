@@ -16,6 +16,7 @@ from array import array
 from typing import Final
 
 from hypervisor.arena import SEQUENCE_SHIFT, Arena
+from hypervisor.deferral import SPARE_FRAMES
 from hypervisor.fill import candidates
 from hypervisor.frames import EPHEMERAL, PERSISTENT
 from hypervisor.objects import LEAF_PAGES, NO_PAGES, TmemObject
@@ -24,10 +25,14 @@ from hypervisor.pools import RAW_COST_BYTES, Member, Pool
 from hypervisor.reuse import SAMPLE_MASK, ReuseSampler
 from hypervisor.vetting import Vetting
 from ipc.abi import EXTENT_PAGES_MAX, PAGE_BYTES, CallFlag
+from ipc.limits import WINDOW_SLOTS
 from ipc.window import Window
 
 PAGE_WORDS: Final = PAGE_BYTES // 8
 _MASKS: Final = tuple((1 << n) - 1 for n in range(EXTENT_PAGES_MAX + 1))
+_SLOTS: Final = tuple(
+    slice(slot * PAGE_BYTES, (slot + 1) * PAGE_BYTES) for slot in range(WINDOW_SLOTS)
+)
 _KEEP: Final = int(CallFlag.KEEP)
 
 
@@ -44,8 +49,8 @@ class Store(Vetting):
 
     def get_one(
         self, member: Member, oid: bytes, index: int, window: Window, slot: int, flags: int = 0
-    ) -> bool:
-        """`get` of one page: whether it was there."""
+    ) -> int:
+        """`get` of one page: 1 if it was there, else 0."""
         pool = member.pool
         keep = flags & _KEEP or not pool.exclusive
         key = -1
@@ -55,33 +60,32 @@ class Store(Vetting):
                 member.sampler.get(key, index & 63, 1, keep=bool(keep))
         found = pool.objects.get(oid)
         if found is None:
-            return False
+            return 0
         leaf = found.leaf(index >> 6)
         place = index & 63
         if leaf is None or place >= len(leaf):
-            return False
+            return 0
         number = leaf[place]
         if number < 0 or (pool.vets and not self._passes(found, number, index)):
-            return False
-        slots = window.slots
-        if number < self._entry_base:
-            slots[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES] = self._data[
-                number * PAGE_BYTES : (number + 1) * PAGE_BYTES
-            ]
-        else:
-            slots[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES] = self.contents.read(number)
+            return 0
+        start = number * PAGE_BYTES
+        window.slots[_SLOTS[slot]] = (
+            self._data[start : start + PAGE_BYTES]
+            if number < self._entry_base
+            else self.contents.read(number)
+        )
         if not keep:
             self._remove(found, index >> 6, leaf, place, [(0, 1, number)], TAKEN, key)
         elif not pool.persistent:
             self._use(pool, number, 1)
-        return True
+        return 1
 
     def put_one(
         self, member: Member, oid: bytes, index: int, window: Window, slot: int, flags: int = 0
     ) -> tuple[int, int]:
         """`put` of one page, with its results."""
         frames = self.frames
-        if frames.free <= self.spare_frames or (
+        if (frames.free <= SPARE_FRAMES and frames.free <= self.spare_frames) or (
             member.client.encodes and not self.defers(member, 1)
         ):
             return self.put(member, oid, index, 1, window, slot, flags)
@@ -102,9 +106,8 @@ class Store(Vetting):
         elif place >= len(leaf):
             target.lengthen(leaf, place + 1)
         frame = frames.take(PERSISTENT if pool.persistent else EPHEMERAL)
-        self._data[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES] = window.slots[
-            slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES
-        ]
+        start = frame * PAGE_BYTES
+        self._data[start : start + PAGE_BYTES] = window.slots[_SLOTS[slot]]
         self.sequence = sequence = self.sequence + 1
         self._object_column[frame] = target.number
         self._index_column[frame] = index
@@ -114,14 +117,19 @@ class Store(Vetting):
         self._state_column[frame] = state
         old = leaf[place]
         leaf[place] = frame
-        member.pages += 1
-        member.cost_bytes += RAW_COST_BYTES
-        member.purse.bytes += RAW_COST_BYTES
         if member.policy is not None:
             key = self.leaf_key(oid, index >> 6) if member.keyed else 0
             member.policy.inserted(frame, 1, key, place, flags)
             if member.sampler is not None and key & SAMPLE_MASK < member.sampler.threshold:
                 member.sampler.put(key, place, 1)
+        if 0 <= old < self._entry_base and pool.only is not None:
+            # Its own page, which cost the same.
+            if member.policy is not None:
+                member.policy.removed(old, 1)
+            self._state_column[old] = 0
+            frames.give(old)
+            return 1, 0
+        member.charge(1, RAW_COST_BYTES)
         if old < 0:
             target.pages += 1
             pool.pages += 1

@@ -52,7 +52,11 @@ _FLAGS: dict[int, frozenset[int]] = {
     int(Op.GET_BATCH): _GET_FLAGS,
 }
 """Flags that an operation knows; of a batch those of its entries."""
-_MOVERS = {op: _FLAGS[op] for op in (int(Op.PUT_PAGE), int(Op.GET_PAGE))}
+_MOVERS = tuple(
+    _FLAGS[op] if op in (Op.PUT_PAGE, Op.GET_PAGE) else frozenset[int]() for op in range(256)
+)
+"""By operation: flags of those that move an extent.  As many pages as there are slots are no more
+than an extent may have."""
 _OPS = frozenset(int(op) for op in Op)
 _BATCH_OPS = frozenset((int(Op.PUT_BATCH), int(Op.GET_BATCH), int(Op.FLUSH_BATCH)))
 _ZERO_TAIL = bytes(OID_BYTES - UUID_BYTES)
@@ -67,11 +71,10 @@ def decode_request(untrusted_message: bytes) -> RequestTuple:
         raise GuestFault(Reason.BAD_LENGTH, f"{len(untrusted_message)} bytes") from None
     _, op, flags, count, _, index, oid, slot, _, reserved = request
     if (
-        op in _MOVERS
-        and 0 < count <= EXTENT_PAGES_MAX
+        flags in _MOVERS[op]
+        and count
         and slot + count <= WINDOW_SLOTS
         and index + count <= INDEX_LIMIT
-        and flags in _MOVERS[op]
         and not reserved
         and oid != INVALID_OID
     ):
@@ -114,7 +117,7 @@ def _check(request: RequestTuple) -> None:
     _, op, flags, count, _, index, oid, slot, _, reserved = request
     if op not in _OPS:
         raise GuestFault(Reason.UNKNOWN_OP, str(op))
-    if flags not in _MOVERS.get(op, _NO_FLAGS):
+    if flags not in (_MOVERS[op] or _NO_FLAGS):
         raise GuestFault(Reason.BAD_FLAGS, hex(flags))
     if reserved:
         raise GuestFault(Reason.RESERVED_BITS, "the last word")
