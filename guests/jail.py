@@ -11,7 +11,8 @@ spec (`guests.adversary` is the interface, with an example):
 In two steps, since a guest first has to open its disk, its swap and its sockets:
 
     step_down   working folder: the run directory.  As root: another user id, one for each guest,
-                and of all capabilities only the one to open files for the time being.
+                and of all capabilities only the one to open files for the time being.  No more
+                memory than its RAM and the overhead.
     shut        no capability, no new privileges, Landlock, sizes, not dumpable, the filter.
 
 What a guest still needs afterwards, and how it comes by it:
@@ -190,6 +191,9 @@ class GuestJail:
                 # The volume's number is its group's, too: sockets of nodes are for nodes of it.
                 others = (jail.gid,)
                 limits.become(jail.uid, jail.real_uid, keep, jail.real_uid, others)
+        # The disk is mounted before the jail is shut, and a hostile guest has written it.
+        memory_bytes = limits.mapped_bytes() + spec.memory_bytes + overhead_bytes(spec)
+        limits.limit_for_now(resource.RLIMIT_AS, memory_bytes)
 
     def shut(self) -> None:
         """Once everything is open; no way back."""

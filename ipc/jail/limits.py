@@ -144,6 +144,12 @@ def limit(sizes: Mapping[int, int]) -> None:
         resource.setrlimit(kind, (bound, bound))
 
 
+def limit_for_now(kind: int, most: int) -> None:
+    """A soft bound, which `limit` may change once more."""
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
 def mapped_bytes() -> int:
     """Address space of this process now (VmSize)."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

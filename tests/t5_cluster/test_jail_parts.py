@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import resource
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import posix_ipc
 import pytest
 
+from guests.jail import GuestJail
+from guests.kernel import GuestSpec
 from hypervisor.jail import HypervisorJail
 from ipc.errors import ExitCode, OperatorError
 from ipc.jail import JailSpec, check_strict, landlock, limits, seccomp
@@ -43,6 +47,23 @@ def places(tmp_path: Path) -> tuple[Path, Path]:
 
 def _plain() -> list[Call]:
     return [Call(name, "of this test") for name in PLAIN.split()]
+
+
+# --- before it is shut
+
+
+def test_what_a_disk_makes_a_guest_do_is_bounded_before_it_is_read(tmp_path: Path) -> None:
+    """It is mounted before the jail is shut."""
+    image = tmp_path / "image"
+    image.touch()
+    spec = GuestSpec("red", image, 1 << 20, tmp_path, jail=JailSpec("auto"))
+
+    def work() -> tuple[str, str]:
+        GuestJail(spec).step_down()
+        taken = [outcome(partial(mmap.mmap, -1, mib << 20)) for mib in (64, 512)]
+        return taken[0], taken[1]
+
+    assert in_child(work) == ("done", "ENOMEM")
 
 
 # --- Landlock
