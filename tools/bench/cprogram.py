@@ -1,9 +1,11 @@
-"""The C peers: `pingpong.c`, compiled when the benchmark runs."""
+"""The peers that are programs of their own: `pingpong.c`, compiled when the benchmark runs, and
+`yields`."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from ipc.errors import ExitCode, OperatorError
@@ -12,6 +14,7 @@ from tools.bench.timing import Case, Figures, Skipped
 SOURCE = Path(__file__).with_name("pingpong.c")
 MQ = "C ping-pong 64 bytes (mq)"
 MEMCPY = "C memcpy cold 4 KiB"
+YIELDS = "Python yield ping-pong"
 PROGRAM = "pingpong"
 
 
@@ -46,6 +49,11 @@ def cases(directory: Path, working_set_pages: int) -> tuple[list[Case], list[Ski
 def ping_pong(program: Path, cores: str, seconds: float) -> Figures:
     """Round trips; `cores` is one for both sides, two with a comma between them, or -1."""
     return _run([str(program), "mq", cores, str(seconds)], 0)
+
+
+def yields(cores: str, seconds: float) -> Figures:
+    """Round trips of two processes in Python that wait by yielding; `cores` as above, not -1."""
+    return _run([sys.executable, "-m", "tools.bench.yields", cores, str(seconds)], 0)
 
 
 def _core(core: int | None) -> str:

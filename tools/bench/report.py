@@ -106,6 +106,7 @@ MEANING = {
     "put_vs_redis": "redis-py's SET of 4 KiB / one 4 KiB put, medians",
     "ring_get_vs_c_mq": "ring, one core: one get / C ping-pong; goal at most 1.2",
     "ring_put_vs_c_mq": "ring, one core: one put / C ping-pong",
+    "yields_vs_c_mq": "one core: two processes in Python that only yield / C ping-pong: the floor",
     "mqueue_get_vs_c_mq": "queues, one core: one get / C ping-pong; goal at most 1.7",
     "mqueue_put_vs_c_mq": "queues, one core: one put / C ping-pong; goal at most 1.7",
     "ring_get_two_cores_vs_c_mq": "ring, two cores: one get / C ping-pong; goal at most 0.5",

@@ -27,6 +27,7 @@ ONE_CORE: Final = "one core"
 TWO_CORES: Final = "two cores"
 HOGS: Final = "hog on each core"
 C_MQ: Final = cprogram.MQ
+YIELDS: Final = cprogram.YIELDS
 _HOG: Final = """
 import os
 parent = os.getppid()
@@ -87,10 +88,13 @@ class Transports:
         say("transports: at rest")
         return self._rows(), {**self._ratios(), "idle_cpu_share": self._idle_share()}
 
-    def _ping_pong(self, setting: str, core: str) -> None:
+    def _ping_pong(self, setting: str, cores: str) -> None:
+        seconds = self._plan.phase_seconds
         if self._program is not None:
-            found = cprogram.ping_pong(self._program, core, self._plan.phase_seconds)
+            found = cprogram.ping_pong(self._program, cores, seconds)
             self._samples.setdefault((setting, C_MQ), []).append(found)
+        found = cprogram.yields(cores, seconds)
+        self._samples.setdefault((setting, YIELDS), []).append(found)
 
     def _calls(self, setting: str, phases: int) -> None:
         for verb in ("get", "put"):
@@ -149,6 +153,7 @@ class Transports:
         return {
             "ring_get_vs_c_mq": over(ONE_CORE, "ring get 1", C_MQ, middle),
             "ring_put_vs_c_mq": over(ONE_CORE, "ring put 1", C_MQ, middle),
+            "yields_vs_c_mq": over(ONE_CORE, YIELDS, C_MQ, middle),
             "mqueue_get_vs_c_mq": over(ONE_CORE, "mqueue get 1", C_MQ, middle),
             "mqueue_put_vs_c_mq": over(ONE_CORE, "mqueue put 1", C_MQ, middle),
             "ring_get_two_cores_vs_c_mq": over(TWO_CORES, "ring get 1", C_MQ, middle),
