@@ -1,9 +1,10 @@
 """The disk of the run directory, filled up.
 
-Tries: make files there, and make those larger that it has open: its disk, its log.
+Tries: make files there, and make those larger that it has open: its disk, its log; take blocks
+behind their ends, which makes them no longer.
 
-Stopped by: the jail: no file can be made or opened, and none can be longer than the guest's own
-disk is, or than a bound (RLIMIT_FSIZE).
+Stopped by: the jail: no file can be made or opened, none can be longer than the guest's own disk
+is, or than a bound (RLIMIT_FSIZE), and blocks are had by writing only (no fallocate).
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from pathlib import Path
 
 from guests.adversaries.objectnames import refuse
 from guests.adversary import Cell
+from ipc.jail.syscalls import call
 
 _DESCRIPTORS = 256
+_KEEP_SIZE = 1
+_BLOCKS_BYTES = 64 << 20
 
 
 def run(cell: Cell) -> Iterator[None]:
@@ -66,3 +70,13 @@ def _grow(cell: Cell, fd: int, before_bytes: int, size_bytes: int) -> Iterator[N
         cell.report["attempts"] += 1
         cell.report["succeeded"] += grown
         yield
+    try:
+        call("fallocate", fd, _KEEP_SIZE, before_bytes, min(size_bytes, _BLOCKS_BYTES))
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP):
+            refuse(cell, error)
+    else:
+        os.ftruncate(fd, before_bytes)
+        cell.report["attempts"] += 1
+        cell.report["succeeded"] += 1
+    yield

@@ -212,6 +212,12 @@ def _lies(stage: Stage) -> None:
         world.count_check("alpha", world.play("alpha", rounds=5, **_WORK))
 
 
+def _inherited(stage: Stage) -> None:
+    cast = (Player("alpha"), Player("mallory", adversary("inherited")))
+    with stage.cluster(*cast, jail=stage.jail) as world:
+        _while_alpha_works(stage, world, ("nothing of the kind is open",))
+
+
 SCENARIOS: Final = (
     Scenario(
         "malformed-calls",
@@ -277,6 +283,17 @@ SCENARIOS: Final = (
         "A guest owns its disk and may write anything there. Whoever mounts it afterwards reads "
         "what an enemy wrote.",
         _forged_disk,
+    ),
+    Scenario(
+        "inherited",
+        "breakout",
+        "inherited",
+        "pipes, console and input that were open before it, because its starter had them",
+        "the jail: all is closed that the guest has not opened itself",
+        "the guest runs without a jail",
+        "What is open stays open: no filter asks where a descriptor came from. One byte into the "
+        "pipe of the fork server ends it, and its owner takes all guests for dead.",
+        _inherited,
     ),
     Scenario(
         "lying-guest",

@@ -164,6 +164,17 @@ def _jailed(noun: str, by: tuple[str, ...], **parameters: Any) -> Any:
     return run
 
 
+def _door_crowd(stage: Stage) -> None:
+    with stage.cluster(*_cast("doorcrowd")) as world:
+        _disturb(stage, world, seconds=_SECONDS)
+        if "error" in world.ask("ping") or world.cluster.restarts:
+            stage.tally.succeeded += 1
+            stage.say("the hypervisor has died")
+        refused = world.ask("stats")["audit"]["events"].get("refused", 0)
+        stage.say(f"hypervisor: refused {refused:,} whom it had no room for")
+        stage.tally.caught += refused
+
+
 _NO_JAIL: Final = "the guest runs without a jail"
 SCENARIOS: Final = (
     Scenario(
@@ -231,6 +242,17 @@ SCENARIOS: Final = (
         "Whoever puts most has most, when the oldest page goes. Here a guest's pages are worth "
         "what their hits save, and below its reservation nothing goes for others.",
         _thrash,
+    ),
+    Scenario(
+        "door-crowd",
+        "denial",
+        "doorcrowd",
+        "handshakes at the hypervisor's door that are never finished, as many as it can begin",
+        "16 at a time, each with a deadline; one of the process goes that has the most",
+        None,
+        "Whoever may knock may do so without end. Seventeen at once were the end of a hypervisor: "
+        "in its jail it could not import what it counts with.",
+        _door_crowd,
     ),
     Scenario(
         "descriptors",
