@@ -13,6 +13,7 @@ say how to replay it; ID is that of a kept input.
 from __future__ import annotations
 
 import argparse
+import random
 import re
 import resource
 import subprocess
@@ -24,6 +25,8 @@ from ipc.errors import ExitCode
 from tests.fuzz import corpus
 from tests.fuzz.targets import LENGTH_MAX, TARGETS
 
+_SEEDS = 16
+"""Inputs at random, long ones: whoever begins with short ones needs hours to come as far."""
 _RUNS = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
 
 
@@ -32,6 +35,10 @@ def explore(target: str, seconds: int, directory: Path) -> bool:
     inputs = directory / target
     findings = directory / "findings"
     corpus.unpack(target, inputs)
+    for seed in range(_SEEDS):
+        length = LENGTH_MAX[target] // (1 + seed % 4)
+        data = random.Random(seed).randbytes(length)
+        (inputs / corpus.identity(data)).write_bytes(data)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     findings.mkdir(exist_ok=True)
     known = set(findings.iterdir())

@@ -15,7 +15,9 @@ from __future__ import annotations
 import mmap
 import random
 from typing import Any, Final
+from unittest import mock
 
+from hypervisor import deferral
 from hypervisor.administration import Administration
 from hypervisor.arena import FRAMES_MIN, Arena, format_arena, layout
 from hypervisor.auth import Grants, Role
@@ -26,6 +28,7 @@ from hypervisor.invariants import check
 from hypervisor.machine import Machine
 from hypervisor.pools import Settings
 from hypervisor.recovery import recover
+from hypervisor.snapshot import snapshot
 from ipc.abi import (
     ANY_UUID,
     BATCH_ENTRY,
@@ -56,13 +59,15 @@ STEPS_MAX: Final = 400
 CHECK_EVERY: Final = 128
 """Steps between two walks over the state, each of which costs as much as a hundred calls."""
 _FRAMES: Final = (FRAMES_MIN, FRAMES_MIN, 160, 600)
+_KEPT_FRAMES: Final = 8
+"""So few that pages are left raw also in an arena as small as these."""
 
 _OFTEN: Final = (
-    *(Op.PUT_PAGE, Op.GET_PAGE) * 4,
-    *(Op.PUT_BATCH, Op.GET_BATCH, Op.FLUSH_PAGE) * 2,
+    *(Op.PUT_PAGE, Op.GET_PAGE) * 9,
+    *(Op.PUT_BATCH, Op.GET_BATCH) * 3,
 )
 _OPS: Final = (*_OFTEN, *Op)
-_INDEXES: Final = (0, 0, 0, 1, 60, 64, 200, 2**32 - 64)
+_INDEXES: Final = (0, 0, 0, 0, 1, 60, 64, 2**32 - 64)
 _POOL_FLAGS: Final = (
     pool_flag_word(),
     pool_flag_word(persist=True),
@@ -70,7 +75,8 @@ _POOL_FLAGS: Final = (
     pool_flag_word(persist=True, shared=True, priority=Priority.LOW),
     pool_flag_word(priority=Priority.HIGH),
 )
-_OIDS: Final = (oid_from_int(0), oid_from_int(1), oid_from_int(1 << 191), oid_from_int(7))
+_OIDS: Final = (oid_from_int(1), oid_from_int(1), oid_from_int(0), oid_from_int(1 << 191))
+"""Few, or hardly anything that is asked for would be there."""
 _POOLS: Final = (0, 1, 2, 3)
 _BATCHES: Final = (Op.PUT_BATCH, Op.GET_BATCH, Op.FLUSH_BATCH)
 _UUIDS: Final = (b"E" * UUID_BYTES, b"P" * UUID_BYTES, ANY_UUID)
@@ -241,6 +247,7 @@ class World:
         self.mapping = mmap.mmap(-1, layout(frames, checksums=self.checksums).end)
         format_arena(self.mapping, checksums=self.checksums)
         self.in_pieces = bool(shape & 8)
+        self.defers = bool(shape & 16)
         self.settings = {
             guest.name: Settings(
                 compress=bool(shape & 32),
@@ -260,14 +267,16 @@ class World:
 
     def start(self) -> None:
         """Start, or restart, over the arena as it is; guests that are new get four pools."""
-        self.machine = Machine(
-            Arena(self.mapping),
-            policy=self.policy,
-            scheduling=self.scheduling,
-            lends=True,
-            settings=self.settings,
-            grants=self.grants,
-        )
+        least = _KEPT_FRAMES if self.defers else deferral.KEPT_FRAMES_LEAST
+        with mock.patch.object(deferral, "KEPT_FRAMES_LEAST", least):
+            self.machine = Machine(
+                Arena(self.mapping),
+                policy=self.policy,
+                scheduling=self.scheduling,
+                lends=True,
+                settings=self.settings,
+                grants=self.grants,
+            )
         self.machine.balance.in_pieces = self.in_pieces
         self.administration = Administration(self.machine, random_bytes=lambda n: b"r" * n)
         recover(self.machine)
@@ -299,17 +308,18 @@ class World:
         control = self.reader.byte()
         guest = GUESTS[(control & 3) % len(GUESTS)]
         kind = control >> 2 & 15
-        if kind == 0:
+        seldom = control >> 6 == 0
+        if kind == 0 and seldom:
             self.call(guest, self.reader.take(REQUEST_BYTES))
-        elif kind == 1:
+        elif kind == 1 and seldom:
             self.call(guest, self.reader.take(self.reader.byte() % (REQUEST_BYTES + 9)))
         elif kind == 2:
             self.event(guest, self.reader.byte())
-        elif kind == 3 and control >> 6:
+        elif kind == 3 and seldom:
             self.write_table(guest, self.reader.take(BATCH_ENTRY_BYTES))
         elif kind == 3:
             self.administer()
-        elif kind < 6:
+        elif kind == 4:
             self.write_table(guest, self.shaped_entry())
         elif kind == 6:
             self.call(guest, self.shaped_request(guest), races=1 + self.reader.byte())
@@ -323,7 +333,9 @@ class World:
         op = _OPS[choice % len(_OPS)]
         place, count, slot = self.reader.take(3)
         oid, index = _OIDS[place >> 2 & 3], _INDEXES[place >> 4 & 7] + (place >> 7)
-        pool, count = _POOLS[place & 3], count % (EXTENT_PAGES_MAX + 1)
+        pool = _POOLS[place & 3]
+        # Many small ones, or each put would push out all that there is.
+        count = count % (EXTENT_PAGES_MAX + 1) if count >= 224 else 1 << (count & 7) % 5
         fields = (0, 0, 0, bytes(24), 0)
         flags = 0
         if op in (Op.PUT_PAGE, Op.GET_PAGE):
@@ -406,16 +418,23 @@ class World:
                 self.rot(choice >> 3)
             case 6:
                 store.squeeze(choice >> 3)
+                self.look()
             case _:
                 store.reap(choice)
 
     def rot(self, choice: int) -> None:
-        """A bit of a raw page flips, where checksums find it."""
+        """A bit flips in many raw pages, where checksums find it."""
         kinds = self.machine.store.frames.kinds
         raw = [n for n, kind in enumerate(kinds) if kind in (EPHEMERAL, PERSISTENT)]
-        if self.checksums and raw:
-            frame = raw[choice * 7 % len(raw)]
-            self.machine.store.arena.data[frame * PAGE_BYTES + 64 * choice] ^= 1 << choice % 8
+        if self.checksums:
+            for frame in raw[choice & 3 :: 1 + (choice >> 2)]:
+                self.machine.store.arena.data[frame * PAGE_BYTES + 64 * choice] ^= 1 << choice % 8
+
+    def look(self) -> None:
+        """What the server notes now and then, and what `tmem stats` shows."""
+        machine = self.machine
+        machine.moments.note(machine.store.sequence, machine.store.sequence * 10**9)
+        encode(snapshot(machine, lambda _client: True))
 
     def call(self, guest: Guest, message: bytes, *, races: int = 0) -> None:
         """One call and all that can be said about its reply without knowing what is stored."""

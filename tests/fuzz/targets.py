@@ -102,7 +102,7 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
 }
 LENGTH_MAX: Final = {
     "wire": 400,
-    "machine": 4000,
+    "machine": 2400,
     "ring": 1000,
     "mesh": 600,
     "attach": 800,
