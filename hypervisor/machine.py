@@ -64,14 +64,16 @@ class Machine(Management):
             request = decode_request(untrusted_message)
             sequence, op, flags, count, pool_id, index, oid, slot, token, _ = request
             if op == _GET_PAGE:
+                self.booked = account = client.account.get
                 status, reason, bitmap, value, reply_flags = self._get(
-                    client, client.account.get, pool_id, oid, index, count, window, slot, flags
+                    client, account, pool_id, oid, index, count, window, slot, flags
                 )
             elif op == _PUT_PAGE:
                 self.store.begin_call()
+                self.booked = account = client.account.put
                 status, reason, bitmap, value, reply_flags = self._put(
                     client,
-                    client.account.put,
+                    account,
                     pool_id,
                     oid,
                     index,
@@ -84,7 +86,7 @@ class Machine(Management):
                 if status < 0 or self.store.squeezed:
                     self._ask_for_room(client)
             else:
-                account = client.account.operations[op]
+                self.booked = account = client.account.operations[op]
                 if op in (Op.PUT_BATCH, Op.GET_BATCH, Op.FLUSH_BATCH):
                     answer = self._batch(client, account, op, count, window)
                     if op == Op.PUT_BATCH:
@@ -106,7 +108,8 @@ class Machine(Management):
     def _fault(self, client: Client, untrusted_message: bytes, fault: GuestFault) -> bytes:
         client.account.fault(fault.reason)
         self.witness(client, "fault", fault.reason.name.lower(), fault.detail)
-        client.account.operations[0].calls += 1
+        self.booked = client.account.operations[0]
+        self.booked.calls += 1
         sequence = int.from_bytes(untrusted_message[:4], "little")
         status = Status.ENOSYS if fault.reason is Reason.UNKNOWN_OP else Status.EINVAL
         return _pack_reply(sequence, status, fault.reason, ReplyFlag.FAULT, self.generation, 0, 0)

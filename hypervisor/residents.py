@@ -76,6 +76,8 @@ class Residents:
         """The put that is being served, or some of it."""
         self.moments = Moments(arena)
         self.departed = Account()
+        self.booked = self.departed.get
+        """Where the call that was served last is counted; whoever times it says so there."""
         self.witness: Callable[[Client, str, str, str], None] = _look_away
         """Told of (guest, event, reason, detail) when a guest breaks a rule or is denied."""
         self.hear: Callable[[Client, Report], None] = _do_not_listen

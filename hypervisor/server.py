@@ -229,20 +229,13 @@ class Server:
 
     def _serve(self, session: Session, message: bytes, started_ns: int) -> int:
         """Execute and answer; the time when that was done."""
-        client = session.guest
-        reply = self._machine.execute(client, message, session.port.window)
-        if not session.port.send(reply):
-            client.account.unread_replies += 1
+        machine = self._machine
+        port = session.port
+        if not port.send(machine.execute(session.guest, message, port.window)):
+            session.guest.account.unread_replies += 1
         self._calls += 1
-        # A faulted call (flags, byte 10 of a reply) is booked under 0 as `Machine` does.
-        if reply[10] & 1:
-            count = client.account.operations[0]
-            if client.account.faults_total >= self._faults_max:
-                self._offenders.append(client)
-        else:
-            count = client.account.operations[message[4]]
         ended_ns = now_ns()
-        count.served(ended_ns - started_ns)
+        machine.booked.served(ended_ns - started_ns)
         return ended_ns
 
     def _is_attached(self, client: Client) -> bool:
@@ -250,6 +243,8 @@ class Server:
 
     def _witness(self, client: Client, event: str, reason: str, detail: str) -> None:
         """A guest broke a rule or was denied."""
+        if event == "fault" and client.account.faults_total >= self._faults_max:
+            self._offenders.append(client)
         self._audit.record(client.name, event, reason=reason, detail=detail)
 
     def _note_report(self, client: Client, report: Report) -> None:
