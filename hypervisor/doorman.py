@@ -4,12 +4,12 @@ A server that sleeps in epoll pays for it twice a call: the system call, and the
 through epoll to the sleeper.  Sleeping in mq_receive itself, a round trip on one core takes 7.1 us
 instead of 8.6 (Python on both sides, C 5.9).  So while one guest alone is calling, it is the
 *favourite* and the server waits in its queue; a second thread, the doorman, waits in an epoll of
-everything else.  When anything stirs there it sets `somebody_waits` and puts a KICK into the
-favourite's request queue, which wakes the server like a request would.
+everything else.  When anything stirs there, or a second has gone by, it sets `somebody_waits` and
+puts a KICK into the favourite's request queue, which wakes the server like a request would.
 
   server                                  doorman
   favour(port)  ------- arm ----------->  epoll of all but the favourite
-  port.wait()                             ... something is ready
+  port.wait()                             ... something is ready, or it is time to look around
   KICK (or sees somebody_waits)  <------  somebody_waits, KICK
   unfavour(); epoll of everything
 
@@ -30,6 +30,8 @@ from typing import Final
 
 from ipc.channel import Port
 
+_ROUND_SECONDS: Final = 1.0
+"""The server does not stay with its favourite for longer: it has other things to do as well."""
 _INSIST_SECONDS: Final = 0.002
 """After that a kick that nobody came for is thought to be lost."""
 
@@ -86,7 +88,7 @@ class Doorman:
                 if not self._insist():
                     self._armed.acquire()
                     break
-            self._others.poll()
+            self._others.poll(_ROUND_SECONDS)
             with self._lock:
                 self._watching = False
                 if self._closing:

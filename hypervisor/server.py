@@ -213,7 +213,7 @@ class Server:
         ring = session.ring
         doorman.favour(session.port)
         while not (doorman.somebody_waits or store.doomed or self._stopping):
-            message = wait(_IDLE_SECONDS)
+            message = wait()
             if message is None:
                 break
             rang = ring is not None and not ring.came_by_queue

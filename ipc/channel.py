@@ -53,7 +53,7 @@ class Port(Protocol):
         """The oldest waiting request as it came (untrusted, any length), or None."""
         ...
 
-    def wait(self, patience_seconds: float) -> bytes | None:
+    def wait(self, patience_seconds: float | None = None) -> bytes | None:
         """Sleep until a request comes; None after `patience_seconds`, a signal or a kick."""
         ...
 

@@ -10,7 +10,8 @@ WELCOME tells both names.  The guest opens the request queue for writing and the
 reading (mode 0600, the guest's user) before it sends CONFIRM, which removes the names.
 Messages have priority 0.  A call: write the window, send REQUEST, wait for a REPLY of the same
 sequence, drop others (answers to calls that the guest gave up).  The hypervisor never waits for a
-guest: a reply that finds the reply queue full is dropped.
+guest: a reply that finds the reply queue full is dropped.  Its descriptor of that queue does not
+block, because a time-out of 0 would cost each reply 0.1 us.
 
 posix_ipc does not retry after a signal (no PEP 475), so both waits loop on SignalError.  It also
 drops what a signal handler raises during a wait, KeyboardInterrupt excepted (posix_ipc 1.3.2), so a
@@ -71,6 +72,7 @@ class QueuePair:
             self._requests.close()
             self.forget_names()
             raise
+        self._replies.block = False
         self._receive = self._requests.receive
         self._send = self._replies.send
 
@@ -114,7 +116,7 @@ class QueuePair:
             return None
         return message if message != KICK else None
 
-    def wait(self, patience_seconds: float) -> bytes | None:
+    def wait(self, patience_seconds: float | None = None) -> bytes | None:
         """Sleep until a request comes; None after `patience_seconds`, a signal or a KICK."""
         try:
             message: bytes = self._receive(patience_seconds)[0]
@@ -129,7 +131,7 @@ class QueuePair:
 
     def send(self, reply: bytes) -> bool:
         try:
-            self._send(reply, 0)
+            self._send(reply)
         except (posix_ipc.BusyError, posix_ipc.SignalError):
             # A full queue: even who does not wait is told of a signal first, if one is pending.
             return False

@@ -163,7 +163,7 @@ class RingPair(QueuePair):
         self.came_by_queue = True
         return message
 
-    def wait(self, patience_seconds: float) -> bytes | None:
+    def wait(self, patience_seconds: float | None = None) -> bytes | None:
         message = super().wait(patience_seconds)
         if message is None:
             return self.look()
