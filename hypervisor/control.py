@@ -9,8 +9,9 @@ operations through the same hypercall until 2017.
     {"verb": "stop"}   -> {"stopping": true}
     anything else      -> {"error": text}
 
-A connection that sends half a frame is kept waiting; one that is deaf loses its connection; neither
-holds up a guest's call.
+A connection that sends half a frame is kept waiting, and so is one that is deaf: one answer is kept
+until it is read, and no other question is taken meanwhile.  Neither holds up a guest's call.  An
+answer may be longer than a socket has room for: guests with many pools make it so.
 """
 
 from __future__ import annotations
@@ -32,6 +33,16 @@ CONNECTIONS_MAX: Final = 32
 _REQUEST_BYTES_MAX: Final = 65536
 
 
+class _Connection:
+    __slots__ = ("events", "received", "waiting")
+
+    def __init__(self) -> None:
+        self.received = b""
+        self.waiting = b""
+        """What is left of an answer."""
+        self.events = select.EPOLLIN
+
+
 class Control:
     """`answer(record) -> record` does the work; this moves the frames.  `refused` is told of each
     connection that is not let in."""
@@ -49,7 +60,7 @@ class Control:
         self._handlers = handlers
         self._answer = answer
         self._refused = refused
-        self._buffers: dict[socket.socket, bytes] = {}
+        self._connections: dict[socket.socket, _Connection] = {}
         self._path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._listener.bind(os.fspath(self._path))
@@ -69,40 +80,54 @@ class Control:
             return
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         pid, uid, _gid = struct.unpack("iII", credentials)
-        if uid not in (os.geteuid(), 0) or len(self._buffers) >= CONNECTIONS_MAX:
+        if uid not in (os.geteuid(), 0) or len(self._connections) >= CONNECTIONS_MAX:
             self._refused(
-                "?", f"control socket: user {uid}, process {pid}, {len(self._buffers)} are open"
+                "?", f"control socket: user {uid}, process {pid}, {len(self._connections)} are open"
             )
             connection.close()
             return
-        # A reply must not wait for its reader; a deaf one fails when the buffer is full.
         connection.setblocking(False)
-        self._buffers[connection] = b""
-        self._watch(connection, lambda: self._read(connection))
+        self._connections[connection] = _Connection()
+        self._watch(connection, lambda: self._serve(connection))
 
-    def _read(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket) -> None:
+        held = self._connections[connection]
         try:
-            chunk = connection.recv(_REQUEST_BYTES_MAX)
-            if not chunk:
-                raise BadRecord("the end")
-            buffer = self._buffers[connection] + chunk
-            if len(buffer) > _REQUEST_BYTES_MAX:
-                raise BadRecord("too long")
-            while (frame := split_frame(buffer)) is not None:
-                body, buffer = frame
-                connection.sendall(encode(self._answer(decode(body))))
-            self._buffers[connection] = buffer
+            if held.waiting:
+                self._send(connection, held)
+            else:
+                chunk = connection.recv(_REQUEST_BYTES_MAX)
+                if not chunk:
+                    raise BadRecord("the end")
+                held.received += chunk
+                if len(held.received) > _REQUEST_BYTES_MAX:
+                    raise BadRecord("too long")
+            while not held.waiting and (frame := split_frame(held.received)) is not None:
+                asked, held.received = frame
+                held.waiting = encode(self._answer(decode(asked)))
+                self._send(connection, held)
         except (OSError, BadRecord):
             self._drop(connection)
+
+    def _send(self, connection: socket.socket, held: _Connection) -> None:
+        """What the kernel takes; nothing is read until it has taken all."""
+        with contextlib.suppress(BlockingIOError):
+            while held.waiting:
+                held.waiting = held.waiting[connection.send(held.waiting) :]
+        events = select.EPOLLOUT if held.waiting else select.EPOLLIN
+        if events != held.events:
+            held.events = events
+            self._poll.unregister(connection.fileno())
+            self._poll.register(connection.fileno(), events)
 
     def _drop(self, connection: socket.socket) -> None:
         del self._handlers[connection.fileno()]
         self._poll.unregister(connection.fileno())
-        del self._buffers[connection]
+        del self._connections[connection]
         connection.close()
 
     def close(self) -> None:
-        for connection in list(self._buffers):
+        for connection in list(self._connections):
             self._drop(connection)
         with contextlib.suppress(KeyError):
             del self._handlers[self._listener.fileno()]
