@@ -23,10 +23,11 @@ class Desk:
     """A control socket whose every answer is long, and somebody who asks there."""
 
     def __init__(self, folder: Path) -> None:
-        self.poll: Any = select.epoll()
+        poll: Any = select.epoll()
+        self.poll = poll
         self.handlers: dict[int, Callable[[], None]] = {}
         self.answers = 0
-        self.control = Control(folder, self.poll, self.handlers, self.answer, lambda *_: None)
+        self.control = Control(folder, poll, self.handlers, self.answer, lambda *_: None)
         self.asker = socket.socket(socket.AF_UNIX)
         self.asker.connect(str(folder / CONTROL_SOCKET))
         self.asker.setblocking(False)
