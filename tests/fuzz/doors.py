@@ -229,9 +229,11 @@ class _Doors:
         finally:
             while self._peers:
                 self._peers.pop()[0].close()
-            self._serve()
-            pending = len(self._sessions._pending)
-            self._stop()
+            try:
+                self._serve()
+                pending = len(self._sessions._pending)
+            finally:
+                self._stop()
         hold(not pending, "a handshake without a peer")
         check(self._machine)
 

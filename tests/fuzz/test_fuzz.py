@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from hypervisor.administration import Administration
 from hypervisor.arena import FRAMES_MIN, layout, private_arena
+from hypervisor.beside import Beside
 from hypervisor.invariants import check
 from hypervisor.machine import Machine
-from ipc.abi import REPLY
+from ipc.abi import PAGE_BYTES, REPLY
 from ipc.codec import encode
 from ipc.mesh import frames, handshake
 from ipc.ring import RingPair
@@ -63,7 +64,9 @@ def test_what_is_kept_is_small_and_there_once() -> None:
 
 @pytest.mark.parametrize(("target", "place", "defect"), [
     ("attach", "ipc.attach.is_enrolled", lambda *_: True),
+    ("attach", "hypervisor.sessions.Sessions._guest_died", lambda *_: None),
     ("control", "hypervisor.control.encode", lambda record: encode(record)[:-1]),
+    ("control", "tools.answers._check", lambda *_: None),
     ("locks", "fs.dlm.manager._newest_death", lambda _message: 0),
     (
         "cluster",
@@ -74,6 +77,7 @@ def test_what_is_kept_is_small_and_there_once() -> None:
     ("ext", "fs.ext.super.Superblock._check_geometry", lambda *_: None),
     ("ocfs2", "fs.ocfs2.extents.Extents._checked", lambda _self, _inode, record: record),
     ("journal", "fs.jbd2.area.Area.is_home", lambda *_: True),
+    ("journal", "fs.jbd2.layout.Layout.revoked", lambda *_: []),
     ("swap", "guests.swapheader._bad_pages", lambda page, *_: tuple(page[1536:1560])),
 ])  # fmt: skip
 def test_a_target_notices_a_check_that_is_left_out(
@@ -214,3 +218,30 @@ def test_the_oracle_notices_foreign_bytes(monkeypatch: pytest.MonkeyPatch) -> No
 
     with pytest.raises(Finding, match="another guest's bytes"):
         fuzz_machine(random.Random(1).randbytes(200))
+
+
+def test_the_oracle_notices_a_page_in_the_wrong_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that the guest may have."""
+    right = Machine.execute
+
+    def misplaced(self: Machine, client: object, message: bytes, window: object) -> bytes:
+        window.slots[-PAGE_BYTES:] = window.slots[:PAGE_BYTES]  # type: ignore[attr-defined]
+        return right(self, client, message, window)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Machine, "execute", misplaced)
+
+    with pytest.raises(Finding, match="was not to fill"):
+        fuzz_machine(random.Random(1).randbytes(200))
+
+
+def test_the_oracle_notices_a_page_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory rots in the target, and with checksums nobody may get what has become of it."""
+    monkeypatch.setattr(Beside, "is_right", lambda *_: True)
+    monkeypatch.setattr(Beside, "are_right", lambda *_: True)
+
+    def campaign() -> None:
+        for seed in range(40):
+            fuzz_machine(random.Random(seed).randbytes(LENGTH_MAX["machine"]))
+
+    with pytest.raises(Finding, match="another guest's bytes"):
+        campaign()
