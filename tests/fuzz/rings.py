@@ -50,12 +50,12 @@ class StandInQueue:
     def __init__(self) -> None:
         self.messages: deque[bytes] = deque()
 
-    def send(self, message: bytes, _timeout: float) -> None:
+    def send(self, message: bytes, _timeout: float = 0) -> None:
         if len(self.messages) == REQUEST_QUEUE_MESSAGES:
             raise posix_ipc.BusyError
         self.messages.append(message)
 
-    def receive(self, _timeout: float) -> tuple[bytes, int]:
+    def receive(self, _timeout: float = 0) -> tuple[bytes, int]:
         if not self.messages:
             raise posix_ipc.BusyError
         return self.messages.popleft(), 0
