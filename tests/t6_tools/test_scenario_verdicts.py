@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import CodeType
 from typing import Any, cast
@@ -26,7 +27,7 @@ from tools.scenario.catalogue import SCENARIOS, find
 from tools.scenario.model import Part, Scene, Tally, Verdict, exit_code, verdict
 from tools.scenario.play import adversaries, typed
 from tools.scenario.poisoned import last_report
-from tools.scenario.report import markdown, page, write
+from tools.scenario.report import markdown, page, timelines, write
 from tools.scenario.scenario import KINDS, Outcome
 from tools.scenario.screen import screen
 from tools.scenario.stage import Stage, World, adversary
@@ -118,10 +119,10 @@ def test_every_scenario_is_told_and_has_its_program() -> None:
         find("nonsense")
 
 
-def batches(seed: int, difference: float, taken: list[int], trials: int = 400) -> Iterator[Batch]:
+def batches(seed: int, difference: float, taken: list[int], trials: int = 200) -> Iterator[Batch]:
     """Labels, and times that are longer by so much for one of them; what was asked for is noted."""
     numbers = random.Random(seed)
-    for number in range(13):
+    for number in range(41):
         taken.append(number)
         labels = [numbers.random() < 0.5 for _ in range(trials)]
         yield labels, [numbers.gauss(100 + difference * label, 10) for label in labels]
@@ -135,8 +136,8 @@ def test_times_that_differ_leak(difference: float) -> None:
     assert found.leaks
     assert not found.tells_nothing
     # Two bells two deviations apart: 84 % is the best that a threshold can do.
-    assert 0.78 < found.accuracy < 0.9
-    assert found.trials == 400
+    assert abs(found.accuracy - 0.84) < found.error * 1.5
+    assert found.trials == 200
     assert taken == [0, 1]
 
 
@@ -145,18 +146,29 @@ def test_times_that_differ_little_take_more_trials() -> None:
     taken: list[int] = []
     found = distinguish(batches(7, 4, taken))
     assert found.leaks, found
-    assert 0.53 < found.accuracy < 0.6
-    assert 2 < len(taken) < 13
+    assert 0.53 < found.accuracy < 0.61
+    assert 2 < len(taken) < 41
 
 
-def test_times_that_do_not_differ_tell_nothing() -> None:
-    """The threshold is tried on trials that it was not learnt on, so noise gains nothing."""
-    found = [distinguish(batches(seed, 0, [])) for seed in range(40)]
+@pytest.mark.parametrize("outliers", [0.0, 0.2])
+def test_times_that_do_not_differ_tell_nothing(outliers: float) -> None:
+    """The threshold is tried on trials that it was not learnt on, so noise gains nothing, however
+    wild it is and however often one looks: it takes a thousand runs to be told otherwise once."""
+    numbers = random.Random(11)
+
+    def noisy(seed: int) -> Iterator[Batch]:
+        for labels, values in batches(seed, 0, []):
+            yield (
+                labels,
+                [value * 50 if numbers.random() < outliers else value for value in values],
+            )
+
+    found = [distinguish(noisy(seed)) for seed in range(40)]
     assert not any(one.leaks for one in found)
     assert all(one.tells_nothing for one in found)
     mean = sum(one.accuracy for one in found) / len(found)
     assert abs(mean - 0.5) < 0.01
-    assert all(one.accuracy + one.error < 0.55 for one in found)
+    assert sum(one.trials for one in found) / len(found) < 2500
 
 
 def test_what_is_too_little_to_tell_is_not_told() -> None:
@@ -164,7 +176,7 @@ def test_what_is_too_little_to_tell_is_not_told() -> None:
     found = distinguish(itertools.islice(batches(7, 1, []), 3))
     assert not found.leaks
     assert not found.tells_nothing
-    assert found.error == pytest.approx(3.5 * 0.5 / 800**0.5)
+    assert found.error == pytest.approx(1 / found.trials**0.5, rel=0.01)
 
 
 @pytest.mark.parametrize("given", [[], [([], [])], [([], []), ([], [])]])
@@ -279,7 +291,7 @@ class Twins:
         monkeypatch.setattr(spying, "_time_twins", self.time)
 
     def time(self, _stage: Stage, scope: str, _groups: dict[str, str]) -> Distinguished:
-        """So many of 10,000 are right: 5,176 are a leak, and 5,324 are not nothing."""
+        """So many of 10,000 are right: 5,285 are a leak, and 5,216 are nothing."""
         self.measured.append(scope)
         return Distinguished(self.right[scope], 10_000)
 
@@ -288,10 +300,11 @@ class Twins:
     ("defence", "right", "expected"),
     [
         (False, {"all": 9000}, "broken"),
-        (False, {"all": 5170}, "unknown"),
+        (False, {"all": 5250}, "unknown"),
         (True, {"all": 9000, "group": 5000, "off": 4900}, "held"),
         (True, {"all": 9000, "group": 5000, "off": 9000}, "broken"),
         (True, {"all": 9000, "group": 5400, "off": 5000}, "broken"),
+        (True, {"all": 9000, "group": 5000, "off": 5250}, "unknown"),
         # Nothing is told where all is shared: the machine is too busy to show anything.
         (True, {"all": 5000, "group": 5000, "off": 5000}, "unknown"),
     ],
@@ -366,6 +379,37 @@ def test_a_report_has_a_timeline_and_nothing_of_a_guest_in_it_is_markup(tmp_path
     assert ">177<" in text, "pages put, in the last scene"
     assert (tmp_path / "out" / "timeline1.svg").read_text().startswith("<svg")
     assert "| mallory | attacker | 177 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_acts_are_drawn_on_one_scale_with_what_began_when() -> None:
+    """So that they can be compared by looking."""
+    calm = [Scene("calm", float(at), (Part("mallory", "attacker"),)) for at in (1, 2)]
+    storm = [
+        Scene("storm", float(at), (Part("mallory", "attacker", poisoned_pages=at * 100),))
+        for at in (1, 2, 4)
+    ]
+    first, second = timelines([*calm, replace(calm[1], at_seconds=3.0, mark="<attack>"), *storm])
+    for picture in (first, second):
+        assert re.findall(r'text-anchor="end">([\d,]+)<', picture) == [
+            "0",
+            "100",
+            "200",
+            "300",
+            "400",
+        ]
+    assert first.count("&lt;attack&gt;") == 1
+    assert "attack" not in second
+
+
+def test_a_problem_quotes_the_log_that_goes(tmp_path: Path) -> None:
+    """Its folder is gone when somebody reads of it."""
+    log = tmp_path / "red.log"
+    log.write_text("first\nthe disk is full\n")
+    played = stage(tmp_path)
+    played.problem(f"red: it ended; see {log}")
+    played.problem(f"blue: it ended; see {tmp_path}/absent.log")
+    assert played.tally.problems[0].endswith("red.log (the disk is full)")
+    assert played.tally.problems[1].endswith("absent.log")
 
 
 def test_a_report_says_the_verdict() -> None:

@@ -68,12 +68,33 @@ class _Axis(NamedTuple):
     is_log: bool = False
 
 
-def line_plot(title: str, x_label: str, y_label: str, lines: Mapping[str, Line]) -> str:
+class Frame(NamedTuple):
+    """Axes of several plots that are to be compared: both from zero, and not logarithmic.  `marks`
+    are places on the x axis with a text."""
+
+    x_most: float
+    y_most: float
+    marks: Sequence[tuple[float, str]] = ()
+
+
+def line_plot(
+    title: str,
+    x_label: str,
+    y_label: str,
+    lines: Mapping[str, Line],
+    frame: Frame | None = None,
+) -> str:
     """One plot of lines with a point at each level."""
     points = [point for line in lines.values() for point in line]
-    x_least = min((x for x, _ in points), default=0.0)
-    x_most = max(max((x for x, _ in points), default=1.0), x_least + 1e-9)
-    axis = _axis([y for _, y in points])
+    if frame is None:
+        x_least = min((x for x, _ in points), default=0.0)
+        x_most = max(max((x for x, _ in points), default=1.0), x_least + 1e-9)
+        x_ticks = sorted({x for x, _ in points})
+        axis = _axis([y for _, y in points])
+    else:
+        x_ticks = [tick for tick in ticks(frame.x_most) if tick <= frame.x_most]
+        x_least, x_most = 0.0, max(frame.x_most, 1e-9)
+        axis = _linear(frame.y_most)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_least) / (x_most - x_least) * (WIDTH - _LEFT - _RIGHT)
@@ -92,7 +113,8 @@ def line_plot(title: str, x_label: str, y_label: str, lines: Mapping[str, Line])
             f"{_text(0, 0, y_label + (', log scale' if axis.is_log else ''), anchor='middle')}</g>"
         ),
         *_grid(axis),
-        *_x_ticks(sorted({x for x, _ in points}), lambda x: place(x, 0.0)[0]),
+        *_x_ticks(x_ticks, lambda x: place(x, 0.0)[0]),
+        *(_mark(place(x, 0.0)[0], text) for x, text in (frame.marks if frame else ())),
     ]
     for number, (name, line) in enumerate(lines.items()):
         parts += _drawn(number, name, line, [place(*point) for point in line])
@@ -119,6 +141,10 @@ def _axis(values: Sequence[float]) -> _Axis:
             return max(0.0, (math.log10(value) - first + 1) / steps)
 
         return _Axis([(0.0, "0"), *decades], place_log, is_log=True)
+    return _linear(most)
+
+
+def _linear(most: float) -> _Axis:
     linear = ticks(most)
     return _Axis([(tick, f"{tick:,.10g}") for tick in linear], lambda value: value / linear[-1])
 
@@ -137,6 +163,16 @@ def _grid(axis: _Axis) -> list[str]:
         )
         parts.append(_text(_LEFT - 6, y + 4, text, anchor="end"))
     return parts
+
+
+def _mark(x: float, text: str) -> str:
+    """A line from top to bottom; its text is on the side where there is room."""
+    right = x < (WIDTH + _LEFT) / 2
+    return (
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 12}" y2="{HEIGHT - _BOTTOM}"'
+        ' stroke="currentColor" stroke-opacity="0.5" stroke-dasharray="2 3"/>'
+        + _text(x + (4 if right else -4), _TOP - 5, text, anchor="start" if right else "end")
+    )
 
 
 def _x_ticks(values: Sequence[float], place: Callable[[float], float]) -> list[str]:

@@ -58,6 +58,8 @@ class Scene:
     parts: tuple[Part, ...]
     said: tuple[str, ...] = ()
     """The last that was said."""
+    mark: str = ""
+    """What has begun with it."""
 
     @property
     def poisoned(self) -> int:

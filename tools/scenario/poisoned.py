@@ -56,6 +56,7 @@ class _Act:
         self._tell_at: dict[str, int] = {}
         """Pages that a victim has to have caught before that is told again."""
         self._paths: dict[str, list[str | int]] = {}
+        self._mark = ""
 
     def play(self) -> None:
         """From the start of its cluster to the end."""
@@ -72,6 +73,7 @@ class _Act:
             seconds = _ATTACK_SECONDS + _QUIET_SECONDS
             world.begin(ATTACKER, rounds=10_000, pause_seconds=0.05, seconds=seconds)
             stage.say("mallory begins to put wrong pages for all files")
+            self._mark = "the attack begins"
             self._look_for(world, _ATTACK_SECONDS)
             self._ask_who(world)
             if self._verify:
@@ -105,7 +107,9 @@ class _Act:
             time.monotonic() - self._began_at,
             tuple(parts),
             tuple(self._stage.events[-_SAID:]),
+            self._mark,
         )
+        self._mark = ""
         self._stage.show(scene)
         return scene
 
@@ -137,6 +141,7 @@ class _Act:
 
     def _quarantine(self, world: World) -> None:
         answer = world.ask("quarantine", guest=ATTACKER, also_deny=True)
+        self._mark = "quarantine"
         self._stage.say(
             f"administrator: quarantine; {answer['pages']} pages of mallory's can't be had any "
             f"more, {len(answer['denied'])} grant taken back"

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
-from tools.experiment.svg import STYLE, legend, line_plot
+from tools.experiment.svg import STYLE, Frame, legend, line_plot
 from tools.scenario.model import Scene
 from tools.scenario.scenario import Outcome
 
@@ -31,7 +31,7 @@ body { font: 15px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--rule); text-align: right; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
 """
 
 
@@ -43,23 +43,38 @@ def acts(scenes: Sequence[Scene]) -> dict[str, list[Scene]]:
     return found
 
 
-def timeline(act: str, scenes: Sequence[Scene]) -> str:
-    """The SVG of one act."""
+def timelines(all_scenes: Sequence[Scene]) -> list[str]:
+    """An SVG for each act, on the same scales: what differs is what happened."""
+    frame = Frame(
+        max((scene.at_seconds for scene in all_scenes), default=1.0),
+        max((max(_figures(scene)) for scene in all_scenes), default=1.0),
+    )
+    return [_timeline(act, scenes, frame) for act, scenes in acts(all_scenes).items()]
+
+
+def _figures(scene: Scene) -> tuple[int, int, int]:
+    return scene.poisoned, scene.served, scene.caught
+
+
+def _timeline(act: str, scenes: Sequence[Scene], frame: Frame) -> str:
     step = -(-len(scenes) // _POINTS_MAX)
     chosen = [*scenes[:-1][::step], scenes[-1]]
-    values = (
-        [float(scene.poisoned) for scene in chosen],
-        [float(scene.served) for scene in chosen],
-        [float(scene.caught) for scene in chosen],
-    )
+    marks = [(scene.at_seconds, scene.mark) for scene in scenes if scene.mark]
     lines = {
-        name: [(round(scene.at_seconds, 1), y) for scene, y in zip(chosen, line, strict=True)]
-        for name, line in zip(_LINES, values, strict=True)
+        name: [(round(scene.at_seconds, 1), float(_figures(scene)[at])) for scene in chosen]
+        for at, name in enumerate(_LINES)
     }
-    return line_plot(act, "seconds", "pages, files", lines)
+    return line_plot(act, "seconds", "pages, files", lines, frame._replace(marks=marks))
 
 
-HEADER: Final = ("guest", "role", "wrong pages put", "files read", "read wrong", "caught")
+HEADER: Final = (
+    "guest",
+    "role",
+    "wrong pages put",
+    "files read",
+    "files read wrong",
+    "pages caught",
+)
 
 
 def rows(scene: Scene) -> list[tuple[str, ...]]:
@@ -91,14 +106,21 @@ def page(outcome: Outcome) -> str:
         f"<p>Attacker: {escape(scenario.tries)}.<br>Defence: {escape(_defence(outcome))}.</p>",
         f'<p class="legend">{legend(_LINES)}</p>',
         '<div class="plots">',
-        *(timeline(act, scenes) for act, scenes in acts(outcome.scenes).items()),
+        *timelines(outcome.scenes),
         "</div>",
     ]
     for act, scenes in acts(outcome.scenes).items():
         parts += [f"<h2>{escape(act)}, at the end</h2>", _table(scenes[-1])]
     parts += ["<h2>What happened</h2><ol>"]
     parts += [f"<li>{escape(line)}</li>" for line in outcome.events]
-    return "\n".join([*parts, "</ol>", f"<p>{escape(summary(outcome))}</p>", "</body></html>"])
+    parts += ["</ol><h2>In sums</h2><ul>"]
+    parts += [f"<li>{escape(f'{key}: {value}')}</li>" for key, value in _sums(outcome)]
+    return "\n".join([*parts, "</ul>", f"<p>{escape(summary(outcome))}</p>", "</body></html>"])
+
+
+def _sums(outcome: Outcome) -> list[tuple[str, str]]:
+    problems = [("problem", line) for line in outcome.tally.problems]
+    return [(key, str(value)) for key, value in outcome.tally.figures.items()] + problems
 
 
 def markdown(outcome: Outcome) -> str:
@@ -116,7 +138,8 @@ def markdown(outcome: Outcome) -> str:
         lines += ["", f"## {act}", "", f"![timeline](timeline{number}.svg)", ""]
         lines += [f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
         lines += [f"| {' | '.join(row)} |" for row in rows(scenes[-1])]
-    lines += ["", "## What happened", "", *(f"1. {line}" for line in outcome.events), ""]
+    lines += ["", "## What happened", "", *(f"1. {line}" for line in outcome.events)]
+    lines += ["", "## In sums", "", *(f"* {key}: {value}" for key, value in _sums(outcome)), ""]
     return "\n".join([*lines, summary(outcome)])
 
 
@@ -134,8 +157,8 @@ def write(outcome: Outcome, folder: Path) -> Path:
     """Write report.html, report.md, its pictures and results.json; the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(markdown(outcome) + "\n")
-    for number, (act, scenes) in enumerate(acts(outcome.scenes).items(), 1):
-        (folder / f"timeline{number}.svg").write_text(timeline(act, scenes) + "\n")
+    for number, picture in enumerate(timelines(outcome.scenes), 1):
+        (folder / f"timeline{number}.svg").write_text(picture + "\n")
     (folder / "results.json").write_text(json.dumps(outcome.record(), indent=1) + "\n")
     path = folder / "report.html"
     path.write_text(page(outcome) + "\n")

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -42,6 +43,7 @@ _PATIENCE_SECONDS: Final = 60.0
 _ANSWER_SECONDS: Final = 15.0
 _POLL_SECONDS: Final = 0.02
 _FILES: Final = 6
+_LOG: Final = re.compile(r"(/\S+\.log)\b")
 JAILED: Final = ("operation not permitted", "permission denied")
 """What a process in a jail is told: EPERM by the filter of system calls, EACCES by Landlock."""
 
@@ -127,7 +129,11 @@ class Stage:
         self.watch(scene)
 
     def problem(self, line: str) -> None:
-        """Something went wrong that keeps the scenario from being judged."""
+        """Something went wrong that keeps the scenario from being judged.  A log that it names goes
+        with the cluster, but for its last line."""
+        for path in _LOG.findall(line):
+            with contextlib.suppress(OSError, IndexError):
+                line += f" ({Path(path).read_text(errors='replace').splitlines()[-1]})"
         self.tally.problems.append(line)
         self.tell(f"problem: {line}")
 
@@ -205,6 +211,8 @@ class World:
         self.directory = directory
         self.expendable: set[str] = set()
         """Guests whose end is no problem: attackers that get what they deserve."""
+        self._ended: set[str] = set()
+        """Guests that we end ourselves."""
         self._tally = stage.tally
 
     # --- the administrator
@@ -246,7 +254,11 @@ class World:
     def look(self) -> None:
         """Note who has died, and that the hypervisor has not."""
         for line in self.cluster.watch():
-            if line.split()[:1] == ["guest"] and line.split()[1] in self.expendable:
+            whose = line.split()[1] if line.split()[:1] == ["guest"] else ""
+            if whose in self._ended:
+                self._ended.discard(whose)
+                self.stage.say(f"administrator: ends {whose}")
+            elif whose in self.expendable:
                 self.stage.say(line)
             else:
                 self.stage.problem(line)
@@ -254,6 +266,7 @@ class World:
     def end(self, name: str) -> None:
         """End a guest, if it has not ended, and wait until it has."""
         if name in self.cluster.alive:
+            self._ended.add(name)
             self.cluster.signal(name, signal.SIGKILL)
         while name in self.cluster.alive:
             self.look()
@@ -332,10 +345,11 @@ class World:
         self._tally.caught += sum(count for reason, count in reasons.items() if reason in by)
         for reason in reasons.keys() - set(by):
             self.stage.problem(f"{name} was refused for another reason: {reason}")
-        told = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
+        told = ", ".join(f"{count:,} x {reason}" for reason, count in reasons.items())
+        attempts = report.get("attempts", 0)
         self.stage.say(
-            f"{name}: {report.get('attempts', 0)} attempts, {report.get('succeeded', 0)} got "
-            f"through" + (f"; refused: {told}" if told else "")
+            f"{name}: {attempts:,} attempt{'s' * (attempts != 1)}, "
+            f"{report.get('succeeded', 0):,} got through" + (f"; refused: {told}" if told else "")
         )
 
     def check(self, name: str, **parameters: Any) -> Record:
@@ -350,8 +364,8 @@ class World:
         self._tally.victim_checks += report.get("checked", 0)
         self._tally.victim_mismatches += wrong
         self.stage.say(
-            f"{name}: compared {report.get('checked', 0)} pages, {report.get('mismatches', 0)} "
-            f"wrong, {report.get('missing', 0)} not there"
+            f"{name}: compared {report.get('checked', 0):,} pages, "
+            f"{report.get('mismatches', 0):,} wrong, {report.get('missing', 0):,} not there"
         )
 
     def count_files(self, name: str) -> Record:
@@ -365,6 +379,6 @@ class World:
         self._tally.victim_checks += counters["files_verified"] + wrong
         self._tally.victim_mismatches += wrong
         self.stage.say(
-            f"{name}: compared {counters['files_verified'] + wrong} files, {wrong} wrong"
+            f"{name}: compared {counters['files_verified'] + wrong:,} files, {wrong:,} wrong"
         )
         return counters

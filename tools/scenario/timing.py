@@ -1,10 +1,14 @@
 """Whether two classes can be told apart by how long something took.
 
-A classifier that is as simple as an attacker's: a threshold, learnt on one batch of trials and
-tried on the next.  Its accuracy there is compared with guessing.  How many trials that takes
-depends on how busy the machine is, so batches go on until it is certain that the classes can be
-told apart, or that whoever tries is right in hardly more than half of all cases; if neither becomes
-certain, it is not known.
+A classifier that is as simple as an attacker's: a threshold, learnt on the trials so far and tried
+on the next ones.  How often it is right there is compared with a coin.
+
+How many trials that takes depends on how busy the machine is, so it is a sequential test (Wald's,
+of a coin against one that is right in 50 % and `MARGIN`): after each batch the odds of one over the
+other are looked at, and when they are a thousand to one it ends.  Looking often costs nothing: who
+guesses is taken for one who knows in one of a thousand runs, however many looks there were, and the
+other way round; no distribution of times is assumed, for labels are drawn by a coin.  If neither
+comes within the trials that are given, it is not known.
 """
 
 from __future__ import annotations
@@ -13,14 +17,17 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
-SIGMAS: Final = 3.5
-"""Standard errors of guessing that are no accident: one look in 4,300 would be, and there are at
-most a dozen."""
 MARGIN: Final = 0.05
-"""Who is certainly right in less than 50 % and this of all cases is told nothing worth having."""
+"""Who is right in less than 50 % and half of this of all cases is told nothing worth having."""
+ODDS: Final = 1000.0
 
 Batch = tuple[Sequence[bool], Sequence[float]]
 """Labels and values of some trials."""
+
+_KEPT: Final = 4
+"""Batches that a rule is learnt from: what else the machine does changes."""
+_RIGHT: Final = math.log((0.5 + MARGIN) / 0.5)
+_WRONG: Final = math.log((0.5 - MARGIN) / 0.5)
 
 
 class Distinguished(NamedTuple):
@@ -36,31 +43,38 @@ class Distinguished(NamedTuple):
 
     @property
     def error(self) -> float:
-        """How far guessing strays from 50 %."""
-        return SIGMAS * math.sqrt(0.25 / self.trials) if self.trials else 1.0
+        """How far it may be from the truth (two standard errors)."""
+        if not self.trials:
+            return 0.5
+        return 2 * math.sqrt(self.accuracy * (1 - self.accuracy) / self.trials)
+
+    @property
+    def evidence(self) -> float:
+        """The logarithm of the odds that it is more than guessing."""
+        return self.right * _RIGHT + (self.trials - self.right) * _WRONG
 
     @property
     def leaks(self) -> bool:
-        """Certainly the values tell the classes apart."""
-        return self.accuracy - self.error > 0.5
+        """The values tell the classes apart."""
+        return self.evidence >= math.log(ODDS)
 
     @property
     def tells_nothing(self) -> bool:
-        """Certainly they don't, but for the margin."""
-        return self.accuracy + self.error < 0.5 + MARGIN
+        """They don't, but for the margin."""
+        return self.evidence <= -math.log(ODDS)
 
     def __str__(self) -> str:
         """For a person."""
-        return f"{self.accuracy:.1%} right of {self.trials:,} (guessing: 50.0% ± {self.error:.1%})"
+        return f"{self.accuracy:.1%} ± {self.error:.1%} right of {self.trials:,} (a coin: 50%)"
 
 
 def distinguish(batches: Iterable[Batch]) -> Distinguished:
     """How well a threshold tells the label of a value; no more batches are taken than it needs."""
     found = Distinguished()
-    rule: tuple[float, bool] | None = None
+    known: list[Batch] = []
     for labels, values in batches:
-        if rule is not None:
-            threshold, above = rule
+        if known:
+            threshold, above = _learn(known)
             right = sum(
                 ((value > threshold) == above) == label
                 for label, value in zip(labels, values, strict=True)
@@ -68,13 +82,14 @@ def distinguish(batches: Iterable[Batch]) -> Distinguished:
             found = Distinguished(found.right + right, found.trials + len(labels))
             if found.leaks or found.tells_nothing:
                 break
-        # From the newest: what else the machine does changes.
-        rule = _learn(labels, values)
+        known = [*known[1 - _KEPT :], (labels, values)]
     return found
 
 
-def _learn(labels: Sequence[bool], values: Sequence[float]) -> tuple[float, bool]:
+def _learn(batches: Sequence[Batch]) -> tuple[float, bool]:
     """The threshold that is right most often, and whether the label is true above it."""
+    labels = [label for some, _ in batches for label in some]
+    values = [value for _, some in batches for value in some]
     pairs = sorted(zip(values, labels, strict=True))
     positives = sum(labels)
     best, best_right, best_above = 0.0, -1, True
