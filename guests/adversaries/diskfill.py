@@ -67,8 +67,9 @@ def _grow(cell: Cell, fd: int, before_bytes: int, size_bytes: int) -> Iterator[N
         grown = os.fstat(fd).st_size >= size_bytes
         with contextlib.suppress(OSError):
             os.ftruncate(fd, before_bytes)
-        cell.report["attempts"] += 1
-        cell.report["succeeded"] += grown
+        if grown:
+            cell.report["attempts"] += 1
+            cell.report["succeeded"] += 1
         yield
     try:
         call("fallocate", fd, _KEEP_SIZE, before_bytes, min(size_bytes, _BLOCKS_BYTES))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import datetime
 import functools
 import os
+import shutil
 import sys
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from tools.scenario.scenario import Outcome, Scenario
 
 _WIDTH = 96
+_WIDTH_LEAST = 20
+_LIST_WIDTH = 29
+"""Of what stands before what the attacker does, in the list."""
 NODES_MAX = 8
 
 
@@ -52,11 +56,14 @@ def list_scenarios(json: JsonOption = False) -> int:
             ]
         )
     else:
-        rows = [(one.name, one.kind, one.tries) for one in SCENARIOS.values()]
+        rows = []
+        for one in SCENARIOS.values():
+            first, *others = _wrapped(one.tries, _LIST_WIDTH)
+            rows += [(one.name, one.kind, first), *(("", "", line) for line in others)]
         print_table(("NAME", "KIND", "THE ATTACKER"), rows)
         print("not tried, as there is nothing to attack:")
         for line in UNTRIED:
-            print(f"  {line}")
+            _say(line)
     return ExitCode.OK
 
 
@@ -100,7 +107,7 @@ def run(
 
     def tell(line: str) -> None:
         if explain:
-            print(f"  {line}", file=sys.stderr if json else sys.stdout, flush=True)
+            _say(line, sys.stderr if json else sys.stdout)
 
     outcomes: list[Outcome] = []
     try:
@@ -216,18 +223,40 @@ def _report(outcome: Outcome, out: Path | None, *, quiet: bool) -> None:
     folder = out or new_run(RUNS, datetime.datetime.now().astimezone())
     path = write(outcome, folder)
     if not quiet:
-        print(f"  report: {path}")
+        _say(f"report: {path}")
+
+
+def _wrapped(text: str, used: int, stream: TextIO | None = None) -> list[str]:
+    """The lines of a text on a terminal, of which so many columns are used; else one line."""
+    if not (stream or sys.stdout).isatty():
+        return [text]
+    columns = shutil.get_terminal_size().columns
+    return textwrap.wrap(text, max(columns - used, _WIDTH_LEAST)) or [""]
+
+
+def _say(text: str, stream: TextIO | None = None) -> None:
+    first, *others = _wrapped(text, 4, stream)
+    for line in (f"  {first}", *(f"    {line}" for line in others)):
+        print(line, file=stream or sys.stdout)
+    (stream or sys.stdout).flush()
 
 
 def _announce(scenario: Scenario, *, is_on: bool, explain: bool) -> None:
     print(f"{scenario.name} ({scenario.kind}), defence {'on' if is_on else 'off'}")
-    print(f"  attacker: {scenario.tries}")
+    _say(f"attacker: {scenario.tries}")
     if is_on:
-        print(f"  defence:  {scenario.stops}")
+        _say(f"defence:  {scenario.stops}")
+    elif scenario.off is None:
+        _say(f"defence:  on, it can't be switched off: {scenario.stops}")
     else:
-        print(f"  defence:  off: {scenario.off or 'there is no switch for this one'}")
+        _say(f"defence:  off: {scenario.off}")
     if explain:
-        print(textwrap.indent(textwrap.fill(scenario.explain, _WIDTH), "  | "))
+        for line in (
+            _wrapped(scenario.explain, 4)
+            if sys.stdout.isatty()
+            else textwrap.wrap(scenario.explain, _WIDTH)
+        ):
+            print(f"  | {line}")
     sys.stdout.flush()
 
 
@@ -235,16 +264,16 @@ def _print(outcome: Outcome, *, explain: bool) -> None:
     tally = outcome.tally
     if not explain:
         for line in outcome.events:
-            print(f"  {line}")
+            _say(line)
     for key, value in tally.figures.items():
-        print(f"  {key}: {value}")
-    print(
-        f"  {tally.attempts:,} attempts, {tally.succeeded:,} succeeded, {tally.caught:,} caught; "
+        _say(f"{key}: {value}")
+    _say(
+        f"{tally.attempts:,} attempts, {tally.succeeded:,} succeeded, {tally.caught:,} caught; "
         f"victims checked {tally.victim_checks:,}, mismatches {tally.victim_mismatches:,}"
     )
     for line in tally.problems if not explain else []:
-        print(f"  problem: {line}")
-    print(f"  verdict: {outcome.verdict} ({outcome.seconds:.1f} s)", flush=True)
+        _say(f"problem: {line}")
+    _say(f"verdict: {outcome.verdict} ({outcome.seconds:.1f} s)")
 
 
 def _print_sum(outcomes: list[Outcome]) -> None:

@@ -123,31 +123,34 @@ def _thrash(stage: Stage) -> None:
             asked = one.get("checked", 0) + one.get("missing", 0)
             shares.append(one.get("checked", 0) / asked if asked else 0.0)
         stage.tally.figures["alpha's hits"] = f"{shares[0]:.1%} alone, {shares[1]:.1%} disturbed"
-        stage.say(f"mallory put {report.get('attempts', 0):,} pages that nobody wants")
+        pools = world.ask("list", guest="mallory")["guests"]["mallory"]["pools"]
+        gone = report.get("kept", 0) - sum(pool["pages"] for pool in pools)
+        stage.say(
+            f"mallory put {report.get('attempts', 0):,} pages that nobody wants; {gone:,} of them "
+            "went for its next ones"
+        )
         stage.tally.attempts += report.get("attempts", 0)
+        stage.tally.caught += gone if stage.defence else 0
         if shares[1] < _HIT_SHARE_LEAST * shares[0]:
             stage.tally.succeeded += found.get("missing", 0)
-        else:
-            stage.tally.caught += report.get("attempts", 0)
 
 
 def _log_spam(stage: Stage) -> None:
     calls = 4000
-    # Off or on, the lines are bounded; without the other bound that is seen of more calls.
-    options = {"faults_max": 256 if stage.defence else 1 << 30}
-    with stage.cluster(*_cast("logspam"), hypervisor=options) as world:
+    with stage.cluster(*_cast("logspam")) as world:
         began_at = time.monotonic()
         report = _disturb(stage, world, calls=calls, seconds=_SECONDS)
         seconds = time.monotonic() - began_at
-        stage.tally.caught += report.get("caught", 0)
-        lines = sum("guest=mallory" in line for line in world.audit())
+        about = [line for line in world.audit() if "guest=mallory" in line]
+        lines, calls = len(about), report.get("attempts", 0)
+        stage.tally.caught += calls - sum("event=fault" in line for line in about)
         thrown_out = ", then it was thrown out" if report.get("out") else ""
-        stage.say(f"audit log: {lines} lines of mallory for {report.get('attempts')} broken calls")
-        stage.say(f"mallory made {report.get('attempts')} broken calls{thrown_out}")
+        stage.say(f"mallory made {calls:,} broken calls{thrown_out}")
+        stage.say(f"audit log: {lines:,} lines, {sum(map(len, about)):,} bytes about it")
         # With each line there may be one for what was suppressed before it.
         bound = 2 * (BURST_LINES + LINES_PER_SECOND * seconds)
         stage.tally.succeeded += max(0, lines - round(bound))
-        if stage.defence and not report.get("out"):
+        if not report.get("out"):
             stage.problem("mallory was not thrown out")
 
 
