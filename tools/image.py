@@ -134,10 +134,10 @@ def build_image(tree: str, limit_bytes: int, seed: str, cache: Path) -> Image:
         len(files),
         sum(file.size_bytes for file in files),
     )
-    if image.path.exists() and image.manifest.exists():
-        return image
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        close_cache(cache)
+        if image.path.exists() and image.manifest.exists():
+            return image
         with tempfile.TemporaryDirectory(prefix=".build-", dir=cache) as scratch:
             stage = Path(scratch, "tree")
             for name in manifest:
@@ -155,6 +155,21 @@ def build_image(tree: str, limit_bytes: int, seed: str, cache: Path) -> Image:
             f"can't build an image in {cache}: {error.strerror}", ExitCode.UNAVAILABLE
         ) from None
     return image
+
+
+def close_cache(cache: Path) -> None:
+    """The folder, made if it is not there, for this user alone: in an image lies a tree that nobody
+    else may read, and disks are made of what lies here.  OperatorError if it is somebody else's."""
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    owner = cache.stat().st_uid
+    if owner == os.geteuid():
+        cache.chmod(0o700)
+    elif owner != 0:
+        raise OperatorError(
+            f"the images in {cache} belong to user {owner}: choose another directory with --run, "
+            "below one of your own",
+            ExitCode.UNAVAILABLE,
+        )
 
 
 def make_file_system(tree: Path, image: Path, identity: uuid.UUID) -> None:

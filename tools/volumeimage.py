@@ -23,7 +23,7 @@ from fs.ocfs2.filesystem import Ocfs2
 from fs.ocfs2.mkfs import Parameters, blocks_needed, make_volume
 from fs.vfs import Vfs
 from ipc.errors import ExitCode, OperatorError
-from tools.image import Image, choose_tree, hash_file
+from tools.image import Image, choose_tree, close_cache, hash_file
 
 _FORMAT: Final = 1
 _ROOM_BYTES: Final = 16 * 2**20
@@ -45,10 +45,10 @@ def build_volume(
         len(files),
         sum(file.size_bytes for file in files),
     )
-    if image.path.exists() and image.manifest.exists():
-        return image
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        close_cache(cache)
+        if image.path.exists() and image.manifest.exists():
+            return image
         with tempfile.TemporaryDirectory(prefix=".build-", dir=cache) as scratch:
             made = Path(scratch, "volume")
             _make(made, folder, list(manifest), slots, bytes.fromhex(digest), verify)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -41,6 +42,22 @@ def test_image_holds_the_tree_and_the_manifest_its_hashes(tmp_path: Path) -> Non
         assert copy.read_bytes() == (tree / name).read_bytes()
     check = [need_tool("e2fsck"), "-fn", str(image.path)]
     assert subprocess.run(check, capture_output=True, check=False).returncode == 0
+
+
+def test_cache_is_for_its_user_alone(tmp_path: Path) -> None:
+    """One that was open to all is closed; one of somebody else is not used."""
+    need_tool("mke2fs")
+    tree = write_tree(tmp_path / "tree", files=1)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o755)
+
+    build_image(str(tree), 2**24, "red", cache)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    if os.geteuid() == 0:
+        os.chown(cache, 54_321, -1)
+        with pytest.raises(OperatorError, match="belong to user 54321"):
+            build_image(str(tree), 2**24, "red", cache)
 
 
 def test_cache_is_keyed_by_content(tmp_path: Path) -> None:
