@@ -166,8 +166,8 @@ def close_cache(cache: Path) -> None:
         cache.chmod(0o700)
     elif owner != 0:
         raise OperatorError(
-            f"the images in {cache} belong to user {owner}: choose another directory with --run, "
-            "below one of your own",
+            f"the images in {cache} belong to user {owner}, and disks would be made of them: "
+            "remove that folder, or choose another directory with --run",
             ExitCode.UNAVAILABLE,
         )
 

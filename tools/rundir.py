@@ -19,8 +19,8 @@ A socket's path has at most 107 bytes.  Where a folder's path is too long for th
 temporary folder leads to it; `door` in the folder names the link, and it goes with the cluster.
 
 Commands believe a run directory: they end the processes and remove the objects that its registry
-names, and files in it.  So one that belongs to somebody else is refused: its owner could make root
-end any process and remove any file.
+names, and files in it.  So one that belongs to somebody else is refused, and passed over in a
+search: its owner could make root end any process and remove any file.
 
 A cluster is *live* while the process that cluster.json names is that same process, *stale* when it
 is not and something is still registered or cluster.json is still there.
@@ -141,16 +141,23 @@ class ClusterDirectory:
         """Why a guest did not start; there only after it failed."""
         return self.path / f"guest-{name}.error"
 
-    def check_owner(self) -> None:
-        """Raise OperatorError if this folder is neither ours nor root's."""
+    @property
+    def is_ours(self) -> bool:
+        """Whether this folder is ours or root's, or there is none."""
+        return self._owner() in (os.geteuid(), 0, None)
+
+    def _owner(self) -> int | None:
         try:
-            owner = self.path.stat().st_uid
+            return self.path.stat().st_uid
         except OSError:
-            return
-        if owner not in (os.geteuid(), 0):
+            return None
+
+    def check_owner(self) -> None:
+        """Raise OperatorError if it is somebody else's."""
+        if not self.is_ours:
             raise OperatorError(
-                f"{self.path} belongs to user {owner}, and whoever uses it does what stands there: "
-                "use it as that user, or choose another directory with --run",
+                f"{self.path} belongs to user {self._owner()}, and whoever uses it does what stands "
+                "there: use it as that user, or choose another directory with --run",
                 ExitCode.USAGE,
             )
 
@@ -284,8 +291,10 @@ def clusters(run: Path | None) -> Iterator[ClusterDirectory]:
         for path in (parent, *(parent / folder for folder in _CLUSTER_FOLDERS)):
             if (path / "log").is_dir() or (path / "registry").is_dir():
                 directory = ClusterDirectory(path)
-                directory.check_owner()
-                yield directory
+                if run is not None:
+                    directory.check_owner()
+                if directory.is_ours:
+                    yield directory
 
 
 def find_live(run: Path | None) -> tuple[ClusterDirectory, ClusterRecord]:

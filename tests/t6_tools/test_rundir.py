@@ -121,6 +121,8 @@ def test_a_folder_of_somebody_else_is_refused(folder: Path) -> None:
             assert len(done.stderr.splitlines()) == 1
         with pytest.raises(OperatorError, match="belongs to user"):
             directory.check()
+        (folder / "runs").symlink_to(folder)
+        assert "0 stale" in tmem_here("clean", cwd=folder).stdout, "it is passed over"
         assert child.poll() is None
         assert (bait / "precious").exists()
 
