@@ -156,7 +156,7 @@ class ClusterDirectory:
         """Raise OperatorError if it is somebody else's."""
         if not self.is_ours:
             raise OperatorError(
-                f"{self.path} belongs to user {self._owner()}, and whoever uses it does what stands "
+                f"{self.path} belongs to user {self._owner()}, and who uses it does what stands "
                 "there: use it as that user, or choose another directory with --run",
                 ExitCode.USAGE,
             )
