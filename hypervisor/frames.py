@@ -39,7 +39,6 @@ KINDS: Final = ("free", "ephemeral", "persistent", "table", "slab", "content", "
 """Names of the kinds, by their number."""
 
 RUN_MAX: Final = 64
-_SINGLES_MAX: Final = 256
 _HINTS_MAX: Final = 32
 """Runs of one length that are remembered."""
 _AMPLE_SHARE: Final = 8
@@ -79,7 +78,7 @@ class Frames:
         """By length: first numbers of runs that were free when they were noted."""
         self._lengths = 0
         """Bit n: there may be a run of n."""
-        self._freed_single: deque[int] = deque(maxlen=_SINGLES_MAX)
+        self._singles = self._freed[1]
 
     def count_kind(self, kind: int) -> int:
         """How many frames are of this kind; reads the whole array."""
@@ -88,7 +87,7 @@ class Frames:
     def take(self, kind: int) -> int:
         """One free frame, marked as `kind`.  Precondition: there is one."""
         kinds = self.kinds
-        frame = self._freed_single.pop() if self._freed_single else -1
+        frame = self._singles.pop() if self._singles else -1
         if frame < 0 or kinds[frame]:
             return self.allocate(1, kind)[0][0]
         kinds[frame] = kind
@@ -97,9 +96,14 @@ class Frames:
 
     def give(self, frame: int) -> None:
         """One frame that was in use becomes free."""
-        self.kinds[frame] = FREE
+        kinds = self.kinds
+        kinds[frame] = FREE
         self.free += 1
-        self._freed_single.append(frame)
+        if kinds[frame - 1] and kinds[frame + 1 - self.count]:
+            self._singles.append(frame)
+            self._lengths |= 1 << 1
+        else:
+            self._note_freed(frame, 1)
 
     def allocate(self, count: int, kind: int) -> list[Run]:
         """`count` free frames as few runs of at most RUN_MAX, marked as `kind`.
@@ -198,9 +202,13 @@ class Frames:
 
     def release(self, first: int, count: int) -> None:
         """Frames that were in use become free."""
-        kinds = self.kinds
-        kinds[first : first + count] = _RUNS[FREE][count]
+        self.kinds[first : first + count] = _RUNS[FREE][count]
         self.free += count
+        self._note_freed(first, count)
+
+    def _note_freed(self, first: int, count: int) -> None:
+        """Remember what was freed, together with the free frames around it."""
+        kinds = self.kinds
         end = first + count
         length = count
         if first and not kinds[first - 1]:

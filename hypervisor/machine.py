@@ -29,14 +29,15 @@ from typing import Final
 from hypervisor.accounting import OpCount
 from hypervisor.limits import may_hold, may_replace
 from hypervisor.management import Management
-from hypervisor.objects import NO_PAGE
+from hypervisor.objects import LEAF_PAGES, NO_PAGE
 from hypervisor.pools import Client, Member
 from hypervisor.reclaim import NoObjectNumber
 from hypervisor.residents import Answer
+from hypervisor.store import PutExtent
 from ipc.abi import REPLY, Op, Reason, ReplyFlag, Status
 from ipc.errors import GuestFault
 from ipc.window import Window
-from ipc.wire import decode_batch, decode_request
+from ipc.wire import EntryTuple, decode_batch, decode_request
 
 # Plain integers: looking an enum member up costs more than the comparison.
 _PUT_PAGE: Final = int(Op.PUT_PAGE)
@@ -48,6 +49,9 @@ _pack_reply: Final = REPLY.pack
 _COLD_SHARE: Final = 8
 _COLD_PUTS_LEAST: Final = 256
 """A page is cold after as many puts as an eighth of the frames, and at least so many."""
+
+BatchExtent = tuple[int, int, int, int, int, bytes, int]
+"""Entries of a batch that are neighbours: pool, index, count, slot, flags, object id, token."""
 
 
 class Machine(Management):
@@ -331,26 +335,22 @@ class Machine(Management):
 
         Puts and flushes of neighbours are done as one extent: to whoever sent them it is all one.
         """
-        entries = decode_batch(window.read_table(count), op)
+        extents = _extents(decode_batch(window.read_table(count), op), op)
         self.store.begin_call()
         calls = account.calls
         bitmap = 0
         result: Answer | None = None
-        at = 0
-        while at < count:
-            pool_id, index, slot, flags, oid, token = entries[at]
-            length = 1
-            if op != Op.GET_BATCH:
-                step = int(op == Op.PUT_BATCH)
-                while at + length < count and entries[at + length] == (
-                    pool_id,
-                    index + length,
-                    slot + step * length,
-                    flags,
-                    oid,
-                    token,
-                ):
-                    length += 1
+        number = at = 0
+        while number < len(extents):
+            if op == Op.PUT_BATCH:
+                stored = self._put_at_once(client, account, extents[number:], window)
+                if stored:
+                    pages = sum(extent[2] for extent in extents[number : number + stored])
+                    bitmap |= (1 << pages) - 1 << at
+                    number += stored
+                    at += pages
+                    continue
+            pool_id, index, length, slot, flags, oid, token = extents[number]
             if op == Op.PUT_BATCH:
                 answer = self._put(
                     client, account, pool_id, oid, index, length, window, slot, flags, token
@@ -360,6 +360,7 @@ class Machine(Management):
             else:
                 answer = self._flush(client, account, pool_id, oid, index, length, token)
             bitmap |= answer[2] << at
+            number += 1
             at += length
             if answer[0] != _DONE and result is None:
                 result = answer
@@ -367,6 +368,37 @@ class Machine(Management):
         if result is None:
             return _DONE, 0, bitmap, 0, 0
         return result[0], result[1], bitmap, result[3], 0
+
+    def _put_at_once(
+        self, client: Client, account: OpCount, extents: list[BatchExtent], window: Window
+    ) -> int:
+        """Put extents of a private ephemeral pool whose pages stand side by side, if nothing but
+        room is to be looked at; how many of them, from the first on."""
+        pool_id, _, _, first_slot, _, _, _ = extents[0]
+        member = client.members.get(pool_id)
+        if (
+            member is None
+            or member.pool.only is None
+            or member.policy is None
+            or not member.may_put
+            or client.encodes
+            or client.settings.cap_bytes
+        ):
+            return 0
+        simple: list[PutExtent] = []
+        slot = first_slot
+        for its_pool_id, index, length, its_slot, flags, oid, _ in extents:
+            if its_pool_id != pool_id or its_slot != slot or (index & 63) + length > LEAF_PAGES:
+                break
+            simple.append((oid, index, length, flags))
+            slot += length
+        if not simple:
+            return 0
+        stored = self.store.put_extents(member, simple, window, first_slot, slot - first_slot)
+        pages = sum(extent[2] for extent in simple[:stored])
+        account.pages += pages
+        account.done += pages
+        return stored
 
     def _lend(self, client: Client, account: OpCount, wanted: int) -> Answer:
         if not self.lending.on:
@@ -394,3 +426,39 @@ class Machine(Management):
                 self._recompressed_at = store.sequence
             done += tries
         return done
+
+
+def _extents(entries: list[EntryTuple], op: int) -> list[BatchExtent]:
+    """The entries of a batch, neighbours as one: to whoever sent them it is all the same.  A get is
+    answered for each by itself."""
+    extents: list[BatchExtent] = []
+    if op == Op.GET_BATCH:
+        return [
+            (pool, index, 1, slot, flags, oid, token)
+            for pool, index, slot, flags, oid, token in entries
+        ]
+    step = int(op == Op.PUT_BATCH)
+    length = 0
+    pool_id = next_index = next_slot = hints = fence = -1
+    name = b""
+    for pool, index, slot, flags, oid, token in entries:
+        if (
+            index == next_index
+            and oid == name
+            and slot == next_slot
+            and flags == hints
+            and pool == pool_id
+            and token == fence
+        ):
+            length += 1
+        else:
+            if length:
+                start = next_index - length, length, next_slot - step * length
+                extents.append((pool_id, *start, hints, name, fence))
+            length = 1
+            pool_id, hints, name, fence = pool, flags, oid, token
+        next_index = index + 1
+        next_slot = slot + step
+    start = next_index - length, length, next_slot - step * length
+    extents.append((pool_id, *start, hints, name, fence))
+    return extents

@@ -13,6 +13,7 @@ No Python object exists for a page.  Pages that `Contents` turns into entries go
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import Final
 
 from hypervisor.arena import SEQUENCE_SHIFT, Arena
@@ -34,6 +35,10 @@ _SLOTS: Final = tuple(
     slice(slot * PAGE_BYTES, (slot + 1) * PAGE_BYTES) for slot in range(WINDOW_SLOTS)
 )
 _KEEP: Final = int(CallFlag.KEEP)
+
+
+PutExtent = tuple[bytes, int, int, int]
+"""Object id, index of the first page, count, hints."""
 
 
 class Store(Vetting):
@@ -219,30 +224,76 @@ class Store(Vetting):
         """Store pages from window slots; (bits of the pages stored, bits of older pages that were
         dropped because the new one did not fit).  Raises NoObjectNumber with nothing changed but
         pages evicted."""
-        if (index & 63) + count <= LEAF_PAGES and not member.client.encodes:
-            # Of one leaf, raw: what most extents are.  Anything in the way is for `_put_any`.
-            frames = self.frames
-            if frames.free < count + self.spare_frames:
-                self.make_room(count, member.client)
-            pool = member.pool
-            target = pool.objects.get(oid)
-            leaf_number = index >> 6
-            if (
-                frames.free >= count
-                and (
-                    (target is not None and target.leaf(leaf_number) is not None)
-                    or (not pool.persistent and self.leaves < self.arena.frames_count)
-                )
-                and not candidates(window.words, slot, count)
-            ):
-                if target is None:
-                    target = self._new_object(pool, oid)
-                self.sequence += 1
-                self._put_in_leaf(
-                    member, target, leaf_number, index & 63, count, window.slots, slot, flags, 0, 0
-                )
-                return _MASKS[count], 0
+        if (
+            (index & 63) + count <= LEAF_PAGES
+            and not member.client.encodes
+            and self.put_extents(member, [(oid, index, count, flags)], window, slot, count)
+        ):
+            return _MASKS[count], 0
         return self._put_any(member, oid, index, count, window, slot, flags)
+
+    def put_extents(
+        self, member: Member, extents: Sequence[PutExtent], window: Window, slot: int, count: int
+    ) -> int:
+        """Store `count` pages side by side from `slot` on, which are extents of a leaf each; how
+        many of the extents, from the first on.
+
+        The next one may be filled with one pattern, or finds no room, or needs a leaf for which
+        there are rules: it goes by `put`.  Precondition: the guest's pages are not encoded.
+        """
+        frames, pool = self.frames, member.pool
+        filled = candidates(window.words, slot, count)
+        if filled:
+            plain = (filled & -filled).bit_length() - 1
+            extents, count = _first(extents, plain)
+        if frames.free < count + self.spare_frames:
+            self.make_room(count, member.client)
+        if not count or frames.free < count:
+            return 0
+        if pool.persistent:
+            if not all(_has_leaf(pool, oid, index) for oid, index, _, _ in extents):
+                return 0
+        elif self.leaves + len(extents) > self.arena.frames_count:
+            return 0
+        for extent in extents:
+            self._put_extent(member, *extent, window.slots, slot)
+            slot += extent[2]
+        member.charge(count, count * RAW_COST_BYTES)
+        return len(extents)
+
+    def _put_extent(
+        self,
+        member: Member,
+        oid: bytes,
+        index: int,
+        count: int,
+        flags: int,
+        slots: memoryview,
+        slot: int,
+    ) -> None:
+        """Pages of one leaf, for which there are frames."""
+        pool = member.pool
+        target = pool.objects.get(oid)
+        if target is None:
+            target = self._new_object(pool, oid)
+        leaf_number = index >> 6
+        place = index & 63
+        leaf = target.leaf(leaf_number)
+        if leaf is None:
+            leaf = self._new_leaf(target, leaf_number, place + count)
+        elif place + count > len(leaf):
+            target.lengthen(leaf, place + count)
+        self.sequence += 1
+        key = self.leaf_key(oid, leaf_number) if member.keyed else 0
+        old = leaf[place : place + count]
+        self._put_raw(member, target, leaf, index, count, slots, slot, flags, key)
+        sampler = member.sampler
+        if sampler is not None and key & SAMPLE_MASK < sampler.threshold:
+            sampler.put(key, place, count)
+        if old != NO_PAGES[count]:
+            count -= self._replaced(target, old, key, place)
+        target.pages += count
+        pool.pages += count
 
     def _put_any(
         self,
@@ -340,6 +391,7 @@ class Store(Vetting):
         if not encode & _MASKS[count]:
             index = leaf_number * LEAF_PAGES + place
             self._put_raw(member, target, leaf, index, count, slots, slot, flags, key)
+            member.charge(count, count * RAW_COST_BYTES)
         else:
             at = 0
             while at < count:
@@ -373,16 +425,22 @@ class Store(Vetting):
                         flags,
                         key,
                     )
+                    member.charge(end - at, (end - at) * RAW_COST_BYTES)
                 at = end
         if member.sampler is not None and key & SAMPLE_MASK < member.sampler.threshold:
             member.sampler.put(key, place, count)
-        fresh = count
         if old != NO_PAGES[count]:
-            for at, length, first in self._runs(old):
-                self._release(target, first, length, REMOVED, key, place + at)
-                fresh -= length
-        target.pages += fresh
-        member.pool.pages += fresh
+            count -= self._replaced(target, old, key, place)
+        target.pages += count
+        member.pool.pages += count
+
+    def _replaced(self, target: TmemObject, old: array[int], key: int, place: int) -> int:
+        """Others have taken the places of these pages of a leaf; how many there were."""
+        gone = 0
+        for at, length, first in self._runs(old):
+            self._release(target, first, length, REMOVED, key, place + at)
+            gone += length
+        return gone
 
     def _put_raw(
         self,
@@ -396,21 +454,21 @@ class Store(Vetting):
         flags: int,
         key: int,
     ) -> None:
+        """Frames for pages of a leaf, filled; their columns, states last (arena A1); the leaf, and
+        the policy.  Whoever asks charges them."""
         policy = member.policy
         number = target.number
         state = self.sequence << SEQUENCE_SHIFT | member.state_bits | flags
+        data = self._data
         place = index & 63
         start = slot * PAGE_BYTES
-        data = self._data
-        notes = target.pool.notes
         for first, length in self.frames.allocate(
             count, PERSISTENT if policy is None else EPHEMERAL
         ):
-            end = first + length
-            bytes_ = length * PAGE_BYTES
-            data[first * PAGE_BYTES : end * PAGE_BYTES] = slots[start : start + bytes_]
-            start += bytes_
-            if notes:
+            end = start + length * PAGE_BYTES
+            data[first * PAGE_BYTES : (first + length) * PAGE_BYTES] = slots[start:end]
+            start = end
+            if target.pool.notes:
                 self.beside.note(target, first, length, index, state)
             if length == 1:
                 self._object_column[first] = number
@@ -419,6 +477,7 @@ class Store(Vetting):
                 leaf[place] = first
             else:
                 # Words as bytes: repeating those makes one object, and no array of one word first.
+                end = first + length
                 self._object_octets[4 * first : 4 * end] = number.to_bytes(4, "little") * length
                 self._index_column[first:end] = self._index_run(index, length)
                 self._state_octets[8 * first : 8 * end] = state.to_bytes(8, "little") * length
@@ -427,7 +486,6 @@ class Store(Vetting):
                 policy.inserted(first, length, key, place, flags)
             place += length
             index += length
-        member.charge(count, count * RAW_COST_BYTES)
 
     def _put_encoded(
         self,
@@ -500,3 +558,18 @@ class Store(Vetting):
             if runs:
                 self._remove(found, leaf_number, leaf, place, runs, REMOVED)
         return bitmap
+
+
+def _first(extents: Sequence[PutExtent], limit_pages: int) -> tuple[Sequence[PutExtent], int]:
+    """As many extents as have at most so many pages together, and their pages."""
+    pages = 0
+    for number, (_, _, count, _) in enumerate(extents):
+        if pages + count > limit_pages:
+            return extents[:number], pages
+        pages += count
+    return extents, pages
+
+
+def _has_leaf(pool: Pool, oid: bytes, index: int) -> bool:
+    found = pool.objects.get(oid)
+    return found is not None and found.leaf(index >> 6) is not None

@@ -20,10 +20,10 @@ from ipc.limits import WINDOW_SLOTS
 from ipc.local import LocalChannel
 from ipc.window import Window
 
-ARENA_BYTES = 1 << 20
+ARENA_BYTES = 2 << 20
 """More than all pages of both pools: what an eviction takes may depend on when it comes."""
 OBJECTS = 2
-PAGES = 50
+PAGES = 80
 
 
 class One:
@@ -59,15 +59,19 @@ class One:
 
 
 def random_entries(rng: random.Random, pools: list[int]) -> list[BatchEntry]:
-    """Runs of neighbours, some of them broken by another slot, hint, pool or object."""
+    """Runs of neighbours, some of them broken by another slot, hint, pool or object; pages of
+    several runs often stand side by side, as those of a guest's files do."""
     entries: list[BatchEntry] = []
+    slot = 0
     while len(entries) < 60:
         pool, oid = rng.choice(pools), oid_from_int(rng.randrange(OBJECTS))
-        index, slot = rng.randrange(PAGES - 8), rng.randrange(WINDOW_SLOTS - 10)
+        index = rng.randrange(PAGES - 8)
+        if slot > WINDOW_SLOTS - 10 or rng.random() < 0.3:
+            slot = rng.randrange(WINDOW_SLOTS - 10)
         hint = rng.choice((0, 0, CallFlag.ACTIVE, CallFlag.LOW))
-        entries += [
-            (pool, index + at, slot + at, int(hint), oid, 0) for at in range(rng.randrange(1, 9))
-        ]
+        count = rng.randrange(1, 9)
+        entries += [(pool, index + at, slot + at, int(hint), oid, 0) for at in range(count)]
+        slot += count
     return entries[:60]
 
 
@@ -87,7 +91,10 @@ def test_batch_does_what_single_puts_do(seed: int) -> None:
             elif change == 2:
                 one.ask(verb="thaw")
                 one.ask(verb="set", guest="guest", cap_bytes=0)
-        pages = rng.randbytes(WINDOW_SLOTS * PAGE_BYTES)
+        pages = b"".join(
+            rng.randbytes(PAGE_BYTES) if rng.random() < 0.9 else bytes([at]) * PAGE_BYTES
+            for at in range(WINDOW_SLOTS)
+        )
         entries = random_entries(rng, pools)
         batched.slots[:] = single.slots[:] = pages
         reply = batched.calls.put_batch(entries)
