@@ -19,6 +19,8 @@ from guests.kernel import Kernel
 from guests.proc import virtual_file
 
 CHUNK_BYTES: Final = 64 * 1024
+_DIGITS_MAX: Final = 18
+"""Of a number: Python refuses to make one of thousands."""
 
 
 class UsageError(Exception):
@@ -405,7 +407,7 @@ def frontswap(console: Console, arguments: list[str]) -> None:
             front.writethrough = value == "1"
         elif name == "exclusive_gets" and value in ("0", "1"):
             swap.exclusive = value == "1"
-        elif name == "shrink" and value.isdecimal():
+        elif name == "shrink" and value.isdecimal() and len(value) <= _DIGITS_MAX:
             userland.shrink_frontswap(int(value))
         else:
             raise UsageError(f"not a mode and its value: '{name} {value}'")

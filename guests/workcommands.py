@@ -7,6 +7,7 @@ It goes on in slices, so other commands (`cat /proc/meminfo`) show the guest mea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Final
 
@@ -45,7 +46,9 @@ def _parameter(word: str) -> tuple[str, float]:
     name, _, text = word.partition("=")
     try:
         if name in _PARAMETERS:
-            return name, int(text) if text.isdigit() else float(text)
+            number = int(text) if text.isdigit() else float(text)
+            if math.isfinite(number):
+                return name, number
     except ValueError:
         pass
     raise UsageError(f"not a parameter and a number: '{word}'")

@@ -174,6 +174,8 @@ def test_programs_fill_memory_and_verify_it(
         (["pages=0"], "parameter pages must be a number from 1 to 1000000, not 0"),
         (["pages=1.5"], "parameter pages must be a whole number"),
         (["3"], "not a parameter and a number: '3'"),
+        (["seed=inf"], "not a parameter and a number: 'seed=inf'"),
+        (["seed=nan"], "not a parameter and a number: 'seed=nan'"),
     ):
         assert says in failed(shell.run(["programs", *words]), 2)
     monkeypatch.setattr("guests.workloads.programs._Program.is_right", lambda *_: False)

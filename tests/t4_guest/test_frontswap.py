@@ -388,7 +388,13 @@ def test_modes_are_switched_by_a_command(kernel: Kernel, hypervisor: LocalHyperv
     assert shown.stdout.decode() == f"writethrough 1\nexclusive_gets 0\ncurr_pages {before - 5}\n"
     assert kernel.userland.frontswap is not None and kernel.userland.frontswap.writethrough
     assert kernel.userland.swap is not None and not kernel.userland.swap.exclusive
-    for words in (["writethrough", "2"], ["shrink"], ["shrink", "-1"], ["on"]):
+    for words in (
+        ["writethrough", "2"],
+        ["shrink"],
+        ["shrink", "-1"],
+        ["shrink", "9" * 5000],
+        ["on"],
+    ):
         assert command(*words).exit_code == 2
     assert command().stdout == shown.stdout
     read_all(process, address)
