@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from ipc.codec import BadRecord, Record, encode, receive_record
-from ipc.errors import Disconnected
+from ipc.errors import Disconnected, ExitCode, OperatorError
 from tools.answers import believed
 
 _FILES: Final = {
@@ -28,7 +28,8 @@ _GUEST: Final = "guest-"
 
 
 def ask(path: Path, question: Record, *, timeout_seconds: float = 10.0) -> Record:
-    """The answer to a question; raises Disconnected when nobody gives one in time."""
+    """The answer to a question; raises Disconnected when nobody gives one in time, OperatorError
+    for a question that can't be asked."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(timeout_seconds)
@@ -42,6 +43,10 @@ def ask(path: Path, question: Record, *, timeout_seconds: float = 10.0) -> Recor
             answer = receive_record(connection, timeout_seconds)
     except TimeoutError:
         raise Disconnected(f"{path.name}: no answer in {timeout_seconds:g} s") from None
+    except UnicodeEncodeError:
+        raise OperatorError(
+            "what is asked for has bytes that are not UTF-8", ExitCode.USAGE
+        ) from None
     except (OSError, BadRecord) as error:
         raise Disconnected(f"{path.name}: {error}") from None
     if answer is None:

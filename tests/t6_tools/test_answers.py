@@ -13,7 +13,7 @@ import msgpack
 import pytest
 
 from ipc.codec import BadRecord, encode
-from ipc.errors import Disconnected
+from ipc.errors import Disconnected, OperatorError
 from tools.answers import believed
 from tools.control import ask
 
@@ -160,3 +160,13 @@ def test_only_guests_are_not_believed(tmp_path: Path, name: str, is_believed: bo
                     ask(path, {"verb": "status"})
         finally:
             thread.join()
+
+
+def test_a_question_that_is_no_text_is_not_asked(tmp_path: Path) -> None:
+    """An argument of a command line may be any bytes."""
+    path = tmp_path / "guest-red.sock"
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(path))
+        door.listen(1)
+        with pytest.raises(OperatorError, match="not UTF-8"):
+            ask(path, {"verb": "exec", "argv": ["cat", "\udcff"]})
