@@ -76,7 +76,7 @@ class Administrator:
             return text
         if text.isdecimal():
             for name, guest in self.ask("list")["guests"].items():
-                if guest["id"] == int(text):
+                if str(guest["id"]) == text:
                     return str(name)
         known = f"there are {', '.join(names)}" if names else "none has attached yet"
         raise OperatorError(f"there is no guest {text!r}; {known}", ExitCode.USAGE)

@@ -47,6 +47,10 @@ def ask(path: Path, question: Record, *, timeout_seconds: float = 10.0) -> Recor
         raise OperatorError(
             "what is asked for has bytes that are not UTF-8", ExitCode.USAGE
         ) from None
+    except OverflowError:
+        raise OperatorError(
+            "what is asked for has a number above 2^64; take a smaller one", ExitCode.USAGE
+        ) from None
     except (OSError, BadRecord) as error:
         raise Disconnected(f"{path.name}: {error}") from None
     if answer is None:

@@ -162,11 +162,13 @@ def test_only_guests_are_not_believed(tmp_path: Path, name: str, is_believed: bo
             thread.join()
 
 
-def test_a_question_that_is_no_text_is_not_asked(tmp_path: Path) -> None:
-    """An argument of a command line may be any bytes."""
+def test_a_question_that_has_no_words_is_not_asked(tmp_path: Path) -> None:
+    """An argument of a command line may be any bytes, and a size have any number of digits."""
     path = tmp_path / "guest-red.sock"
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(str(path))
         door.listen(1)
         with pytest.raises(OperatorError, match="not UTF-8"):
             ask(path, {"verb": "exec", "argv": ["cat", "\udcff"]})
+        with pytest.raises(OperatorError, match="above 2\\^64"):
+            ask(path, {"verb": "set", "guest": "red", "cap_bytes": 1 << 70})

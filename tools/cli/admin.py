@@ -125,7 +125,7 @@ def _show_page(admin: Administrator, name: str | None, page: str, *, json: bool)
     from tools import administer as view
 
     oid, _, index = page.rpartition(":")
-    if not oid or not index.isdecimal() or int(index) >= 1 << 32:
+    if not oid or not index.isdecimal() or len(index) > 10 or int(index) >= 1 << 32:
         raise OperatorError(
             f"--page {page}: say OID:INDEX, for example 2a:0 or 42.1:0", ExitCode.USAGE
         )

@@ -180,4 +180,4 @@ def _check_domain(command: str, domain: str | None, *, everybody: bool) -> None:
 def _cap(text: str | None) -> int | None:
     if text is None:
         return None
-    return int(text) << 20 if text.isdecimal() else size_of("-c", text)
+    return size_of("-c", f"{text}M" if text.isdecimal() else text)
