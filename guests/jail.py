@@ -34,7 +34,7 @@ through sockets of the door's type.  So it may read /proc, to be sure of whom it
 SIGKILL, to whom user ids allow: nodes of one volume have one *real* user id beside their own, by
 which that is decided; nobody else's process is among them.  That number is their group, too, by
 which they alone may connect to each other.  Where nobody has an id of his own, all that is any
-process of the user.
+guest of the cluster (`ipc.jail.enclosure`), or any process of the user before Linux 6.12.
 """
 
 from __future__ import annotations

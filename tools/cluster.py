@@ -147,7 +147,11 @@ class Cluster:
         self.directory.write(self._record())
         self._open_log()
         self._log_jails()
-        self._factory = ProcessFactory(self.directory.door, self.directory.log("console"))
+        self._factory = ProcessFactory(
+            self.directory.door,
+            self.directory.log("console"),
+            enclosed=self.plan.jail != "off",
+        )
         for pid in self._factory.start():
             self._registry.add_process(pid)
         if self.plan.arena_bytes is not None:

@@ -39,6 +39,7 @@ import multiprocess.forkserver
 import multiprocess.process
 import multiprocess.resource_tracker
 
+_ENCLOSURE: Final = "ipc.jail.enclosure"
 # Imported once in the fork server; nothing of guests or hypervisor, which don't know each other.
 _PRELOAD: Final = ["ipc.attach", "ipc.codec", "ipc.jail.warmup", "logging"]
 
@@ -50,9 +51,11 @@ _PLAIN_PREFIXES: Final = ("LC_", "PYTHON")
 
 
 class ProcessFactory:
-    """A fork server of our own, from `start` to `close`; at most one in a process."""
+    """A fork server of our own, from `start` to `close`; at most one in a process.  With `enclosed`
+    what it forks can send signals to its like only."""
 
-    def __init__(self, folder: Path, console: Path) -> None:
+    def __init__(self, folder: Path, console: Path, *, enclosed: bool = False) -> None:
+        self._preload = [*_PRELOAD, _ENCLOSURE] if enclosed else _PRELOAD
         self._folder = folder
         self._console = console
         self._context = multiprocess.get_context("forkserver")
@@ -63,7 +66,7 @@ class ProcessFactory:
 
     def start(self) -> list[int]:
         """Start the fork server; ids of it and its helper."""
-        self._context.set_forkserver_preload(_PRELOAD)
+        self._context.set_forkserver_preload(self._preload)
         self._settings["tempdir"] = os.fspath(self._folder)
         with _output_to(self._console), _sigint_ignored(), _bare_main(), _plain_environment():
             self._server.ensure_running()

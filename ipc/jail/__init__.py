@@ -6,6 +6,7 @@
     interpreter the calls that any process of ours makes
     limits      user id, capabilities, no-new-privileges, dumpability, sizes
     descriptors what it has open because its starter had
+    enclosure   of a fork server and its children: no signal gets out
     cgroup      memory, as the host counts it
     lazily      what must be imported before
     warmup      that, and what text encodings need

@@ -181,6 +181,20 @@ def enter(rules: Iterable[Rule], *, signals_out: bool = False) -> str | None:
     return None
 
 
+def hold_signals() -> None:
+    """From now on signals go only to this process and those that it has forked since, or they; as
+    far as the kernel has that.  No-new-privileges must be set."""
+    here = level()
+    if here < 6:
+        return
+    shape = _Ruleset(0, 0, _SIGNALS)
+    ruleset = call("landlock_create_ruleset", ctypes.pointer(shape), _bytes_of_ruleset(here), 0)
+    try:
+        call("landlock_restrict_self", ruleset, 0)
+    finally:
+        os.close(ruleset)
+
+
 def _bytes_of_ruleset(at: int) -> int:
     """An older kernel takes a longer structure only if what it does not know is zero; so it is."""
     return 8 if at < 4 else 16 if at < 6 else ctypes.sizeof(_Ruleset)

@@ -8,6 +8,8 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from tests.support.jailprobe import outcome
+
 _SOURCE = os.urandom
 
 
@@ -82,3 +84,9 @@ def write_hash(path: Path) -> None:
 def write_environment(path: Path) -> None:
     """The environment that a process was started with, as it lies in its memory."""
     path.write_bytes(Path("/proc/self/environ").read_bytes())
+
+
+def kill_nothing(where: tuple[Path, int]) -> None:
+    """How it goes to send a process the signal that is none."""
+    path, pid = where
+    path.write_text(outcome(lambda: os.kill(pid, 0)))
