@@ -13,7 +13,7 @@ time.  The sum over all guests is therefore exactly the CPU time that was measur
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from ipc.abi import Op, Reason
@@ -31,14 +31,17 @@ class Histogram:
         self.counts = [0] * _BUCKETS
         self.max_ns = 0
 
-    def add(self, duration_ns: int) -> None:
-        bits = duration_ns.bit_length()
-        if bits > _SUB_BITS + 1:
-            # The top three bits name the bucket; the first of them is always set.
-            self.counts[(bits << _SUB_BITS) + ((duration_ns >> (bits - 3)) & 3)] += 1
-        else:
-            self.counts[duration_ns] += 1
-        self.max_ns = max(self.max_ns, duration_ns)
+    def add(self, durations_ns: list[int]) -> None:
+        """Count them; there is at least one."""
+        counts = self.counts
+        for duration_ns in durations_ns:
+            bits = duration_ns.bit_length()
+            if bits > _SUB_BITS + 1:
+                # The top three bits name the bucket; the first of them is always set.
+                counts[(bits << _SUB_BITS) + (duration_ns >> bits - 3 & 3)] += 1
+            else:
+                counts[duration_ns] += 1
+        self.max_ns = max(self.max_ns, *durations_ns)
 
     @property
     def total(self) -> int:
@@ -111,10 +114,10 @@ class OpCount:
         self._settled_ns = 0
 
     def _settle(self) -> None:
-        for duration_ns in self._served_ns:
-            self._latency.add(duration_ns)
-        self._settled_ns += sum(self._served_ns)
-        self._served_ns.clear()
+        if self._served_ns:
+            self._latency.add(self._served_ns)
+            self._settled_ns += sum(self._served_ns)
+            self._served_ns.clear()
 
     def refuse(self, reason: int, pages: int) -> None:
         self.refused[reason] = self.refused.get(reason, 0) + pages
@@ -144,6 +147,24 @@ class OpCount:
                 "max": self.latency.max_ns,
             },
         }
+
+
+def divide_cpu(accounts: Iterable[Account], cpu_ns: int) -> int:
+    """Book `cpu_ns` to the operations of all these guests, in proportion to their service time
+    since it was done last; what was booked."""
+    served = [
+        (count, service_ns)
+        for account in accounts
+        for count in account.operations.values()
+        if (service_ns := count.service_ns)
+    ]
+    whole_ns = sum(service_ns for _, service_ns in served)
+    booked = 0
+    for count, service_ns in served:
+        share = cpu_ns * service_ns // whole_ns
+        count.book(share)
+        booked += share
+    return booked
 
 
 class Account:
@@ -191,16 +212,6 @@ class Account:
     @property
     def pages_got(self) -> int:
         return self.get.done + self.operations[Op.GET_BATCH].done
-
-    def divide_cpu(self, cpu_ns: int, service_ns: int) -> int:
-        """Book this guest's share of `cpu_ns`, of which `service_ns` is the whole; the share."""
-        booked = 0
-        for count in self.operations.values():
-            if count.service_ns:
-                share = cpu_ns * count.service_ns // service_ns
-                count.book(share)
-                booked += share
-        return booked
 
     def add(self, other: Account) -> None:
         for op, count in other.operations.items():

@@ -27,7 +27,7 @@ from pathlib import Path
 from time import perf_counter_ns as now_ns
 from typing import Final
 
-from hypervisor.accounting import Account
+from hypervisor.accounting import divide_cpu
 from hypervisor.administration import Administration
 from hypervisor.audit import ADMINISTERED, Audit
 from hypervisor.control import Control
@@ -293,10 +293,7 @@ class Server:
         cpu_ns = time.process_time_ns()
         spent_ns = cpu_ns - self._cpu_read_ns
         self._cpu_read_ns = cpu_ns
-        accounts = self._machine.accounts()
-        service_ns = sum(map(_service_ns, accounts))
-        booked = sum(account.divide_cpu(spent_ns, service_ns) for account in accounts)
-        self._cpu_overhead_ns += spent_ns - booked
+        self._cpu_overhead_ns += spent_ns - divide_cpu(self._machine.accounts(), spent_ns)
 
     def _administer(self, record: Record) -> Record:
         verb = record.get("verb")
@@ -336,7 +333,3 @@ class Server:
         if self._supervisor_pidfd >= 0:
             os.close(self._supervisor_pidfd)
         self._poll.close()
-
-
-def _service_ns(account: Account) -> int:
-    return sum(count.service_ns for count in account.operations.values())
