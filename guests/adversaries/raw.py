@@ -1,20 +1,21 @@
 """Calls with any field of the request as one likes it, below everything that a good kernel does.
 
-What all adversaries have in common; no attack.  A reply is counted as what it is: `DONE` kept or
-gave something, everything else was refused.
+What all adversaries have in common, and the hostile guests of the tests; no attack.  A reply is
+counted as what it is: `DONE` kept or gave something, everything else was refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from guests.adversary import Cell
 from ipc.abi import (
     ANY_UUID,
     OID_BYTES,
     PAGE_BYTES,
+    POOL_PRIORITY_SHIFT,
     REQUEST,
     Op,
     Reason,
@@ -24,6 +25,7 @@ from ipc.abi import (
     pool_flag_word,
 )
 from ipc.errors import Disconnected
+from ipc.window import Window
 from ipc.wire import decode_reply
 
 _WORD: Final = 0xFFFF_FFFF
@@ -41,13 +43,23 @@ def file_oid(ino: int, generation: int) -> bytes:
     return ino.to_bytes(8, "little") + generation.to_bytes(4, "little") + bytes(OID_BYTES - 12)
 
 
-class Raw:
-    """The channel of the guest that we are in."""
+class Line(Protocol):
+    """What calls go over: as much of a channel as they need."""
 
-    def __init__(self, cell: Cell) -> None:
-        self.cell = cell
-        self.channel = cell.channel
-        self.sequence = cell.random.getrandbits(32)
+    @property
+    def window(self) -> Window:
+        """Where their pages lie."""
+
+    def call(self, request: bytes) -> bytes:
+        """The reply to a message."""
+
+
+class Calls:
+    """Calls over a line."""
+
+    def __init__(self, channel: Line, sequence: int = 0) -> None:
+        self.channel = channel
+        self.sequence = sequence
 
     def request(self, op: int, **fields: Any) -> bytes:
         """The message of a call; negative numbers are sent as their two's complement."""
@@ -74,11 +86,21 @@ class Raw:
         """The reply to a call.  Disconnected."""
         return self.send(self.request(op, **fields))
 
-    def new_pool(self, *, persist: bool = False, uuid: bytes | None = None) -> Reply:
+    def new_pool(
+        self, *, persist: bool = False, uuid: bytes | None = None, priority: int = 0
+    ) -> Reply:
         """Ask for a private pool, or for the shared one of a uuid."""
         word = pool_flag_word(persist=persist, shared=uuid is not None)
         oid = (uuid or ANY_UUID).ljust(OID_BYTES, b"\0")
-        return self.call(Op.NEW_POOL, pool=word, oid=oid)
+        return self.call(Op.NEW_POOL, pool=word | priority << POOL_PRIORITY_SHIFT, oid=oid)
+
+
+class Raw(Calls):
+    """Those of the guest that we are in."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__(cell.channel, cell.random.getrandbits(32))
+        self.cell = cell
 
     def put(
         self, pool: int, oid: int | bytes, index: int, pages: list[bytes], *, token: int = 0

@@ -13,7 +13,6 @@ a process of its own (`Siege.rogue`).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import mmap
 import os
 import select
@@ -28,6 +27,7 @@ from typing import Any, Final, Self
 
 import posix_ipc
 
+from guests.adversaries.raw import Calls, page_of
 from ipc import attach
 from ipc.abi import (
     ABI_REVISION,
@@ -38,7 +38,6 @@ from ipc.abi import (
     HELLO_MAGIC,
     OID_BYTES,
     PAGE_BYTES,
-    REQUEST,
     UUID_BYTES,
     WELCOME,
     WELCOME_BYTES,
@@ -48,14 +47,11 @@ from ipc.abi import (
     Reply,
     ReplyFlag,
     Status,
-    oid_from_int,
-    pool_flag_word,
 )
 from ipc.attach import CONTROL_SOCKET
 from ipc.errors import Disconnected
 from ipc.mqueue import QueueChannel
 from ipc.ring import memory_order_suffices
-from ipc.wire import decode_reply
 from tests.support.hypervisors import ROOT, RunningHypervisor, running_hypervisor
 from tools.control import ask
 
@@ -83,63 +79,14 @@ def until(condition: Callable[[], bool], what: str, seconds: float = _PATIENCE_S
         time.sleep(0.005)
 
 
-def page_of(*what: object) -> bytes:
-    """A page of bytes that only this name has, and that no filling or compressing shortens."""
-    seed = hashlib.blake2b(repr(what).encode(), digest_size=32).digest()
-    return hashlib.shake_128(seed).digest(PAGE_BYTES)
-
-
-class Attacker:
-    """A channel, and calls with any field of the request as one likes it."""
+class Attacker(Calls):
+    """A guest of a test, with calls of any kind."""
 
     def __init__(self, channel: QueueChannel, name: str) -> None:
-        self.channel = channel
+        super().__init__(channel)
+        self.channel: QueueChannel = channel
         self.name = name
         self.window = channel.window
-        self.sequence = 0
-
-    def request(
-        self,
-        op: int,
-        *,
-        flags: int = 0,
-        count: int = 0,
-        pool: int = 0,
-        index: int = 0,
-        oid: int | bytes = 0,
-        slot: int = 0,
-        token: int = 0,
-        reserved: int = 0,
-    ) -> bytes:
-        """The message of a call; negative numbers are sent as their two's complement."""
-        self.sequence = (self.sequence + 1) & 0xFFFFFFFF
-        return REQUEST.pack(
-            self.sequence,
-            op & 0xFF,
-            flags & 0xFF,
-            count & 0xFFFF,
-            pool & 0xFFFFFFFF,
-            index & 0xFFFFFFFF,
-            oid if isinstance(oid, bytes) else oid_from_int(oid),
-            slot & (1 << 64) - 1,
-            token & (1 << 64) - 1,
-            reserved & (1 << 64) - 1,
-        )
-
-    def send(self, message: bytes) -> Reply:
-        """The reply to any message."""
-        return decode_reply(self.channel.call(message))
-
-    def call(self, op: int, **fields: Any) -> Reply:
-        return self.send(self.request(op, **fields))
-
-    def new_pool(
-        self, *, persist: bool = False, uuid: bytes | None = None, priority: int = 0
-    ) -> Reply:
-        """Ask for a private pool, or for the shared one of a uuid."""
-        word = pool_flag_word(persist=persist, shared=uuid is not None) | priority << 8
-        oid = (uuid or ANY_UUID).ljust(OID_BYTES, b"\0")
-        return self.call(Op.NEW_POOL, pool=word, oid=oid)
 
     def pool(self, *, persist: bool = False, uuid: bytes | None = None) -> int:
         """A pool that must be had."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from guests.adversaries.raw import page_of
 from ipc.abi import (
     BATCH_ENTRY,
     OID_BYTES,
@@ -36,7 +37,6 @@ from tests.support.hostile import (
     Siege,
     assert_fault,
     besieged,
-    page_of,
     until,
 )
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
+from guests.adversaries.raw import page_of
 from ipc import attach
 from ipc.abi import Op, Status
 from ipc.limits import HANDSHAKES_MAX, REPLY_QUEUE_MESSAGES
 from ipc.logfile import LOG_BYTES_MAX
-from tests.support.hostile import TRANSPORTS, Attacker, Siege, besieged, page_of, until
+from tests.support.hostile import TRANSPORTS, Attacker, Siege, besieged, until
 from tests.support.hypervisors import running_hypervisor
 
 

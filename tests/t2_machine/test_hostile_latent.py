@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from guests.adversaries.raw import page_of
 from hypervisor.arena import MEMBERS_MAX, SLOTS
 from hypervisor.pools import SHARERS_MAX
 from ipc.abi import PAGE_BYTES, Op, Reason, ReplyFlag, Status
@@ -23,7 +24,6 @@ from tests.support.hostile import (
     Attacker,
     Siege,
     besieged,
-    page_of,
     until,
 )
 

@@ -22,6 +22,7 @@ from typing import Any
 import posix_ipc
 import pytest
 
+from guests.adversaries.raw import page_of
 from ipc.abi import (
     BYE_MAGIC,
     CONFIRM,
@@ -48,7 +49,6 @@ from tests.support.hostile import (
     Handshake,
     Siege,
     besieged,
-    page_of,
     until,
 )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from guests.adversaries.raw import page_of
 from ipc.abi import (
     BATCH_ENTRY,
     BYE_MAGIC,
@@ -41,7 +42,6 @@ from tests.support.hostile import (
     Siege,
     assert_fault,
     besieged,
-    page_of,
 )
 
 MOVERS = (Op.PUT_PAGE, Op.GET_PAGE)
