@@ -87,6 +87,7 @@ from guests.swapheader import PAGES_MAX, PAGES_MIN
 from ipc.attach import is_guest_name
 from ipc.errors import ExitCode, OperatorError
 from ipc.limits import GUEST_NAME_CHARACTERS_MAX, GUESTS_MAX
+from tools.rundir import TAKEN_NAMES
 from tools.units import PAGE_BYTES, format_size, parse_size
 from tools.uuids import parse_uuid
 
@@ -343,6 +344,12 @@ def _disagreements(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
                             f"{one!r} is no guest name: use up to {GUEST_NAME_CHARACTERS_MAX} "
                             "lower-case letters, digits, dots, dashes and underscores"
                         ),
+                    )
+                    break
+                if one in TAKEN_NAMES or one.endswith(".sock"):
+                    yield (
+                        f"guest[{number}].name",
+                        f"{one!r} is the name of something else in a run directory: use another",
                     )
                     break
                 if one in owners:

@@ -60,6 +60,9 @@ _LEFT: Final = (
     "keys/*",
     _CLUSTER_FILE,
 )
+TAKEN_NAMES: Final = frozenset(("administrator", "audit", "console", "hypervisor", "supervisor"))
+"""Not for guests, each of which has a log of its name that it may write to; who reads logs, and the
+audit log that names guests, takes these for somebody else."""
 _CLUSTER_FOLDERS: Final = ("on", "off", "shared", "private", "coherence")
 
 

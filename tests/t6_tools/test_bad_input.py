@@ -104,6 +104,17 @@ def test_all_errors_of_a_cluster_file_are_told_with_their_place(folder: Path) ->
     assert done.returncode == 65
 
 
+@pytest.mark.parametrize("name", ["audit", "hypervisor", "console", "administrator", "red.sock"])
+def test_a_guest_has_no_name_that_stands_for_something_else(folder: Path, name: str) -> None:
+    """Its log would be the audit log, or the hypervisor's; its socket on the way that of red."""
+    (folder / "bad.toml").write_text(f'[[guest]]\nname = "red"\n[[guest]]\nname = "{name}"\n')
+
+    done = tmem_here("up", "-f", "bad.toml", cwd=folder)
+
+    assert f"guest[1].name: '{name}' is the name of something else" in done.stderr
+    assert done.returncode == 65
+
+
 def test_settings_that_do_not_fit_are_told_with_the_rest(folder: Path) -> None:
     """Reserves above the arena or the cap, unknown names, bad uuids, roles twice."""
     (folder / "bad.toml").write_text(
