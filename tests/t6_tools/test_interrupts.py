@@ -46,6 +46,7 @@ def test_sleep_ends_early_when_a_signal_comes() -> None:
 STARTING = """
 import os, signal
 from tools.interrupts import Interrupts
+from tools.processes import _sigint_ignored
 with Interrupts() as interrupts:
     with _sigint_ignored():
         os.kill(os.getpid(), signal.SIGINT)
