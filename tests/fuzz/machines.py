@@ -23,11 +23,12 @@ from hypervisor.arena import FRAMES_MIN, Arena, format_arena, layout
 from hypervisor.auth import Grants, Role
 from hypervisor.balance import MODES
 from hypervisor.eviction import POLICIES
-from hypervisor.frames import EPHEMERAL, PERSISTENT
+from hypervisor.frames import CONTENT, EPHEMERAL, PERSISTENT
 from hypervisor.invariants import check
 from hypervisor.machine import Machine
 from hypervisor.pools import Settings
 from hypervisor.recovery import recover
+from hypervisor.sharing import Sharing
 from hypervisor.snapshot import snapshot
 from ipc.abi import (
     ANY_UUID,
@@ -252,6 +253,7 @@ class World:
             guest.name: Settings(
                 compress=bool(shape & 32),
                 borrow=bool(shape & 64),
+                sharing=Sharing.OFF if shape & 128 else Sharing.GROUP,
                 group="ours" if guest is not GUESTS[2] else "",
                 weight=50,
             )
@@ -423,9 +425,9 @@ class World:
                 store.reap(choice)
 
     def rot(self, choice: int) -> None:
-        """A bit flips in many raw pages, where checksums find it."""
+        """A bit flips in many pages that lie as they were put, where checksums find it."""
         kinds = self.machine.store.frames.kinds
-        raw = [n for n, kind in enumerate(kinds) if kind in (EPHEMERAL, PERSISTENT)]
+        raw = [n for n, kind in enumerate(kinds) if kind in (EPHEMERAL, PERSISTENT, CONTENT)]
         if self.checksums:
             for frame in raw[choice & 3 :: 1 + (choice >> 2)]:
                 self.machine.store.arena.data[frame * PAGE_BYTES + 64 * choice] ^= 1 << choice % 8
