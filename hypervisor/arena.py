@@ -3,8 +3,8 @@
   header | guest, pool, member records, origins | frame columns | page frames | object columns
                                                    state  u64                    word u32
                                                    object u32                    oid  24 bytes
-                                                   index  u32          | columns beside: token u64
-                                                                                         sum   u32
+                                                   index  u32                    token u64
+                    | columns beside: bases u64, code u16, sum u32 | blocks u8
 
 A *frame* of 4 KiB holds one raw page, or serves pages that need less than a frame: then it is a
 table of 128 *entries*, part of a slab, or content that entries refer to; or it is lent to a guest
@@ -20,7 +20,8 @@ described alike: object number, page index, and a state word that is 0 if there 
             (a private pool has one member, its pool record says whom)
   origin    of a member record: who put the pages of its slot, whoever pays for them now, and up to
             which sequence they are disowned (`quarantine`)
-  token     fencing token of a put into a shared ephemeral pool (`provenance`)
+  token     of an object in a shared ephemeral pool: fencing token of the put that made it; of its
+            pages `code` says how far theirs is from it (`pagetokens`)
   sum       checksum of a page (`checksums`), in an arena that was made with them
   header    also moments: at this time the sequence was that (`provenance`)
 
@@ -39,8 +40,9 @@ Invariants (they let the hypervisor be killed at any instruction and started aga
   A6  What an entry's location names (slab place, content frame) is written before the location, and
       the location changes by one aligned store to another copy of the same bytes.  What no live
       entry names is free: occupancy of slabs and counts of references are not in the segment.
-  A7  What stands beside a page (token, checksum) is written before its state, an origin before its
-      member word; to raise an origin's sequence disowns pages by one aligned store, like A4.
+  A7  What stands beside a page (code, checksum) is written before its state, what a code refers to
+      before the code, the mark of a block before its first code, an origin before its member word;
+      to raise an origin's sequence disowns pages by one aligned store, like A4.
 
 What a killed process stored is in memory up to the instruction it died at, in program order, so A1
 needs no fence.  Slices of up to 64 state words go through memcpy, which moves an aligned span of at
@@ -86,7 +88,7 @@ HELD: Final = 1
 LIVE: Final = 1
 DEAD: Final = 1 << 31
 
-_MAGIC: Final = b"TMEMARN4"
+_MAGIC: Final = b"TMEMARN5"
 _HEADER: Final = struct.Struct("<8sIIQI")
 """magic, frames, generation, segment bytes, flags."""
 _CHECKSUMS: Final = 1
@@ -117,8 +119,11 @@ _ORIGIN_WORDS: Final = 6
 
 _HEADER_BYTES: Final = PAGE_BYTES
 _FRAME_COLUMN_BYTES: Final = 8 + 4 + 4
-_OBJECT_COLUMN_BYTES: Final = 4 + OID_BYTES
-_TOKEN_BYTES: Final = 8
+_OBJECT_COLUMN_BYTES: Final = 4 + OID_BYTES + 8
+_CODE_BYTES: Final = 2
+TOKEN_BASES: Final = 64
+CODES_BLOCK_SHIFT: Final = 11
+"""Codes of so many frames (their logarithm) share a page of the host's memory, and a mark."""
 _SUM_BYTES: Final = 4
 
 assert _GUEST.size == 64
@@ -184,8 +189,11 @@ class Layout(NamedTuple):
     data: int
     object_word: int
     object_oid: int
-    token: int
+    object_token: int
+    bases: int
+    code: int
     sum: int
+    blocks: int
     end: int
 
 
@@ -201,8 +209,11 @@ def layout(frames: int, *, checksums: bool = False) -> Layout:
     data = -(-(index + 4 * frames) // PAGE_BYTES) * PAGE_BYTES
     object_word = data + PAGE_BYTES * frames
     object_oid = object_word + 4 * frames
-    token = -(-(object_oid + OID_BYTES * frames) // 8) * 8
-    sum_ = token + _TOKEN_BYTES * frames
+    object_token = -(-(object_oid + OID_BYTES * frames) // 8) * 8
+    bases = object_token + 8 * frames
+    code = bases + 8 * TOKEN_BASES
+    sum_ = -(-(code + _CODE_BYTES * frames) // 4) * 4
+    blocks = sum_ + checksums * _SUM_BYTES * frames
     return Layout(
         frames=frames,
         guests=guests,
@@ -215,16 +226,19 @@ def layout(frames: int, *, checksums: bool = False) -> Layout:
         data=data,
         object_word=object_word,
         object_oid=object_oid,
-        token=token,
+        object_token=object_token,
+        bases=bases,
+        code=code,
         sum=sum_,
-        end=sum_ + checksums * _SUM_BYTES * frames,
+        blocks=blocks,
+        end=blocks + -((-frames) >> CODES_BLOCK_SHIFT),
     )
 
 
 def frames_that_fit(arena_bytes: int, *, checksums: bool = False) -> int:
     """The most frames whose whole segment is at most `arena_bytes`; raises OperatorError below
     FRAMES_MIN."""
-    per_frame = PAGE_BYTES + _FRAME_COLUMN_BYTES + _OBJECT_COLUMN_BYTES + _TOKEN_BYTES
+    per_frame = PAGE_BYTES + _FRAME_COLUMN_BYTES + _OBJECT_COLUMN_BYTES + _CODE_BYTES
     per_frame += checksums * _SUM_BYTES
     frames = max(0, arena_bytes - layout(0).end) // per_frame
     while frames and layout(frames, checksums=checksums).end > arena_bytes:
@@ -267,8 +281,11 @@ class Arena:
         self.state_octets = self.state.cast("B")
         self.object_octets = self.object.cast("B")
         self.object_word = view[where.object_word : where.object_oid].cast("I")
-        self.token = view[where.token : where.sum].cast("Q")
-        self.sum = view[where.sum : where.end].cast("I")
+        self.object_token = view[where.object_token : where.bases].cast("Q")
+        self.token_base = view[where.bases : where.code].cast("Q")
+        self.token_code = view[where.code : where.code + _CODE_BYTES * frames].cast("H")
+        self.token_blocks = view[where.blocks : where.end]
+        self.sum = view[where.sum : where.blocks].cast("I")
         """Of no length without checksums."""
         self._pool_words = view[where.pools : where.members].cast("Q")
         self._member_words = view[where.members : where.origins].cast("Q")
@@ -461,7 +478,10 @@ class Arena:
             self.object,
             self.index,
             self.object_word,
-            self.token,
+            self.object_token,
+            self.token_base,
+            self.token_code,
+            self.token_blocks,
             self.sum,
             self._pool_words,
             self._member_words,

@@ -1,8 +1,8 @@
 """What stands beside a page: the token that it was put under, and its checksum.
 
-Both are columns of the arena, written before the page is live (arena A7) and only where somebody
-has a use for them: tokens of pages in shared ephemeral pools, checksums of every page in an arena
-that was made with them.  A pool that has neither (`Pool.notes`) costs a put one comparison.
+Both are in the arena, written before the page is live (arena A7) and only where somebody has a use
+for them: tokens of pages in shared ephemeral pools (`pagetokens`), checksums of every page in an
+arena that was made with them.  A pool that has neither (`Pool.notes`) costs a put one comparison.
 
 *Checksums* are for memory that does not keep what was written: a bit that flips in the arena.
 They are made of the page's bytes, of the object's id, of the pool (a private one by guest and pool
@@ -27,6 +27,7 @@ from xxhash import xxh3_64_intdigest
 
 from hypervisor.arena import Arena
 from hypervisor.objects import TmemObject
+from hypervisor.pagetokens import PageTokens
 from hypervisor.pools import Pool
 from ipc.abi import PAGE_BYTES, PoolFlag
 
@@ -38,13 +39,13 @@ _KIND: Final = int(PoolFlag.PERSIST | PoolFlag.SHARED)
 
 
 class Beside:
-    """The columns beside pages.  `token` is that of the put that is being served."""
+    """What is beside pages."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._data = arena.data
         self.sums = arena.checksums
-        self.token = 0
+        self.tokens = PageTokens(arena)
 
     def open_pool(self, pool: Pool) -> None:
         """Whether anything is to be written beside the pages of this pool, or looked at."""
@@ -54,10 +55,7 @@ class Beside:
     def note(self, owner: TmemObject, first: int, count: int, index: int, state: int) -> None:
         """`count` raw pages from frame `first` on are about to be live in this state."""
         if owner.pool.tokens is not None:
-            if count == 1:
-                self._arena.token[first] = self.token
-            else:
-                self._arena.token[first : first + count] = array("Q", [self.token]) * count
+            self.tokens.note(owner, first, count)
         if self.sums:
             if count == 1:
                 self._arena.sum[first] = self._sum(owner, index, state, first)
@@ -69,18 +67,20 @@ class Beside:
         self, owner: TmemObject, index: int, state: int, page: bytes | memoryview
     ) -> tuple[int, int]:
         """Token and checksum; 0 where there is none."""
-        token = 0 if owner.pool.tokens is None else self.token
+        token = 0 if owner.pool.tokens is None else self.tokens.token
         return token, self.sum_of(owner, index, state, page) if self.sums else 0
 
-    def write(self, frame: int, token: int, sum_: int) -> None:
-        """Beside a raw page that is about to be live."""
-        self._arena.token[frame] = token
+    def write(self, owner: TmemObject, frame: int, sum_: int) -> None:
+        """Beside a raw page of the put that is being served, which is about to be live."""
+        if owner.pool.tokens is not None:
+            self.tokens.note(owner, frame, 1)
         if self.sums:
             self._arena.sum[frame] = sum_
 
-    def read(self, frame: int) -> tuple[int, int]:
+    def read(self, owner: TmemObject, frame: int) -> tuple[int, int]:
         """What stands beside a raw page."""
-        return self._arena.token[frame], self._arena.sum[frame] if self.sums else 0
+        token = 0 if owner.pool.tokens is None else self.tokens.of_frame(owner, frame)
+        return token, self._arena.sum[frame] if self.sums else 0
 
     def is_right(self, owner: TmemObject, number: int, index: int) -> bool:
         """Whether a raw page is what was put."""

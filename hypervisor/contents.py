@@ -240,8 +240,8 @@ class Contents:
     ) -> int:
         frame = self._frames.take(PERSISTENT if member.policy is None else EPHEMERAL)
         self._data[frame * PAGE_BYTES : (frame + 1) * PAGE_BYTES] = page
-        if self._entries.beside is not None:
-            self.beside.write(frame, *self._entries.beside)
+        if self.owner is not None and self._entries.beside is not None:
+            self.beside.write(self.owner, frame, self._entries.beside[1])
         self._arena.object[frame] = object_number
         self._arena.index[frame] = index
         self._arena.state[frame] = state

@@ -130,7 +130,7 @@ class Deferral(Pages):
         # A put is being served, whose tables may be of another kind.
         entries, wide = self.entries, self.entries.wide
         entries.wide = owner.pool.notes
-        entries.beside = self.beside.read(frame) if entries.wide else None
+        entries.beside = self.beside.read(owner, frame) if entries.wide else None
         number = self.contents.pack(member, page, owner.number, index, state)
         entries.wide, entries.beside = wide, None
         if number < 0:

@@ -189,7 +189,7 @@ class Machine(Management):
                 return self._stale(member, account, oid, count, token, needed)
             if token > needed:
                 member.tokens.see(oid, token)
-            self.store.beside.token = token
+            self.store.put_under(member.pool, oid, token)
         try:
             if not member.may_put:
                 if not member.writer:

@@ -277,6 +277,8 @@ class Pages:
         made = TmemObject(number, pool, oid)
         self.objects[number] = made
         pool.objects[oid] = made
+        if pool.tokens is not None:
+            self.beside.tokens.begin_object(number)
         self.arena.publish_object(number, pool.number, oid)
         return made
 

@@ -7,7 +7,7 @@ segment, so that a restart forgets nothing:
   who     the slot in the page's state word, and the origin of that slot's member record: the guest
           that put it, also when it has gone and another one pays
   when    the sequence in the state word, between two `moments`
-  token   the column beside the page (`beside`)
+  token   beside the page (`pagetokens`)
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Final
 from hypervisor.arena import SEQUENCE_SHIFT
 from hypervisor.audit import stamp
 from hypervisor.entries import FILLED, KIND_MASK, SLAB
+from hypervisor.objects import TmemObject
 from hypervisor.pools import Pool
 from hypervisor.residents import Report, Residents
 from hypervisor.store import Store
@@ -82,7 +83,7 @@ def pages_of(machine: Residents, pools: list[Pool], oid: bytes, index: int) -> l
                 "sequence": state >> SEQUENCE_SHIFT,
                 "after_ns": after_ns,
                 "before_ns": before_ns,
-                "token": None if pool.tokens is None else _token(store, number),
+                "token": None if pool.tokens is None else _token(store, owner, number),
                 "needed_token": None if pool.tokens is None else pool.tokens.needed(oid),
                 "stored": "raw" if raw else _stored(store.entries.location(number)),
                 "disowned": state >> SEQUENCE_SHIFT <= member.disowned,
@@ -116,9 +117,9 @@ def report_words(machine: Residents, report: Report) -> dict[str, object]:
     return words
 
 
-def _token(store: Store, number: int) -> int | None:
+def _token(store: Store, owner: TmemObject, number: int) -> int | None:
     if number < store.entries.base:
-        return store.arena.token[number]
+        return store.beside.tokens.of_frame(owner, number)
     beside = store.entries.read_beside(number)
     return None if beside is None else beside[0]
 

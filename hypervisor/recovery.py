@@ -283,6 +283,7 @@ class _Pages:
         )
         store.sequence = youngest >> SEQUENCE_SHIFT
         self._order_by_age()
+        store.beside.tokens.recover(self._raw_states)
         return self._freed
 
     def _adopt_lent(self, frame: int, guest: int) -> None:

@@ -158,6 +158,6 @@ def freeable_bytes(machine: Machine) -> dict[str, int]:
 def metadata_bytes(layout: Layout, objects: int) -> int:
     """Bytes of the segment that hold no page: everything before the frames, and the object records
     that were ever used (the rest of that table was never touched, so it takes no memory)."""
-    per_object = (layout.token - layout.object_word) // layout.frames
+    per_object = (layout.bases - layout.object_word) // layout.frames
     pages = -(-objects * per_object // PAGE_BYTES)
     return layout.data + pages * PAGE_BYTES

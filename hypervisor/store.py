@@ -22,6 +22,7 @@ from hypervisor.fill import candidates
 from hypervisor.frames import EPHEMERAL, PERSISTENT
 from hypervisor.objects import LEAF_PAGES, NO_PAGES, TmemObject
 from hypervisor.pages import REMOVED, TAKEN, Run, StoreOptions
+from hypervisor.pagetokens import NEAR
 from hypervisor.pools import RAW_COST_BYTES, Member, Pool
 from hypervisor.reuse import SAMPLE_MASK, ReuseSampler
 from hypervisor.vetting import Vetting
@@ -46,9 +47,23 @@ class Store(Vetting):
 
     def __init__(self, arena: Arena, options: StoreOptions) -> None:
         super().__init__(arena, options)
-        self._indexes = array("I", range(max(arena.frames_count, LEAF_PAGES)))
+        # The frame numbers once more, as what a run of indexes is copied from.
+        self._indexes = memoryview(self._ident).cast("B").cast("I")
         self._object_octets = arena.object_octets
         self._state_octets = arena.state_octets
+
+    def put_under(self, pool: Pool, oid: bytes, token: int) -> None:
+        """A put into a shared ephemeral pool under this token begins.  Where it can't be kept how
+        far it is from that of its object, the object begins anew: its pages go."""
+        tokens = self.beside.tokens
+        tokens.token = token
+        owner = pool.objects.get(oid)
+        if (
+            owner is not None
+            and not 0 <= token - self.arena.object_token[owner.number] < NEAR
+            and not tokens.find_base()
+        ):
+            self.evictions += self.flush_object(pool, oid)
 
     # --- one page: what `get` and `put` do, without their loops over leaves and runs
 
@@ -517,7 +532,7 @@ class Store(Vetting):
             for at, length, first in self._runs(leaf[place : place + count]):
                 member.policy.inserted(first, length, key, place + at, flags)
 
-    def _index_run(self, index: int, length: int) -> array[int]:
+    def _index_run(self, index: int, length: int) -> array[int] | memoryview:
         if index + length <= len(self._indexes):
             return self._indexes[index : index + length]
         return array("I", range(index, index + length))

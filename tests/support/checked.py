@@ -51,7 +51,7 @@ from tests.support.expectations import (
 )
 from tests.support.kills import WRITERS, killed_at
 from tests.support.ram import Ram
-from tests.support.reports import Reports
+from tests.support.reports import Reports, check_provenance
 from tests.support.wishes import Wishes
 
 ARENA_BYTES: Final = 1 << 20
@@ -328,11 +328,21 @@ class CheckedMachine:
         for at, page in enumerate(pages):
             reason = reply.reason if not reply.map >> at & 1 else 0
             # A page behind this one may have evicted it.
-            self.was_put(name, part, oid, index + at, page, reason, evictions)
-        self.pool(name, part).remember(oid, index + count // 2, self.version)
+            self.was_put(name, part, oid, index + at, page, reason, evictions, token)
+        known.remember(oid, index + count // 2, self.version)
+        if known.fenced:
+            check_provenance(self.machine, known, oid)
 
     def was_put(
-        self, name: str, part: int, oid: int, index: int, page: bytes, reason: int, evictions: int
+        self,
+        name: str,
+        part: int,
+        oid: int,
+        index: int,
+        page: bytes,
+        reason: int,
+        evictions: int,
+        token: int,
     ) -> None:
         """The outcome of one page: no `reason`, or that of some page of its call."""
         known = self.pool(name, part)
@@ -344,7 +354,7 @@ class CheckedMachine:
             if known.persistent and not there and self.settings[name].frozen:
                 raise Mismatch(f"a frozen guest put a new page at {oid}:{index}")
             known.put(oid, index, page, evictions)
-            known.putters[oid, index] = name
+            known.putters[oid, index] = name, token
         elif there:
             known.drop(oid, index)
 
@@ -473,7 +483,7 @@ class CheckedMachine:
                     if served:
                         raise Mismatch(f"entry {at} has token {entry.token}, not {needed}")
                     reason = Reason.STALE_TOKEN
-                self.was_put(*handle, by_slot[entry.slot], reason, evictions)
+                self.was_put(*handle, by_slot[entry.slot], reason, evictions, entry.token)
             elif op == Op.FLUSH_BATCH:
                 self.was_flushed(*handle, served)
             elif served and any(one.slot == entry.slot for one in entries[at + 1 :]):

@@ -78,8 +78,8 @@ class Known:
         self.persistent = kind in PERSISTENT
         self.objects: dict[int, dict[int, bytes]] = {}
         self.seen: dict[Handle, int] = {}
-        self.putters: dict[Handle, str] = {}
-        """Who put a page last, as far as is known."""
+        self.putters: dict[Handle, tuple[str, int]] = {}
+        """Who put a page last, and under which token, as far as is known."""
         self.lately: list[Handle] = []
         self.pages = 0
         self.tokens: dict[int, int] = {}

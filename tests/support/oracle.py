@@ -27,6 +27,9 @@ from tests.support.expectations import (
     Intent,
 )
 
+_TOKEN_STEPS = (*(0,) * 28, 1, 1, 1, 1, -1, -1, -1, -5, -5, -5, 40_000, 1 << 40)
+"""Now and then one so large that it needs a base, or has an object begin anew (`pagetokens`)."""
+
 
 class World(CheckedMachine):
     """`step` is what this is for."""
@@ -96,7 +99,7 @@ class World(CheckedMachine):
         known = self.pool(name, part)
         if not known.fenced:
             return self.random.randrange(4)
-        return max(0, known.needed(oid) + self.random.choice((0, 0, 0, 0, 0, 0, 0, 1, -1, -5)))
+        return max(0, known.needed(oid) + self.random.choice(_TOKEN_STEPS))
 
     def step_of_guest(self, name: str, part: int, choice: float) -> None:
         rng = self.random

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from hypervisor.machine import Machine
 from hypervisor.pools import Client
-from hypervisor.provenance import report_words
+from hypervisor.provenance import pages_of, report_words
 from hypervisor.residents import Report
-from ipc.abi import Reply, Status
-from tests.support.expectations import Handle, Known, Mismatch
+from ipc.abi import Reply, Status, oid_from_int
+from tests.support.expectations import UUIDS, Handle, Known, Mismatch
+
+_PAGES_CHECKED: Final = 4
 
 
 class Reports:
@@ -51,6 +55,18 @@ class Reports:
         heard = self._heard
         if heard is None or (heard["page"] == "there") != there or ("put_by" in heard) != there:
             raise Mismatch(f"a report of {handle}: {reply}, heard was {heard}")
-        putter = known.putters.get(handle)
-        if there and putter is not None and heard["put_by"] != putter:
+        putter, token = known.putters.get(handle, ("", 0))
+        if there and putter and heard["put_by"] != putter:
             raise Mismatch(f"{handle} was put by {putter}, not {heard}")
+        if there and putter and heard.get("token") != (f"{token:#x}" if known.fenced else None):
+            raise Mismatch(f"{handle} was put under {token:#x}, not {heard}")
+
+
+def check_provenance(machine: Machine, known: Known, oid: int) -> None:
+    """Of some pages of an object that are there, in a shared ephemeral pool."""
+    pool = machine.memberships.shared[UUIDS[known.kind]]
+    for index in list(known.objects.get(oid, ()))[-_PAGES_CHECKED:]:
+        expected = known.putters.get((oid, index))
+        for page in pages_of(machine, [pool], oid_from_int(oid), index):
+            if expected is not None and (page["guest"], page["token"]) != expected:
+                raise Mismatch(f"{oid}:{index} was put by {expected}, not {page}")

@@ -28,6 +28,7 @@ OURS = (
     "extent_pages_per_second",
     "metadata_fraction",
     "metadata_fraction_small_files",
+    "metadata_fraction_shared",
 )
 BY_PEER = {
     "C ping-pong 64 bytes (mq)": ("get_vs_c_mq", "put_vs_c_mq", "ring_get_vs_c_mq"),

@@ -5,6 +5,10 @@ counts what it then holds beyond those frames: the segment's allocated blocks (c
 the growth of its own anonymous memory (`RssAnon`: every Python object, array and allocator's
 leftover).  The kernel's page tables for the mapped segment (8 bytes a page, whatever is built on
 it) are told apart and not in the fraction.  Prints JSON.
+
+With `--shared` the pages are in a shared pool, under fencing tokens; `--rewritten 10` says that so
+many of 100 are then flushed and put again, in extents of eight, each under a newer token of its
+file, as when a node has changed the file there.
 """
 
 from __future__ import annotations
@@ -18,14 +22,29 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Final
 
 from hypervisor.arena import format_arena, layout
+from hypervisor.auth import Role
 from hypervisor.machine import Machine
-from ipc.abi import EXTENT_PAGES_MAX, PAGE_BYTES, REPLY, REQUEST, Op, oid_from_int, pool_flag_word
+from ipc.abi import (
+    ANY_UUID,
+    EXTENT_PAGES_MAX,
+    PAGE_BYTES,
+    REPLY,
+    REQUEST,
+    Op,
+    oid_from_int,
+    pool_flag_word,
+)
 from ipc.errors import ExitCode, InvariantError, OperatorError
 from ipc.names import Registry, object_name
 from ipc.segment import allocated_bytes, create_segment, remove_segment
 from ipc.window import anonymous_window
+
+_UUID: Final = b"metadata of pool"
+_TOKEN: Final = 1 << 32 | 5
+_REWRITTEN_PAGES: Final = 8
 
 
 def status_bytes(field: str) -> int:
@@ -36,37 +55,75 @@ def status_bytes(field: str) -> int:
     raise OperatorError(f"this kernel has no {field} in /proc/self/status", ExitCode.UNAVAILABLE)
 
 
-def fill(machine: Machine, object_pages: int) -> int:
-    """Put objects of `object_pages` pages until every frame holds one; the number of pages."""
-    client = machine.attach("guest", os.getpid(), 0, os.getuid())
-    if client is None:
-        raise InvariantError("a fresh machine has no room for a guest")
-    window = anonymous_window()
-    # Neither filled with one byte nor compressible: each page shall have a frame.
-    window.slots[:] = random.Random(1).randbytes(len(window.slots))
+class Filler:
+    """A guest, and its pool, in which every page has a frame."""
 
-    def call(op: Op, count: int, pool: int, index: int, oid: bytes) -> tuple[int, ...]:
-        request = REQUEST.pack(1, op, 0, count, pool, index, oid, 0, 0, 0)
-        reply: tuple[int, ...] = REPLY.unpack(machine.execute(client, request, window))
+    def __init__(self, machine: Machine, object_pages: int, *, shared: bool) -> None:
+        machine.memberships.grants.allow(_UUID, "guest", Role.WRITER)
+        client = machine.attach("guest", os.getpid(), 0, os.getuid())
+        if client is None:
+            raise InvariantError("a fresh machine has no room for a guest")
+        self._machine = machine
+        self._client = client
+        self._object_pages = object_pages
+        self._tokens: list[int] = []
+        """Of each object."""
+        self._window = anonymous_window()
+        # Neither filled with one byte nor compressible: each page shall have a frame.
+        self._window.slots[:] = random.Random(1).randbytes(len(self._window.slots))
+        uuid = _UUID if shared else ANY_UUID
+        self._pool = self._call(Op.NEW_POOL, 0, pool_flag_word(shared=shared), 0, uuid + bytes(8))[
+            6
+        ]
+
+    def _call(
+        self, op: Op, count: int, pool: int, index: int, oid: bytes, token: int = 0
+    ) -> tuple[int, ...]:
+        request = REQUEST.pack(1, op, 0, count, pool, index, oid, 0, token, 0)
+        reply: tuple[int, ...] = REPLY.unpack(
+            self._machine.execute(self._client, request, self._window)
+        )
         return reply
 
-    pool = call(Op.NEW_POOL, 0, pool_flag_word(), 0, bytes(24))[6]
-    pages = 0
-    number = 0
-    frames = machine.store.frames
-    while frames.free:
-        number += 1
-        oid = oid_from_int(number)
-        for index in range(0, object_pages, EXTENT_PAGES_MAX):
-            count = min(EXTENT_PAGES_MAX, object_pages - index, frames.free)
-            if not count:
-                break
-            pages += call(Op.PUT_PAGE, count, pool, index, oid)[5].bit_count()
-    window.close()
-    return pages
+    def _put(self, number: int, index: int, count: int) -> int:
+        oid, token = oid_from_int(number), self._tokens[number]
+        return self._call(Op.PUT_PAGE, count, self._pool, index, oid, token)[5].bit_count()
+
+    def fill(self) -> int:
+        """Put objects until every frame holds a page; the number of pages."""
+        pages = 0
+        frames = self._machine.store.frames
+        while frames.free:
+            number = len(self._tokens)
+            self._tokens.append(_TOKEN)
+            for index in range(0, self._object_pages, EXTENT_PAGES_MAX):
+                count = min(EXTENT_PAGES_MAX, self._object_pages - index, frames.free)
+                if not count:
+                    break
+                pages += self._put(number, index, count)
+        return pages
+
+    def rewrite(self, pages: int) -> None:
+        """Flush so many pages, here and there, and put them again under newer tokens."""
+        rng = random.Random(2)
+        for _ in range(pages // _REWRITTEN_PAGES):
+            # The last object may be a short one.
+            number = rng.randrange(max(1, len(self._tokens) - 1))
+            index = rng.randrange(max(1, self._object_pages - _REWRITTEN_PAGES + 1))
+            count = min(_REWRITTEN_PAGES, self._object_pages)
+            self._tokens[number] += 1
+            oid = oid_from_int(number)
+            self._call(Op.FLUSH_PAGE, count, self._pool, index, oid, self._tokens[number])
+            self._put(number, index, count)
+
+    def close(self) -> None:
+        """Done with it."""
+        self._window.close()
 
 
-def measure_here(arena_mib: int, object_pages: int) -> dict[str, float]:
+def measure_here(
+    arena_mib: int, object_pages: int, *, shared: bool = False, rewritten_percent: int = 0
+) -> dict[str, float]:
     """Fill an arena of `arena_mib` and weigh it, in this process."""
     frames = arena_mib * 2**20 // PAGE_BYTES
     with tempfile.TemporaryDirectory(prefix="tmem-bench-") as directory:
@@ -78,7 +135,10 @@ def measure_here(arena_mib: int, object_pages: int) -> dict[str, float]:
             before = status_bytes("RssAnon")
             tables_before = status_bytes("VmPTE")
             machine = Machine(format_arena(mapping))
-            pages = fill(machine, object_pages)
+            filler = Filler(machine, object_pages, shared=shared)
+            pages = filler.fill()
+            filler.rewrite(frames * rewritten_percent // 100)
+            filler.close()
             gc.collect()
             heap = status_bytes("RssAnon") - before
             tables = status_bytes("VmPTE") - tables_before
@@ -99,9 +159,12 @@ def measure_here(arena_mib: int, object_pages: int) -> dict[str, float]:
     }
 
 
-def measure(arena_mib: int, object_pages: int) -> dict[str, float]:
+def measure(
+    arena_mib: int, object_pages: int, *, shared: bool = False, rewritten_percent: int = 0
+) -> dict[str, float]:
     """The same in a process of its own, so that nothing else is in the balance."""
     command = [sys.executable, "-m", "tools.bench.metadata", str(arena_mib), str(object_pages)]
+    command += ["--shared", f"--rewritten={rewritten_percent}"] if shared else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OperatorError(
@@ -117,8 +180,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.bench.metadata")
     parser.add_argument("arena_mib", type=int)
     parser.add_argument("object_pages", type=int)
+    parser.add_argument("--shared", action="store_true", help="the pages of a shared pool")
+    parser.add_argument("--rewritten", type=int, default=0, metavar="PERCENT")
     options = parser.parse_args()
-    print(json.dumps(measure_here(options.arena_mib, options.object_pages)))
+    found = measure_here(
+        options.arena_mib,
+        options.object_pages,
+        shared=options.shared,
+        rewritten_percent=options.rewritten,
+    )
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ MEANING = {
     "aged_pages_per_second": "the same in an arena that single and scattered puts fragmented",
     "metadata_fraction": "all metadata / arena, 1,024-page objects; goal at most 0.01",
     "metadata_fraction_small_files": "the same for objects of three pages",
+    "metadata_fraction_shared": "the same, 1,024-page objects of a shared pool, 10 % changed since",
 }
 
 
@@ -136,6 +137,7 @@ def document(outcome: Outcome) -> dict[str, Any]:
     pinned.update(outcome.transport_ratios)
     pinned["metadata_fraction"] = outcome.metadata[0]["metadata_fraction"]
     pinned["metadata_fraction_small_files"] = outcome.metadata[1]["metadata_fraction"]
+    pinned["metadata_fraction_shared"] = outcome.metadata[2]["metadata_fraction"]
     lost = median(outcome.lost)
     return {
         "rows": rows(outcome),

@@ -40,7 +40,7 @@ class Outcome:
     transport_ratios: dict[str, float | None] = field(default_factory=dict)
     bounded_rows: list[dict[str, Any]] = field(default_factory=list)
     metadata: list[dict[str, float]] = field(default_factory=list)
-    """By pages of an object: large files first, then small ones."""
+    """Of large files, of small ones, and of large ones in a shared pool that were changed."""
 
 
 def measure(plan: Plan, say: Callable[[str], None]) -> Outcome:
@@ -52,6 +52,9 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Outcome:
         say("weighing metadata")
         for object_pages in (1024, 3):
             outcome.metadata.append(metadata.measure(plan.metadata_mib, object_pages))
+        outcome.metadata.append(
+            metadata.measure(plan.metadata_mib, 1024, shared=True, rewritten_percent=10)
+        )
         say("starting servers and filling them")
         cases, pids = _set_up(plan, stack, outcome)
         for pinned in (True, False):
