@@ -238,7 +238,7 @@ def _old_copy_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """A get that finds a page in the slot where the one before lay."""
     right = hypervisor.store.Store.get_one
 
-    def wrong(self: hypervisor.store.Store, *arguments: object, **keywords: object) -> bool:
+    def wrong(self: hypervisor.store.Store, *arguments: object, **keywords: object) -> int:
         window, slot = arguments[3:5]
         before = bytes(window.slot(slot))  # type: ignore[attr-defined]
         found = right(self, *arguments, **keywords)  # type: ignore[arg-type]
