@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import os
 import pty
-import struct
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ipc.attach import enrol
 from ipc.codec import Record
 from ipc.names import process_start
-from tests.support.clusters import command, environment, short_folder
+from tests.support.clusters import command, environment
 from tests.support.standin import (
     DIGITS,
     FREEABLE,
@@ -34,29 +31,9 @@ from tools.cli import main
 from tools.rundir import ENVIRONMENT, ClusterDirectory, ClusterRecord
 
 
-@pytest.fixture
-def hypervisor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Standin]:
-    """A cluster in whose directory the stand-in answers; commands find it by the environment."""
-    with short_folder() as folder:
-        monkeypatch.setenv(ENVIRONMENT, str(folder))
-        directory = ClusterDirectory(folder)
-        directory.make()
-        start = process_start(os.getpid())
-        assert start is not None
-        directory.write(ClusterRecord("x", 16 << 20, [], os.getpid(), start))
-        for name in ("alpha", "bravo", "carol"):
-            enrol(folder, name, bytes(32), os.getuid())
-        standin = Standin(folder)
-        yield standin
-        standin.close()
-
-
 def tmem(*words: str) -> int:
     """The command's exit code, in this process."""
     return main(list(words))
-
-
-# --- list and pools -----------------------------------------------------------------------------
 
 
 def test_list_is_a_table_and_the_arena(
@@ -115,51 +92,6 @@ def test_json_is_the_answer(hypervisor: Standin, capsys: pytest.CaptureFixture[s
     del hypervisor
 
 
-# --- Xen's records ------------------------------------------------------------------------------
-
-SHORT = """\
-G=Tt:99,Ta:2000,Et:3,Fp:3
-S=SI:4,PT:ES,U0:{u0},U1:{u1},SC:1,SC:2
-C=CI:1,ww:300,co:1,fr:1
-P=CI:1,PI:0,PT:EP,U0:0,U1:0
-P=CI:1,PI:1,PT:PP,U0:0,U1:0
-P=CI:1,PI:2,PT:ES,U0:{u0},U1:{u1}
-C=CI:2,ww:100,co:0,fr:0
-"""
-LONG = """\
-G=Tt:99,Ta:2000,Et:3,Fp:3,Ec:1234,Oc:2,Pc:34,Fc:2000
-S=SI:4,PT:ES,U0:{u0},U1:{u1},SC:1,SC:2,Pc:34,Oc:2
-C=CI:1,ww:300,co:1,fr:1,Ec:1234
-P=CI:1,PI:0,PT:EP,U0:0,U1:0,Pc:1200,Oc:7
-P=CI:1,PI:1,PT:PP,U0:0,U1:0,Pc:5,Oc:1
-P=CI:1,PI:2,PT:ES,U0:{u0},U1:{u1},Pc:34,Oc:2
-C=CI:2,ww:100,co:0,fr:0,Ec:0
-"""
-U0, U1 = (f"{word:x}" for word in struct.unpack("<QQ", bytes.fromhex(DIGITS)))
-
-
-@pytest.mark.parametrize(
-    ("words", "records"),
-    [
-        (["tmem-list", "-a"], SHORT),
-        (["tmem-list", "-a", "-l"], LONG),
-        (["tmem-list", "-la"], LONG),
-        (["list", "-l"], LONG),
-        (["tmem-list", "bravo"], "C=CI:2,ww:100,co:0,fr:0\n"),
-        (["tmem-list", "-l", "2"], "C=CI:2,ww:100,co:0,fr:0,Ec:0\n"),
-        (["list", "bravo", "--long"], "C=CI:2,ww:100,co:0,fr:0,Ec:0\n"),
-    ],
-)
-def test_records_are_xens(
-    hypervisor: Standin, capsys: pytest.CaptureFixture[str], words: list[str], records: str
-) -> None:
-    """Letters, keys, order and hexadecimal words as scripts know them."""
-    assert tmem(*words) == 0
-
-    assert capsys.readouterr().out == records.format(u0=U0, u1=U1)
-    del hypervisor
-
-
 # --- what is asked ------------------------------------------------------------------------------
 
 
@@ -170,9 +102,6 @@ def test_records_are_xens(
         (["freeze", "--all"], "freeze", [{}]),
         (["thaw", "1"], "thaw", [{"guest": "alpha"}]),
         (["thaw", "-a"], "thaw", [{}]),
-        (["tmem-freeze", "-a"], "freeze", [{}]),
-        (["tmem-freeze", "alpha"], "freeze", [{"guest": "alpha"}]),
-        (["tmem-thaw", "-a"], "thaw", [{}]),
         (["schedule", "static"], "schedule", [{"mode": "static"}]),
         (
             ["set", "alpha", "--weight", "5", "--cap", "4M", "--reserve", "64K"],
@@ -197,22 +126,6 @@ def test_records_are_xens(
         # Not attached yet, but enrolled.
         (["set", "carol", "--weight", "5"], "set", [{"guest": "carol", "weight": 5}]),
         (
-            ["tmem-set", "alpha", "-w", "7", "-c", "3", "-p", "1"],
-            "set",
-            [{"guest": "alpha", "weight": 7, "cap_bytes": 3 << 20, "compress": True}],
-        ),
-        (
-            ["tmem-set", "2", "-c0", "-p0"],
-            "set",
-            [{"guest": "bravo", "cap_bytes": 0, "compress": False}],
-        ),
-        (["tmem-set", "2", "-c", "512K"], "set", [{"guest": "bravo", "cap_bytes": 1 << 19}]),
-        (
-            ["tmem-set", "-a", "-w", "1"],
-            "set",
-            [{"guest": name, "weight": 1} for name in ("alpha", "bravo", "carol")],
-        ),
-        (
             ["auth", "allow", "alpha", UUID],
             "auth",
             [{"action": "allow", "guest": "alpha", "uuid": DIGITS, "role": "writer"}],
@@ -228,32 +141,6 @@ def test_records_are_xens(
             [{"action": "deny", "guest": "alpha", "uuid": DIGITS}],
         ),
         (["auth", "list", "alpha"], "auth", [{"action": "list", "guest": "alpha"}]),
-        *(
-            (
-                ["tmem-shared-auth", *words],
-                "auth",
-                [{"action": "allow", "guest": "alpha", "uuid": DIGITS, "role": "writer"}],
-            )
-            for words in (
-                ["alpha", "-u", UUID, "-A", "1"],
-                ["alpha", "-u", UUID, "-a", "1"],
-                ["-u", UUID, "-a", "1", "alpha"],
-                ["-a1", "-u", UUID, "1"],
-            )
-        ),
-        (
-            ["tmem-shared-auth", "2", "-u", UUID, "-a", "0"],
-            "auth",
-            [{"action": "deny", "guest": "bravo", "uuid": DIGITS}],
-        ),
-        (
-            ["tmem-shared-auth", "-a", "-u", UUID, "-A", "0"],
-            "auth",
-            [
-                {"action": "list", "uuid": DIGITS},
-                {"action": "deny", "guest": "alpha", "uuid": DIGITS},
-            ],
-        ),
         (["balloon"], "balloon", [{}]),
         (["balloon", "alpha"], "balloon", [{}]),
         (["balloon", "2", "8M"], "balloon", [{"guest": "bravo", "size_bytes": 8 << 20}]),
@@ -278,8 +165,6 @@ def test_commands_ask_for_what_was_said(
         (["thaw", "--all"], "frozen: nobody\n"),
         (["schedule"], "greedy\n"),
         (["freeable"], "5.0 MiB freeable: 3.0 MiB free, 2.0 MiB ephemeral\n"),
-        (["tmem-freeable"], "5\n"),
-        (["tmem-freeze", "-a"], ""),
         (["destroy", "alpha", "--yes"], "destroyed 3 pools of alpha\n"),
         (["balloon", "alpha", "6400K"], "alpha: balloon target 6.2 MiB; it does not answer\n"),
         (["balloon", "bravo", "none"], "bravo: no balloon target\n"),
@@ -440,16 +325,6 @@ def test_destroy_asks_on_a_terminal(
         (["auth", "dance"], "No such command 'dance'"),
         (["destroy", "alpha"], "there is no terminal to ask on; say --yes"),
         (["destroy", "zulu", "--yes"], "no guest 'zulu'"),
-        (["tmem-list"], "tmem-list: give -a or a domain"),
-        (["tmem-list", "-a", "alpha"], "tmem-list: give -a or a domain"),
-        (["tmem-freeze"], "tmem-freeze: give -a or a domain"),
-        (["tmem-set", "alpha"], "tmem-set: say what to set"),
-        (["tmem-set", "alpha", "-p", "2"], "-p"),
-        (["tmem-shared-auth", "alpha"], "tmem-shared-auth: give -u UUID, and -A 1"),
-        (["tmem-shared-auth", "alpha", "-u", UUID], "-A 1 to allow or -A 0 to deny"),
-        (["tmem-shared-auth", "alpha", "-u", UUID, "-A", "2"], "-A 1 to allow"),
-        (["tmem-shared-auth", "alpha", "bravo", "-u", UUID, "-A", "1"], "'bravo' makes no sense"),
-        (["tmem-shared-auth", "alpha", "-x", "-u", UUID, "-A", "1"], "'-x' makes no sense"),
     ],
 )
 def test_bad_commands_are_one_line_and_change_nothing(
@@ -484,10 +359,7 @@ def test_a_no_of_the_hypervisor_is_passed_on(
     assert capsys.readouterr().err == "tmem: alpha: 17.0 MiB are more than the arena has\n"
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["list"], ["freeze", "--all"], ["auth", "list"], ["tmem-list", "-a"], ["tmem-freeable"]],
-)
+@pytest.mark.parametrize("words", [["list"], ["freeze", "--all"], ["auth", "list"]])
 def test_without_a_cluster_there_is_nobody_to_ask(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
@@ -513,23 +385,3 @@ def test_a_cluster_without_tmem_says_so(
     assert tmem("list") == 69
 
     assert "runs without tmem" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["tmem-list", "tmem-freeable"])
-def test_xens_programs_are_called_by_their_names(
-    hypervisor: Standin,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-) -> None:
-    """What the entry points of pyproject.toml do."""
-    from tools.cli.xen import main as xen
-
-    monkeypatch.setattr(
-        "sys.argv", [f"/usr/local/bin/{name}", *(["-a"] if name == "tmem-list" else [])]
-    )
-
-    assert xen() == 0
-
-    assert capsys.readouterr().out.startswith("G=Tt:99" if name == "tmem-list" else "5\n")
-    del hypervisor
