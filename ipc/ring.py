@@ -44,7 +44,8 @@ whoever finds 0 there looks again when it has yielded in vain.
 To yield is quick on an idle core and on one that the other side shares; beside somebody who
 computes it costs a time slice, a thousand times a call.  So each side times its yields.  After a
 slow one the guest makes its next 32 calls through the queues, and the hypervisor sleeps at once
-after as many; after the next slow one 64, and so on (`BackOff`).
+after as many; after the next slow one 64, and so on (`BackOff`).  As timing costs a guest 2 % of a
+call, it times only one call in eight when none of the last 4096 had a slow yield.
 
 To look is worth it only if the next call comes soon.  Each time the hypervisor looks in vain it
 will look half as long the next time, in the end not at all; as soon as a guest rings that looking
@@ -80,6 +81,8 @@ from ipc.names import Registry
 from ipc.window import Window
 
 _YIELDS: Final = range(YIELDS_MAX)
+_UNTIMED: Final = 7
+"""In quiet times yields are timed in calls whose number has none of these bits."""
 _yield: Final = os.sched_yield
 
 
@@ -91,18 +94,19 @@ def memory_order_suffices(machine: str | None = None) -> bool:
 class BackOff:
     """Whether to yield: `left` calls do without it."""
 
-    __slots__ = ("_calls", "_number", "left")
+    __slots__ = ("_calls", "calm_from", "left")
 
     def __init__(self) -> None:
         self._calls = BACK_OFF_CALLS_MIN
-        self._number = 0
+        self.calm_from = BACK_OFF_CALLS_MAX
+        """With so many calls that did not do without, slow yields are forgotten."""
         self.left = 0
 
     def slow(self, number: int) -> None:
         """A yield was slow; so far there were `number` calls that did not do without."""
-        if number - self._number >= BACK_OFF_CALLS_MAX:
+        if number >= self.calm_from:
             self._calls = BACK_OFF_CALLS_MIN
-        self._number = number
+        self.calm_from = number + BACK_OFF_CALLS_MAX
         self.left = self._calls
         self._calls = min(2 * self._calls, BACK_OFF_CALLS_MAX)
 
@@ -234,6 +238,11 @@ class RingChannel(QueueChannel):
         rung = their_words[1]
         if rung:
             self._ring()
+        if posted & _UNTIMED and posted >= self._back_off.calm_from:
+            _yield()
+            if their_words[0] == posted:
+                self._ready = True
+                return self._copy_reply()
         before = now_ns()
         for _ in _YIELDS:
             _yield()

@@ -249,6 +249,43 @@ def test_a_hypervisor_that_lies_down_after_the_look_is_rung_for(
     theirs.close()
 
 
+def test_in_quiet_times_one_call_in_eight_is_timed(
+    tmp_path: Path, cluster_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is enough to find out that they are over."""
+    server = EchoProcess(tmp_path, cluster_name)
+    try:
+        with server.opened(ring=True) as channel:
+            assert isinstance(channel, RingChannel)
+            ours, theirs = channel.window.call_words, channel.window.completion_words
+
+            def yield_until_answered() -> None:
+                while theirs[0] != ours[0]:
+                    os.sched_yield()
+
+            readings: list[int] = []
+            step_ns = 0
+
+            def read_clock() -> int:
+                readings.append(ours[0])
+                return len(readings) * step_ns
+
+            monkeypatch.setattr(ring, "_yield", yield_until_answered)
+            monkeypatch.setattr(ring, "now_ns", read_clock)
+            channel._back_off.calm_from = 5
+            for sequence in range(24):
+                ask(channel, request(sequence, Op.FLUSH_PAGE))
+            assert sorted(set(readings)) == [1, 2, 3, 4, 8, 16, 24]
+            step_ns = SLOW_YIELD_NS + 1
+            for sequence in range(24, 32):
+                assert not channel._back_off.left
+                ask(channel, request(sequence, Op.FLUSH_PAGE))
+            assert channel._back_off.left == BACK_OFF_CALLS_MIN
+            assert channel._back_off.calm_from == 32 + BACK_OFF_CALLS_MAX
+    finally:
+        server.close()
+
+
 # --- the hypervisor's end, and a guest that writes what it likes
 
 
