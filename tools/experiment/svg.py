@@ -169,9 +169,9 @@ def _mark(x: float, text: str) -> str:
     """A line from top to bottom; its text is on the side where there is room."""
     right = x < (WIDTH + _LEFT) / 2
     return (
-        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 12}" y2="{HEIGHT - _BOTTOM}"'
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 10}" y2="{HEIGHT - _BOTTOM}"'
         ' stroke="currentColor" stroke-opacity="0.5" stroke-dasharray="2 3"/>'
-        + _text(x + (4 if right else -4), _TOP - 5, text, anchor="start" if right else "end")
+        + _text(x + (4 if right else -4), _TOP - 3, text, anchor="start" if right else "end")
     )
 
 
