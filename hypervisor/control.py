@@ -106,6 +106,9 @@ class Control:
                 asked, held.received = frame
                 held.waiting = encode(self._answer(decode(asked)))
                 self._send(connection, held)
+        except BlockingIOError:
+            # An event of an earlier connection that had this descriptor, closed in the same round.
+            return
         except (OSError, BadRecord):
             self._drop(connection)
 

@@ -208,6 +208,9 @@ class Sessions:
                 self._welcome(session)
             else:
                 self._confirm(session)
+        except BlockingIOError:
+            # An event of an earlier connection that had this descriptor, closed in the same round.
+            return
         except (attach.HandshakeError, OperatorError) as refusal:
             self._abandon(session, str(refusal))
         except OSError as error:
@@ -331,6 +334,8 @@ class Sessions:
         """An attached guest says good-bye, or its connection ends."""
         try:
             untrusted_message = session.connection.recv(CONFIRM_BYTES + 1)
+        except BlockingIOError:
+            return
         except OSError:
             untrusted_message = b""
         client = session.client

@@ -91,6 +91,16 @@ def test_of_a_deaf_asker_one_answer_is_kept(desk: Desk) -> None:
     assert [desk.next_answer()["number"] for _ in range(5)] == [0, 1, 2, 3, 4]
 
 
+def test_an_event_of_an_earlier_connection_drops_nobody(desk: Desk) -> None:
+    """Its descriptor has been closed and used again in one round."""
+    while desk.serve():
+        pass
+    (serve,) = list(desk.handlers.values())[1:]
+    serve()
+    desk.asker.send(encode({"number": 7}))
+    assert desk.next_answer()["number"] == 7
+
+
 def test_an_asker_that_goes_away_in_the_middle_is_forgotten(desk: Desk) -> None:
     """With what was left of its answer."""
     desk.asker.send(encode({"number": 0}))
