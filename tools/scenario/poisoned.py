@@ -116,13 +116,13 @@ class _Act:
     def _tell_where(self, world: World, part: Part) -> None:
         """From the audit log of the hypervisor, which the victim has told of the page, and who
         knows who put it."""
-        self._tell_at[part.name] = 2 * part.caught_pages
         found = last_report(world.reports(), part.name)
-        if found is not None:
+        # Of a file that the attacker has come to since it was looked at, it is told next time.
+        if found is not None and str(found[0]) in self._paths:
             ino, page, putter = found
-            path = self._paths.get(str(ino), [f"inode {ino}"])[0]
+            self._tell_at[part.name] = 2 * part.caught_pages
             self._stage.say(
-                f"{part.name}: caught page {page} of {path}, put by {putter} "
+                f"{part.name}: caught page {page} of {self._paths[str(ino)][0]}, put by {putter} "
                 f"({part.caught_pages} pages so far)"
             )
 
