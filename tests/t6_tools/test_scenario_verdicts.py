@@ -19,13 +19,13 @@ import pytest
 
 from guests.adversary import load, parameters
 from ipc.errors import ExitCode, OperatorError
-from tests.support.clusters import command, environment
+from tests.support.clusters import command, environment, tmem_here
 from tools.cli.scenario import list_scenarios
 from tools.interrupts import Interrupts
 from tools.scenario import spying
 from tools.scenario.catalogue import SCENARIOS, find
 from tools.scenario.model import Part, Scene, Tally, Verdict, exit_code, verdict
-from tools.scenario.play import adversaries, typed
+from tools.scenario.play import adversaries, attack, typed
 from tools.scenario.poisoned import last_report
 from tools.scenario.report import markdown, page, timelines, write
 from tools.scenario.scenario import KINDS, Outcome
@@ -219,6 +219,31 @@ def test_parameters_are_what_the_program_takes_them_for() -> None:
     told = {"uuid": "0" * 32, "pages": "7", "token": "-1"}
     assert typed("forgery", told) == {"uuid": "0" * 32, "pages": 7, "token": -1}
     assert typed("filepoison", {"seconds": "1.5", "folder": "7"}) == {"seconds": 1.5, "folder": "7"}
+
+
+def test_a_grant_is_of_a_uuid() -> None:
+    """Told before a cluster is started."""
+    with pytest.raises(OperatorError, match=r"--grant: .* is no uuid"):
+        attack("flood", {}, jail="off", nodes=0, grant=True, seed=1, interrupts=Interrupts())
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "exit_code", "says"),
+    [
+        ("reader-puts", "out", ExitCode.USAGE, "there is no report of reader-puts"),
+        ("poisoned-cluster", "file", ExitCode.NO_INPUT, "file: File exists"),
+        ("all", "file/below", ExitCode.NO_INPUT, "Not a directory"),
+    ],
+)
+def test_a_report_that_has_nowhere_to_go(
+    tmp_path: Path, name: str, out: str, exit_code: ExitCode, says: str
+) -> None:
+    """Told before minutes are spent on it."""
+    (tmp_path / "file").touch()
+    done = tmem_here("scenario", "run", name, "--out", str(tmp_path / out), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (exit_code, "")
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_every_parameter_is_described() -> None:
