@@ -1,9 +1,10 @@
 """Where checksums of a file's pages lie on the disk: in its inode's block, behind the extents.
+Those of a larger file are outside (`checksumblocks`); here is what says whether they count then.
 
     0xC0            extent list: header, records from the front
     ...             free
     ... - 8         checksum of page 1, of page 0; downwards from the trailer
-    last 64 bytes   trailer: signature, salt, count, state, the inode's mtime and ctime
+    last 64 bytes   trailer: signature, salt, count, state, the inode's mtime and ctime, epoch
 
 An inode's block has room for 243 extent records, and a file needs one or a few. What lies behind
 the last one in use means nothing to OCFS2: Linux and fsck.ocfs2 look at `l_next_free_rec` records
@@ -39,6 +40,8 @@ TRAILER_OFFSET: Final = BLOCK_BYTES - TRAILER_BYTES
 CLOSED: Final = 1
 """The checksums are those of what the disk holds; any other state: they are void."""
 OPEN: Final = 2
+OUTSIDE: Final = 3
+"""As CLOSED, and they are in blocks of the trailer's epoch."""
 _RECORDS_OFFSET: Final = ID2_OFFSET + EXTENT_LIST_HEADER_BYTES
 
 
@@ -46,7 +49,7 @@ _RECORDS_OFFSET: Final = ID2_OFFSET + EXTENT_LIST_HEADER_BYTES
 class Trailer(Structure):
     """At the end of the block."""
 
-    STRUCT: ClassVar = struct.Struct("<8s16sIIQQII8x")
+    STRUCT: ClassVar = struct.Struct("<8s16sIIQQIIQ")
     OFFSET: ClassVar[int] = TRAILER_OFFSET
 
     signature: bytes = SIGNATURE
@@ -57,6 +60,7 @@ class Trailer(Structure):
     ctime_s: int = 0
     mtime_nsec: int = 0
     ctime_nsec: int = 0
+    epoch: int = 0
 
     def is_of(self, inode: Dinode) -> bool:
         """Whether nobody has changed the inode without knowing of checksums."""
@@ -83,7 +87,9 @@ def room(block: bytearray) -> int:
 def closed(block: bytearray) -> Trailer | None:
     """The trailer, if the checksums are valid."""
     trailer = Trailer.read(block)
-    if trailer.signature != SIGNATURE or trailer.state != CLOSED:
+    if trailer.signature != SIGNATURE or trailer.state not in (CLOSED, OUTSIDE):
+        return None
+    if (trailer.state == OUTSIDE) != bool(trailer.epoch):
         return None
     if not trailer.is_of(Dinode.read(block)) or trailer.count > room(block):
         return None
@@ -99,9 +105,12 @@ def read(block: bytearray, trailer: Trailer) -> array[int]:
 
 
 def write(block: bytearray, trailer: Trailer, values: array[int]) -> None:
-    """Valid checksums for the inode as the block has it; there must be room."""
+    """Valid checksums for the inode as the block has it; there must be room.
+
+    With an epoch in the trailer they are outside, and none of them here.
+    """
     trailer.count = len(values)
-    trailer.state = CLOSED
+    trailer.state = OUTSIDE if trailer.epoch else CLOSED
     trailer.stamp(Dinode.read(block))
     trailer.write_into(block)
     backwards = values[::-1]

@@ -38,20 +38,18 @@ _NS: Final = 1_000_000_000
 
 
 class FileChecksums:
-    """Of the pages of a file. `values[n]` is page n's, 0 when it is not known."""
+    """Of the pages of a file, as far as they were needed (`fs.ocfs2.checksums`)."""
 
-    __slots__ = ("salt", "values")
+    __slots__ = ("chunks", "dirty", "epoch", "salt")
 
-    def __init__(self, salt: bytes, values: array[int]) -> None:
+    def __init__(self, salt: bytes, epoch: int) -> None:
         self.salt = salt
-        self.values = values
-
-    def set(self, index: int, value: int) -> None:
-        """Page `index` has this one from now on."""
-        missing = index + 1 - len(self.values)
-        if missing > 0:
-            self.values.frombytes(bytes(self.values.itemsize * missing))
-        self.values[index] = value
+        self.epoch = epoch
+        """Of the blocks that have them; 0: those on the disk are in the inode's block."""
+        self.chunks: dict[int, array[int]] = {}
+        """Each of as many pages as a block has room for, the last one used at the end."""
+        self.dirty: set[int] = set()
+        """Chunks with more than the disk knows, or less."""
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +62,8 @@ class Ocfs2Inode(Inode):
     suballoc_bit: int = 0
     orphaned_slot: int = 0
     dyn_features: int = 0
+    attribute_block: int = 0
+    """0: it has no attributes."""
     serial: int = 0
     """Which refresh of the lock the fields come from; 0: none yet."""
     gone: bool = False
@@ -90,7 +90,7 @@ class Ocfs2Inode(Inode):
         return (
             self.mode, self.nlink, self.uid, self.gid, self.size, self.sectors, self.atime_ns,
             self.mtime_ns, self.ctime_ns, self.flags, self.clusters, self.orphaned_slot,
-            self.room_block, self.gone,
+            self.dyn_features, self.attribute_block, self.room_block, self.gone,
         )  # fmt: skip
 
     def restore(self, snapshot: tuple[object, ...]) -> None:
@@ -98,7 +98,7 @@ class Ocfs2Inode(Inode):
         (
             self.mode, self.nlink, self.uid, self.gid, self.size, self.sectors, self.atime_ns,
             self.mtime_ns, self.ctime_ns, self.flags, self.clusters, self.orphaned_slot,
-            self.room_block, self.gone,
+            self.dyn_features, self.attribute_block, self.room_block, self.gone,
         ) = snapshot  # type: ignore[assignment]  # fmt: skip
         self.names.clear()
 
@@ -126,6 +126,8 @@ class Dinodes:
         self._blocks = blocks
         self.keep_checksums = False
         """This mount keeps checksums of pages: they stay valid when an inode's times change."""
+        self.features = DynFeature(0)
+        """That inodes of this volume may have."""
 
     def buffer(self, inode: Ocfs2Inode) -> Buffer:
         """The block of an inode."""
@@ -154,6 +156,7 @@ class Dinodes:
         inode.suballoc_bit = raw.suballoc_bit
         inode.orphaned_slot = raw.orphaned_slot
         inode.dyn_features = raw.dyn_features
+        inode.attribute_block = raw.xattr_block
         inode.names.clear()
         inode.room_block = 0
         inode.checksums = None
@@ -171,9 +174,11 @@ class Dinodes:
             wrong = "is not in use"
         elif kind not in FILE_TYPES:
             wrong = f"has the unknown mode {raw.mode:#o}"
-        elif raw.dyn_features:
+        elif raw.dyn_features & ~self.features:
             wrong = f"uses {DynFeature(raw.dyn_features)!r}, which the volume doesn't have"
-        elif raw.xattr_block or raw.refcount_block:
+        elif raw.refcount_block or bool(raw.dyn_features & DynFeature.HAS_XATTR) != bool(
+            raw.xattr_block
+        ):
             wrong = "has attributes or shared clusters, which the volume doesn't have"
         elif max(raw.atime_nsec, raw.mtime_nsec, raw.ctime_nsec) >= _NS:
             wrong = "has a time with too many nanoseconds"
@@ -210,6 +215,8 @@ class Dinodes:
         raw.ctime_s, raw.ctime_nsec = divmod(max(0, inode.ctime_ns), _NS)
         raw.flags = inode.flags
         raw.orphaned_slot = inode.orphaned_slot
+        raw.dyn_features = inode.dyn_features
+        raw.xattr_block = inode.attribute_block
         if self.keep_checksums and inode.is_file:
             checksumarea.follow(buffer.data, Dinode.read(buffer.data), raw)
         raw.write_into(buffer.data)

@@ -1,7 +1,8 @@
-"""Extent trees: which clusters of the disk hold which clusters of a file.
+"""Extent trees: which clusters of the disk hold which clusters of a file or an attribute's value.
 
-The root is the list in the inode's block. A tree of depth 0 has data extents there; above that
-the records name extent blocks ("EXBLK01"), and the leaves are chained from left to right.
+The root is the list in the inode's block, or that of a `Value`, which has room for one record. A
+tree of depth 0 has data extents there; above that the records name extent blocks ("EXBLK01"), and
+the leaves are chained from left to right.
 
 A volume without the sparse feature has files without holes: cluster n of a file exists for all
 n < `clusters`. So a tree only ever grows and shrinks at its right edge, and that is all that is
@@ -14,6 +15,7 @@ one with each step, so a tree that points at itself ends.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from fs.errors import corrupt
@@ -25,13 +27,17 @@ from fs.ocfs2.format import (
     DINODE_EXTENTS,
     EXTENT_BLOCK_LIST_OFFSET,
     EXTENT_BLOCK_SIGNATURE,
+    EXTENT_LIST_HEADER_BYTES,
     ID2_OFFSET,
     LEAF_CLUSTERS_MAX,
+    RECORD_BYTES,
     TREE_DEPTH_MAX,
+    VALUE_EXTENTS,
     Dinode,
     ExtentBlock,
     ExtentListHeader,
     ExtentRecord,
+    ValueRoot,
     read_extent,
     write_extent,
 )
@@ -48,6 +54,21 @@ class NodeAllocator(Protocol):
     def free_node(self, block: int, slot: int, bit: int) -> None:
         """Give an extent block back."""
         ...
+
+
+@dataclass(slots=True)
+class Value:
+    """The value of an attribute of inode `ino`, outside the block that has the root at `offset`."""
+
+    ino: int
+    block: int
+    offset: int
+    clusters: int
+
+    @property
+    def list_offset(self) -> int:
+        """Of the root's extent list."""
+        return self.offset + ValueRoot.STRUCT.size
 
 
 class Node(NamedTuple):
@@ -79,15 +100,19 @@ class Extents:
 
     # Reading
 
-    def _root(self, inode: Ocfs2Inode) -> Node:
-        if inode.flags & (InodeFlag.BITMAP | InodeFlag.DEALLOC):
+    def _root(self, inode: Ocfs2Inode | Value) -> Node:
+        if isinstance(inode, Value):
+            buffer = self._transactions.get(inode.block, inode.ino)
+            node = self._node(inode, buffer, inode.list_offset, VALUE_EXTENTS)
+        elif inode.flags & (InodeFlag.BITMAP | InodeFlag.DEALLOC):
             raise corrupt(f"inode {inode.ino} is an allocator and has no extents")
-        node = self._node(inode, self._dinodes.buffer(inode), ID2_OFFSET, DINODE_EXTENTS)
+        else:
+            node = self._node(inode, self._dinodes.buffer(inode), ID2_OFFSET, DINODE_EXTENTS)
         if node.depth > TREE_DEPTH_MAX:
             raise corrupt(f"inode {inode.ino} has an extent tree of depth {node.depth}")
         return node
 
-    def _node(self, inode: Ocfs2Inode, buffer: Buffer, offset: int, room: int) -> Node:
+    def _node(self, inode: Ocfs2Inode | Value, buffer: Buffer, offset: int, room: int) -> Node:
         head = ExtentListHeader.read(buffer.data, offset)
         if not 0 < head.count <= room or head.used > head.count:
             raise corrupt(
@@ -96,7 +121,7 @@ class Extents:
             )
         return Node(buffer, offset, head.depth, head.count, head.used)
 
-    def _child(self, inode: Ocfs2Inode, parent: Node, index: int) -> Node:
+    def _child(self, inode: Ocfs2Inode | Value, parent: Node, index: int) -> Node:
         block = parent.record(index).block
         if not 0 < block < self._blocks:
             raise corrupt(f"inode {inode.ino} has an extent block in block {block}")
@@ -113,7 +138,7 @@ class Extents:
             raise corrupt(f"inode {inode.ino}: extent block {block} has depth {node.depth}")
         return node
 
-    def _leaf_of(self, inode: Ocfs2Inode, cluster: int) -> Node:
+    def _leaf_of(self, inode: Ocfs2Inode | Value, cluster: int) -> Node:
         node = self._root(inode)
         while node.depth:
             index = self._search(node, cluster)
@@ -134,7 +159,7 @@ class Extents:
                 high = middle
         return low - 1
 
-    def map(self, inode: Ocfs2Inode, index: int, count: int) -> list[int]:
+    def map(self, inode: Ocfs2Inode | Value, index: int, count: int) -> list[int]:
         """Block numbers of `count` clusters from `index`; 0 beyond the last one."""
         blocks: list[int] = []
         inside = max(0, min(count, inode.clusters - index))
@@ -155,7 +180,7 @@ class Extents:
                 raise corrupt(f"inode {inode.ino} has a hole at cluster {cluster}")
         return blocks + [0] * (count - len(blocks))
 
-    def _checked(self, inode: Ocfs2Inode, record: ExtentRecord) -> ExtentRecord:
+    def _checked(self, inode: Ocfs2Inode | Value, record: ExtentRecord) -> ExtentRecord:
         if record.flags:
             raise corrupt(f"inode {inode.ino} has an extent with flags {record.flags:#x}")
         if (
@@ -168,7 +193,7 @@ class Extents:
             )
         return record
 
-    def _right_edge(self, inode: Ocfs2Inode) -> list[Node]:
+    def _right_edge(self, inode: Ocfs2Inode | Value) -> list[Node]:
         """The lists from the root to the last leaf."""
         path = [self._root(inode)]
         while path[-1].depth:
@@ -179,16 +204,20 @@ class Extents:
 
     # Growing
 
-    def append(self, inode: Ocfs2Inode, block: int, count: int, allocator: NodeAllocator) -> None:
+    def append(
+        self, inode: Ocfs2Inode | Value, block: int, count: int, allocator: NodeAllocator
+    ) -> None:
         """Clusters `block .. block+count-1` of the disk follow the file's last one."""
         while count:
             step = min(count, LEAF_CLUSTERS_MAX)
             self._append(inode, block, step, allocator)
-            self._dinodes.set_clusters(inode, inode.clusters + step)
+            self._set_clusters(inode, inode.clusters + step)
             block += step
             count -= step
 
-    def _append(self, inode: Ocfs2Inode, block: int, count: int, allocator: NodeAllocator) -> None:
+    def _append(
+        self, inode: Ocfs2Inode | Value, block: int, count: int, allocator: NodeAllocator
+    ) -> None:
         path = self._right_edge(inode)
         leaf = path[-1]
         if leaf.used:
@@ -219,7 +248,7 @@ class Extents:
         head.used = used
         head.write_into(node.buffer.data, node.offset)
 
-    def _widen(self, inode: Ocfs2Inode, inner: list[Node], end: int) -> None:
+    def _widen(self, inode: Ocfs2Inode | Value, inner: list[Node], end: int) -> None:
         """The last record of each inner list ends at cluster `end` now."""
         for node in inner:
             used = ExtentListHeader.read(node.buffer.data, node.offset).used
@@ -229,7 +258,7 @@ class Extents:
             self._put(node, used - 1, last._replace(clusters=end - last.first))
 
     def _add_leaf(
-        self, inode: Ocfs2Inode, path: list[Node], allocator: NodeAllocator
+        self, inode: Ocfs2Inode | Value, path: list[Node], allocator: NodeAllocator
     ) -> list[Node]:
         """Room for a record at the right edge; the new path to it."""
         old_leaf = path[-1]
@@ -256,7 +285,7 @@ class Extents:
         self._chain(inode, old_leaf, fresh[-1])
         return [*path[:level], above._replace(used=above.used + 1), *fresh]
 
-    def _chain(self, inode: Ocfs2Inode, old_leaf: Node, leaf: Node) -> None:
+    def _chain(self, inode: Ocfs2Inode | Value, old_leaf: Node, leaf: Node) -> None:
         self._set_next_leaf(old_leaf.buffer, leaf.buffer.block)
         self._set_last(inode, leaf.buffer.block)
 
@@ -266,14 +295,34 @@ class Extents:
         head.next_leaf = block
         head.write_into(buffer.data)
 
-    def _set_last(self, inode: Ocfs2Inode, block: int) -> None:
+    def _set_clusters(self, inode: Ocfs2Inode | Value, clusters: int) -> None:
+        if isinstance(inode, Ocfs2Inode):
+            self._dinodes.set_clusters(inode, clusters)
+            return
+        inode.clusters = clusters
+        buffer = self._transactions.get(inode.block, inode.ino)
+        self._transactions.modify(buffer)
+        root = ValueRoot.read(buffer.data, inode.offset)
+        root.clusters = clusters
+        root.write_into(buffer.data, inode.offset)
+
+    def _set_last(self, inode: Ocfs2Inode | Value, block: int) -> None:
+        if isinstance(inode, Value):
+            buffer = self._transactions.get(inode.block, inode.ino)
+            self._transactions.modify(buffer)
+            root = ValueRoot.read(buffer.data, inode.offset)
+            root.last_extent_block = block
+            root.write_into(buffer.data, inode.offset)
+            return
         buffer = self._dinodes.buffer(inode)
         self._transactions.modify(buffer)
         raw = Dinode.read(buffer.data)
         raw.last_extent_block = block
         raw.write_into(buffer.data)
 
-    def _deepen(self, inode: Ocfs2Inode, root: Node, allocator: NodeAllocator) -> list[Node]:
+    def _deepen(
+        self, inode: Ocfs2Inode | Value, root: Node, allocator: NodeAllocator
+    ) -> list[Node]:
         """Move the root's records into a new block below it; the tree is one level deeper.
 
         Returns the path from the root to the new block, or to the old right edge below it.
@@ -287,7 +336,9 @@ class Extents:
         ]
         self._set_used(node, root.used)
         self._transactions.modify(root.buffer)
-        root.buffer.data[root.offset + 16 :] = bytes(len(root.buffer.data) - root.offset - 16)
+        records = root.offset + EXTENT_LIST_HEADER_BYTES
+        size = root.room * RECORD_BYTES
+        root.buffer.data[records : records + size] = bytes(size)
         head = ExtentListHeader(depth=root.depth + 1, count=root.room, used=1)
         head.write_into(root.buffer.data, root.offset)
         write_extent(
@@ -300,7 +351,7 @@ class Extents:
             node._replace(used=root.used),
         ]
 
-    def _new_block(self, inode: Ocfs2Inode, depth: int, allocator: NodeAllocator) -> Node:
+    def _new_block(self, inode: Ocfs2Inode | Value, depth: int, allocator: NodeAllocator) -> Node:
         block, slot, bit = allocator.allocate_node()
         buffer = self._transactions.create(block, inode.ino)
         ExtentBlock(
@@ -315,7 +366,7 @@ class Extents:
     # Shrinking
 
     def truncate(
-        self, inode: Ocfs2Inode, clusters: int, allocator: NodeAllocator, records_max: int
+        self, inode: Ocfs2Inode | Value, clusters: int, allocator: NodeAllocator, records_max: int
     ) -> list[tuple[int, int]]:
         """Take clusters from `clusters` on away, at most `records_max` extents in one call.
 
@@ -334,7 +385,7 @@ class Extents:
                 raise corrupt(f"inode {inode.ino} has extents to {end} of {inode.clusters}")
             keep = max(0, clusters - last.first)
             taken.append((last.block + keep, last.clusters - keep))
-            self._dinodes.set_clusters(inode, last.first + keep)
+            self._set_clusters(inode, last.first + keep)
             if keep:
                 self._put(leaf, leaf.used - 1, last._replace(clusters=keep))
                 self._widen(inode, path[:-1], inode.clusters)
@@ -342,7 +393,9 @@ class Extents:
                 self._remove_last(inode, path, allocator)
         return taken
 
-    def _remove_last(self, inode: Ocfs2Inode, path: list[Node], allocator: NodeAllocator) -> None:
+    def _remove_last(
+        self, inode: Ocfs2Inode | Value, path: list[Node], allocator: NodeAllocator
+    ) -> None:
         """The last record of the last leaf goes, and each list that is empty then."""
         level = len(path) - 1
         while True:

@@ -78,17 +78,34 @@ class Files:
 
     def _extend(self, file: Ocfs2Inode, clusters: int) -> None:
         volume = self._volume
+        checksums = volume.checksums
 
         def body() -> None:
-            if volume.checksums is None:
+            if checksums is None:
                 volume.space.extend(file, clusters - file.clusters)
             else:
-                with volume.checksums.growing(file):
+                with checksums.growing(file):
                     volume.space.extend(file, clusters - file.clusters)
             volume.dinodes.store(file)
 
-        if clusters > file.clusters:
-            volume.run([wants_child(file), volume.space.wants_clusters], body)
+        def with_checksums() -> None:
+            body()
+            assert checksums is not None
+            checksums.make_room(file)
+            volume.dinodes.store(file)
+
+        if clusters <= file.clusters:
+            return
+        wants = [wants_child(file), volume.space.wants_clusters]
+        if checksums is not None:
+            try:
+                volume.run(wants, with_checksums)
+            except OSError as reason:
+                if reason.errno != errno.ENOSPC:
+                    raise
+            else:
+                return
+        volume.run(wants, body)
 
     def _zero(self, file: Ocfs2Inode, index: int) -> None:
         """Zero the disk from the file's end up to page `index`."""
@@ -134,12 +151,13 @@ class Files:
 
         def body() -> bool:
             volume.touch(file)
+            if volume.checksums is not None and not volume.checksums.cut(file, clusters):
+                volume.dinodes.store(file)
+                return False
             file.size = size
             file.mtime_ns = file.ctime_ns = volume.now_ns()
             done = volume.space.cut(file, clusters, CUT_RECORDS_MAX)
             volume.dinodes.store(file)
-            if volume.checksums is not None:
-                volume.checksums.cut(file, clusters)
             return done
 
         wants: list[Wanted] = [wants_child(file)]
@@ -236,6 +254,9 @@ class Files:
 
         def body() -> bool:
             volume.touch(file)
+            if not volume.attributes.free(file):
+                volume.dinodes.store(file)
+                return False
             done = volume.space.cut(file, 0, CUT_RECORDS_MAX)
             file.size = min(file.size, file.clusters * BLOCK_BYTES)
             volume.dinodes.store(file)
@@ -247,7 +268,7 @@ class Files:
             return done
 
         wants = [wants_child(file), volume.orphans.wants(file.orphaned_slot)]
-        if file.clusters:
+        if file.clusters or file.attribute_block:
             wants.append(volume.space.wants_clusters)
         while not volume.run(wants, body):
             pass

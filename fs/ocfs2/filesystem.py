@@ -33,7 +33,7 @@ from fs.filesystem import Entry, FilePages, FsStat
 from fs.hooks import FileKey
 from fs.inode import Inode
 from fs.ocfs2 import recovery
-from fs.ocfs2.checksums import Checksums
+from fs.ocfs2.checksums import Capacity, Checksums
 from fs.ocfs2.dinode import FILE_CLUSTERS_MAX, Ocfs2Inode, own
 from fs.ocfs2.filelocks import NodeFileLocks
 from fs.ocfs2.files import Files
@@ -72,6 +72,7 @@ class Ocfs2:
         read_only: bool = False,
         keep_checksums: bool = False,
         random_bytes: Callable[[int], bytes] = os.urandom,
+        checksums_capacity: Capacity = Capacity(),  # noqa: B008 - can't be changed
     ) -> None:
         self.now_ns = clock_ns
         self.node = node
@@ -96,7 +97,7 @@ class Ocfs2:
             if self._volume.read_only:
                 self._look_through_journals(device, locks, buffer_blocks)
             if keep_checksums:
-                self._volume.keep_checksums(random_bytes)
+                self._volume.keep_checksums(random_bytes, checksums_capacity)
             self.device = self._volume.device
             self._files = Files(self._volume)
             self._names = Names(self._volume, self._files.hold_open)
@@ -276,11 +277,10 @@ class Ocfs2:
         self._files.forget = pages.forget
         self._volume.transactions.before_commit = self._before_commit
 
-    def _before_commit(self) -> None:
+    def _before_commit(self) -> bool:
         if self._pages is not None:
             self._pages.sync_all()
-        if self._volume.checksums is not None:
-            self._volume.checksums.close()
+        return self._volume.checksums is not None and self._volume.checksums.close()
 
     @property
     def checksums(self) -> Checksums | None:
@@ -311,6 +311,8 @@ class Ocfs2:
         ):
             self._volume.transactions.commit()
             self._volume.transactions.checkpoint()
+            if checksums is not None:
+                checksums.forget(block)
         if to == Mode.NL:
             self._volume.locks.given_up(block)
 

@@ -27,6 +27,7 @@ FIRST_GROUP_BLOCK: Final = 3
 SUPER_SIGNATURE: Final = b"OCFSV2\0\0"
 DINODE_SIGNATURE: Final = b"INODE01\0"
 EXTENT_BLOCK_SIGNATURE: Final = b"EXBLK01\0"
+ATTRIBUTE_BLOCK_SIGNATURE: Final = b"XATTR01\0"
 GROUP_SIGNATURE: Final = b"GROUP01\0"
 
 MAJOR_REVISION: Final = 0
@@ -264,6 +265,93 @@ class ExtentBlock(Structure):
     suballoc_group: int = 0
     next_leaf: int = 0
     """The leaf to the right; 0 in the last one and in inner nodes."""
+
+
+@dataclass(slots=True)
+class AttributeBlock(Structure):
+    """Head of the block with an inode's extended attributes; their header follows."""
+
+    STRUCT: ClassVar = struct.Struct("<8sHHI Q IHH HHIQ")
+
+    signature: bytes = ATTRIBUTE_BLOCK_SIGNATURE
+    suballoc_slot: int = 0
+    suballoc_bit: int = 0
+    fs_generation: int = 0
+    block: int = 0
+    check_crc32: int = 0
+    check_ecc: int = 0
+    check_reserved: int = 0
+    flags: int = 0
+    reserved0: int = 0
+    reserved1: int = 0
+    suballoc_group: int = 0
+
+
+ATTRIBUTES_INDEXED: Final = 0x1
+"""`flags` of an attribute block: too many for one block, they are in a tree of buckets."""
+ATTRIBUTES_OFFSET: Final = 0x30
+"""Of the header. Offsets of names are counted from here."""
+
+
+@dataclass(slots=True)
+class AttributesHeader(Structure):
+    """The entries follow it; names and values fill the block from its end."""
+
+    STRUCT: ClassVar = struct.Struct("<HHHH IHH")
+    OFFSET: ClassVar[int] = ATTRIBUTES_OFFSET
+
+    count: int = 0
+    free_start: int = 0
+    """This and the next two are kept in buckets only."""
+    name_value_bytes: int = 0
+    buckets: int = 0
+    check_crc32: int = 0
+    check_ecc: int = 0
+    check_reserved: int = 0
+
+
+@dataclass(slots=True)
+class AttributeEntry(Structure):
+    """One attribute. Its name is at `name_offset`, its value behind, both in multiples of 4."""
+
+    STRUCT: ClassVar = struct.Struct("<IHBBQ")
+
+    name_hash: int = 0
+    name_offset: int = 0
+    name_bytes: int = 0
+    kind: int = 0
+    """Which namespace, and ATTRIBUTE_LOCAL."""
+    value_bytes: int = 0
+
+
+ATTRIBUTE_LOCAL: Final = 0x80
+"""The value lies behind the name; else a `ValueRoot` with one extent record does."""
+ATTRIBUTE_TRUSTED: Final = 4
+"""Namespace of attributes that Linux shows to root only."""
+ATTRIBUTE_GAP_BYTES: Final = 4
+"""Of zeros between the last entry and the first name."""
+
+
+@dataclass(slots=True)
+class ValueRoot(Structure):
+    """Root of the extent tree of a value that lies outside; its list follows."""
+
+    STRUCT: ClassVar = struct.Struct("<IIQ")
+
+    clusters: int = 0
+    reserved0: int = 0
+    last_extent_block: int = 0
+
+
+VALUE_EXTENTS: Final = 1
+"""Records in the root of a value's tree."""
+
+
+def name_hash(seed: int, name: bytes) -> int:
+    """Of an attribute's name; the seed is the hash of the volume's uuid, whose own seed is 0."""
+    for byte in name:
+        seed = (seed << 5 ^ seed >> 27 ^ byte) & 0xFFFFFFFF
+    return seed
 
 
 @dataclass(slots=True)

@@ -55,6 +55,7 @@ from fs.ocfs2.format import (
     SuperBlock,
     TruncateLogHeader,
     chain_offset,
+    name_hash,
     write_extent,
 )
 
@@ -83,6 +84,9 @@ class Parameters:
     cluster: bytes = b""
     """Name of the o2cb cluster; with one, the volume has the feature clusterinfo."""
     journal_bytes: int = JOURNAL_BYTES_MIN
+    attributes: bool = False
+    """With the feature xattr: files of any size can have checksums of their pages. Linux is told
+    to put no attribute into an inode's block, where our own things are."""
 
     def check(self) -> None:
         """Raise `ImageError` for what can't be."""
@@ -384,10 +388,13 @@ class _Volume:
         named = bool(parameters.cluster)
         SuperBlock(
             last_check_s=parameters.now_s,
-            incompat=INCOMPAT_USED | (Incompat.CLUSTERINFO if named else 0),
+            incompat=INCOMPAT_USED
+            | (Incompat.CLUSTERINFO if named else 0)
+            | (Incompat.XATTR if parameters.attributes else 0),
             root_block=_ROOT_BLOCK,
             system_dir_block=_SYSTEM_DIR_BLOCK,
             slots=parameters.slots,
+            uuid_hash=name_hash(0, parameters.uuid) if parameters.attributes else 0,
             label=parameters.label,
             uuid=parameters.uuid,
             stack=STACK if named else b"",

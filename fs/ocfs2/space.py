@@ -11,12 +11,13 @@ find they need (`InodeLocks.need`).
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import Final
 
 from fs.errors import corrupt, error
 from fs.ocfs2.chains import Bits, ChainAllocator
 from fs.ocfs2.dinode import Dinodes, Ocfs2Inode
-from fs.ocfs2.extents import Extents
+from fs.ocfs2.extents import Extents, Value
 from fs.ocfs2.inodelocks import InodeLocks, Rank, Wanted
 from fs.ocfs2.super import Superblock
 from fs.ocfs2.transaction import Transactions
@@ -80,15 +81,25 @@ class Space:
         self._locks.need(Rank.GLOBAL_BITMAP, self.clusters.inode, 0)
         return self.clusters
 
-    def extend(self, inode: Ocfs2Inode, count: int) -> None:
-        """Give an inode `count` more clusters at its end; the caller stores it. ENOSPC."""
+    def extend(
+        self,
+        inode: Ocfs2Inode | Value,
+        count: int,
+        use: Callable[[int, int], None] = lambda _block, _count: None,
+    ) -> None:
+        """Give an inode or a value `count` more clusters at its end; the caller stores it. ENOSPC.
+
+        `use` is told of what was found: from which block on, how many.
+        """
         clusters = self._need_clusters()
         if count > clusters.free_bits:
             raise error(errno.ENOSPC, f"{count} clusters wanted, {clusters.free_bits} free")
-        self._transactions.touch(inode)
+        if isinstance(inode, Ocfs2Inode):
+            self._transactions.touch(inode)
         goal = self._extents.map(inode, inode.clusters - 1, 1)[0] + 1 if inode.clusters else 0
         while count:
             found = clusters.allocate(count, goal)
+            use(found.block, found.length)
             self._extents.append(inode, found.block, found.length, self)
             goal = found.block + found.length
             count -= found.length
@@ -98,14 +109,15 @@ class Space:
         self.extend(directory, 1)
         return self._extents.map(directory, directory.clusters - 1, 1)[0]
 
-    def cut(self, inode: Ocfs2Inode, clusters: int, records_max: int) -> bool:
+    def cut(self, inode: Ocfs2Inode | Value, clusters: int, records_max: int) -> bool:
         """Free clusters from `clusters` on, in a bounded step; True when all are gone."""
         if inode.clusters > clusters:
             allocator = self._need_clusters()
-            self._transactions.touch(inode)
+            if isinstance(inode, Ocfs2Inode):
+                self._transactions.touch(inode)
             for block, count in self._extents.truncate(inode, clusters, self, records_max):
                 allocator.free(block, count)
-                if not inode.is_file:
+                if isinstance(inode, Value) or not inode.is_file:
                     # Its blocks were in the journal: an old image must not be replayed over what
                     # comes there next.
                     self._transactions.free(block, count, metadata=True)

@@ -1,8 +1,9 @@
 """The superblock and the system directory: what a mount reads before anything else.
 
 Only the minimal profile is taken: 4 KiB blocks and clusters, an o2cb cluster with the extended
-slot map, and none of the optional features. Any other feature refuses the mount and is named in
-the refusal as `mkfs.ocfs2 --fs-features` names it.
+slot map, and of the optional features none but xattr, for checksums of pages, when it puts nothing
+into inodes' blocks. Any other feature refuses the mount and is named in the refusal as
+`mkfs.ocfs2 --fs-features` names it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fs.ocfs2.format import (
 
 _REPAIR: Final = "repair it with fsck.ocfs2"
 _COMPAT: Final = Compat.STRICT_JOURNAL_SUPER
-_INCOMPAT: Final = Incompat.EXTENDED_SLOT_MAP | Incompat.CLUSTERINFO
+_INCOMPAT: Final = Incompat.EXTENDED_SLOT_MAP | Incompat.CLUSTERINFO | Incompat.XATTR
 _STACK: Final = b"o2cb"
 
 _COMPAT_NAMES: Final[dict[int, str]] = {
@@ -89,6 +90,9 @@ class Superblock:
         self.uuid = bytes(raw.uuid)
         self.label = bytes(raw.label).rstrip(b"\0")
         self.slots = raw.slots
+        self.has_attributes = bool(raw.incompat & Incompat.XATTR)
+        self.uuid_hash = raw.uuid_hash
+        """Seed of the hashes of attributes' names."""
         self.root_block = raw.root_block
         self.system_dir_block = raw.system_dir_block
         self.first_group = raw.first_group
@@ -114,7 +118,11 @@ class Superblock:
 
 
 def _check_features(raw: SuperBlock) -> None:
-    wrong = _names("incompat", raw.incompat & ~_INCOMPAT, _NAMES)
+    incompat = raw.incompat & ~_INCOMPAT
+    if raw.xattr_inline_bytes:
+        # Attributes may be where we have checksums.
+        incompat |= raw.incompat & Incompat.XATTR
+    wrong = _names("incompat", incompat, _NAMES)
     wrong += _names("ro_compat", raw.ro_compat, _RO_NAMES)
     if raw.compat & Compat.BACKUP_SUPER:
         wrong.append("backup-super")

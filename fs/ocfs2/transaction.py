@@ -98,7 +98,8 @@ class Transactions:
         self._operation: _Operation | None = None
         self.freed: set[int] = set()
         """Blocks freed since the last commit."""
-        self.before_commit: Callable[[], None] = lambda: None
+        self.before_commit: Callable[[], bool] = lambda: False
+        """Whether something is left for which only another commit has room."""
         self.aborted = False
         """The journal could not be written: nothing may be changed any more."""
         self._committing = False
@@ -109,6 +110,12 @@ class Transactions:
     def use_journal(self, journal: MetadataJournal) -> None:
         """From now on blocks may be changed."""
         self._journal = journal
+
+    @property
+    def room_blocks(self) -> int:
+        """That may be changed before the running transaction is too large."""
+        assert self._journal is not None, "a mount that may write has a journal"
+        return self._journal.max_transaction_blocks - len(self._running)
 
     # Changes
 
@@ -170,14 +177,18 @@ class Transactions:
         return self._operation is not None
 
     @contextmanager
-    def operation(self) -> Iterator[None]:
-        """All of what happens inside, or nothing. Inside another one it is part of that."""
+    def operation(self, *, may_commit: bool = True) -> Iterator[None]:
+        """All of what happens inside, or nothing. Inside another one it is part of that.
+
+        What is running may be committed before, unless the caller has seen that there is room.
+        """
         if self._operation is not None:
             yield
             return
         if self.aborted:
             raise error(errno.EROFS, "the journal could not be written")
-        self._make_room()
+        if may_commit:
+            self._make_room()
         self._operation = operation = _Operation()
         try:
             yield
@@ -225,8 +236,11 @@ class Transactions:
             raise error(errno.EROFS, "the journal could not be written")
         self._committing = True
         try:
-            self.before_commit()
-            if self._running or self._forgotten:
+            more = True
+            while more:
+                more = self.before_commit()
+                if not self._running and not self._forgotten:
+                    break
                 self._write_log(self._journal)
         finally:
             self._committing = False

@@ -10,12 +10,14 @@ from typing import Final, TypeVar
 from fs.block.device import BlockDevice
 from fs.dlm.modes import Mode
 from fs.errors import ImageError, corrupt, error
+from fs.ocfs2.attributes import Attributes
 from fs.ocfs2.blocks import BlockCache
-from fs.ocfs2.checksums import Checksums
+from fs.ocfs2.checksums import Capacity, Checksums
 from fs.ocfs2.dinode import Dinodes, Ocfs2Inode
 from fs.ocfs2.directory import Directories
 from fs.ocfs2.extents import Extents
-from fs.ocfs2.inodelocks import InodeLocks, Wanted
+from fs.ocfs2.flags import DynFeature
+from fs.ocfs2.inodelocks import InodeLocks, Rank, Wanted
 from fs.ocfs2.locking import ClusterLocks
 from fs.ocfs2.orphans import Orphans
 from fs.ocfs2.space import Space
@@ -48,6 +50,8 @@ class Volume:
         cache = BlockCache(device, buffer_blocks)
         self.transactions = Transactions(device, cache, None, LOGGED_BLOCKS_MAX)
         self.dinodes = Dinodes(self.transactions, self.super.fs_generation, self.super.blocks)
+        if self.super.has_attributes:
+            self.dinodes.features |= DynFeature.HAS_XATTR
         self.extents = Extents(self.transactions, self.dinodes, self.super.blocks)
         self.directories = Directories(self.transactions, self.extents, self.super.blocks)
         self.locks = InodeLocks(locks, node, self.transactions, self.dinodes, clock_ns)
@@ -58,6 +62,14 @@ class Volume:
         """Of the pages of files, if this mount keeps them."""
         self.space = Space(
             self.super, self.transactions, self.dinodes, self.extents, self.locks, self.system
+        )
+        self.attributes = Attributes(
+            device,
+            self.transactions,
+            self.extents,
+            self.space,
+            self.super.fs_generation,
+            self.super.uuid_hash,
         )
         self.orphans = Orphans(
             self.transactions, self.dinodes, self.directories, self.locks, self.space, self.system
@@ -100,10 +112,32 @@ class Volume:
                 raise corrupt(f"system file {name.decode()} is larger than the volume")
             return self.extents.map(inode, 0, inode.clusters)
 
-    def keep_checksums(self, random_bytes: Callable[[int], bytes]) -> None:
+    def keep_checksums(self, random_bytes: Callable[[int], bytes], capacity: Capacity) -> None:
         """Before anything of a file is read or changed."""
-        self.checksums = Checksums(self.transactions, self.dinodes, random_bytes)
+        self.checksums = Checksums(
+            self.transactions,
+            self.dinodes,
+            self.attributes if self.super.has_attributes else None,
+            random_bytes,
+            self._make_checksums_room,
+            capacity,
+        )
         self.transactions.before_commit = self.checksums.close
+
+    def _make_checksums_room(self, file: Ocfs2Inode) -> None:
+        """For a file that has its clusters already; it does without when space runs out."""
+        checksums = self.checksums
+        assert checksums is not None
+
+        def body() -> None:
+            checksums.make_room(file)
+            self.dinodes.store(file)
+
+        try:
+            self.run([Wanted(Rank.INODE, file.ino, file), self.space.wants_clusters], body)
+        except OSError as reason:
+            if reason.errno != errno.ENOSPC:
+                raise
 
     # How an operation runs
 

@@ -204,7 +204,7 @@ def new_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NewWo
 
     def make(seed: int, *, verify: bool = False) -> World:
         path = tmp_path / f"{seed}-{verify}.img"
-        parameters = Parameters(slots=NODES, uuid=UUID, generation=1, now_s=1)
+        parameters = Parameters(slots=NODES, uuid=UUID, generation=1, now_s=1, attributes=verify)
         with path.open("xb") as file:
             file.truncate((blocks_needed(parameters) + 512) * PAGE)
         device = FileDevice(path)

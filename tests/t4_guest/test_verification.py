@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import random
-from array import array
 from collections.abc import Callable
 
 import pytest
 
 from fs.block.device import BLOCK_BYTES
 from fs.hooks import FileKey
+from fs.ocfs2.checksums import Capacity
 from fs.ocfs2.dinode import FileChecksums
+from fs.ocfs2.filesystem import Ocfs2
 from fs.vfs import Vfs
 from guests.cleancache import object_id
 from guests.verification import TELL_SECONDS, Verification
@@ -35,9 +36,16 @@ POISON = (b"poison " * PAGE)[:PAGE]
 STEPS = 400
 
 
-@pytest.fixture
-def world(new_world: NewWorld) -> World:
-    """Three nodes that verify; file 0 is on the disk, and in nobody's memory."""
+@pytest.fixture(params=["inside", "outside"])
+def world(
+    new_world: NewWorld, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> World:
+    """Three nodes that verify; file 0 is on the disk, and in nobody's memory. Its checksums are in
+    its inode's block, or outside, and there so many that memory has not all of them."""
+    if request.param == "outside":
+        defaults = Ocfs2.__init__.__kwdefaults__
+        assert defaults is not None
+        monkeypatch.setitem(defaults, "checksums_capacity", Capacity(1, 2, 2))
     world = new_world(1, verify=True)
     handle = world.nodes[0].vfs.open("/0", os.O_RDWR)
     world.nodes[0].vfs.pwrite(handle, right(), 0)
@@ -183,7 +191,7 @@ def test_what_has_no_checksum_is_not_asked_for(world: World) -> None:
     inode = victim.fs.iget(victim.vfs.stat("/0").st_ino)
     with victim.fs.reading(inode):
         # As of a file that Linux wrote.
-        inode.checksums = FileChecksums(bytes(16), array("Q"))
+        inode.checksums = FileChecksums(bytes(16), 0)
     poison(world, 1, 0)
     asked = cache.succ_gets + cache.failed_gets
     assert read(victim.vfs) == right()
@@ -223,7 +231,7 @@ def test_a_node_learns_for_all(world: World) -> None:
         assert checksums is not None
         inode = node.fs.iget(node.vfs.stat("/0").st_ino)
         with node.fs.writing(inode):
-            inode.checksums = FileChecksums(bytes(16), array("Q"))
+            inode.checksums = FileChecksums(bytes(16), 0)
             checksums.save(inode)
     assert read(learner.vfs) == right()
     assert world.verifications[1].unknown == FILE_PAGES
@@ -261,7 +269,7 @@ def test_one_page_without_a_checksum_among_others(world: World) -> None:
     checksums = victim.fs.checksums
     assert checksums is not None
     with victim.fs.reading(inode):
-        checksums._of(inode).values[1] = 0
+        checksums._set(inode, 1, 0)
     poison(world, 1, 1)
     assert read(victim.vfs) == right()
     assert verification.counters() == {

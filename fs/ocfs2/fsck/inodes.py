@@ -1,12 +1,16 @@
-"""Pass 1: every inode of every allocator, and the extent tree behind it."""
+"""Pass 1: every inode of every allocator, the extent tree behind it, and its attributes."""
 
 from __future__ import annotations
 
 import stat
 
 from fs.block.device import BLOCK_BYTES
-from fs.ocfs2.flags import InodeFlag
+from fs.ocfs2.attributes import attributes_in
+from fs.ocfs2.flags import DynFeature, InodeFlag
 from fs.ocfs2.format import (
+    ATTRIBUTE_BLOCK_SIGNATURE,
+    ATTRIBUTES_INDEXED,
+    ATTRIBUTES_OFFSET,
     BLOCK_EXTENTS,
     DINODE_EXTENTS,
     DINODE_SIGNATURE,
@@ -17,9 +21,14 @@ from fs.ocfs2.format import (
     FILE_TYPES,
     ID2_OFFSET,
     TREE_DEPTH_MAX,
+    VALUE_EXTENTS,
+    AttributeBlock,
+    AttributesHeader,
     Dinode,
     ExtentBlock,
     ExtentListHeader,
+    ValueRoot,
+    name_hash,
     read_extent,
 )
 from fs.ocfs2.fsck.marks import runs
@@ -79,13 +88,20 @@ class Inodes:
             self._found.add("INODE_FLAGS", place, "it is in use, but not marked valid.")
         if raw.dtime_s:
             self._found.add("INODE_NZ_DTIME", place, "it is in use, but has a time of deletion.")
-        if raw.dyn_features or raw.refcount_block or raw.xattr_block:
+        attributes = raw.dyn_features == DynFeature.HAS_XATTR and volume.super.has_attributes
+        if (
+            (raw.dyn_features and not attributes)
+            or raw.refcount_block
+            or attributes != bool(raw.xattr_block)
+        ):
             self._found.add(
                 "INODE_FLAGS", place, f"it uses features ({raw.dyn_features:#x}) the volume hasn't."
             )
         nlink = raw.nlink | raw.nlink_high << 16
         file = File(raw.mode, nlink, raw.flags, raw.size)
         volume.files[block] = file
+        if attributes:
+            self._check_attributes(place, raw.xattr_block)
         kind = stat.S_IFMT(raw.mode)
         if kind not in FILE_TYPES:
             self._found.add("INODE_MODE", place, f"its mode is {raw.mode:#o}.")
@@ -106,6 +122,62 @@ class Inodes:
         self._check_size(place, kind, raw, tree)
         if kind == stat.S_IFLNK:
             self._check_symlink(place, raw, file)
+
+    def _check_attributes(self, place: str, block: int) -> None:
+        volume = self._volume
+        if not volume.is_block(block):
+            self._found.add(
+                "XATTR_BLOCK", place, f"its attributes are said to be in block {block}."
+            )
+            return
+        data = volume.read(block)
+        head = AttributeBlock.read(data)
+        if (
+            head.signature != ATTRIBUTE_BLOCK_SIGNATURE
+            or head.block != block
+            or head.fs_generation != volume.super.fs_generation
+        ):
+            self._found.add("XATTR_BLOCK", place, f"block {block} is none of its attributes.")
+            return
+        if block in volume.extent_blocks:
+            self._found.add("EB_DUPLICATE", place, f"its attribute block {block} is another's too.")
+            return
+        volume.extent_blocks[block] = head.suballoc_slot, head.suballoc_bit
+        if head.flags & ATTRIBUTES_INDEXED:
+            self._found.add("XATTR_INDEX", place, "its attributes are in an index: not checked.")
+            return
+        areas: list[tuple[int, int]] = []
+        try:
+            found = list(attributes_in(data))
+        except ValueError as reason:
+            self._found.add("XATTR_ENTRY", place, f"{reason}.")
+            return
+        if not found:
+            self._found.add("XATTR_ENTRY", place, f"its attribute block {block} is empty.")
+        for one in found:
+            areas.append((one.start, one.end))
+            if name_hash(volume.super.uuid_hash, one.name) != one.entry.name_hash:
+                self._found.add("XATTR_HASH", place, f"attribute {one.name!r} has another's hash.")
+            if one.root is not None:
+                self._check_value(place, data, one.root, one.entry.value_bytes)
+        ends = [ATTRIBUTES_OFFSET + AttributesHeader.STRUCT.size * (len(found) + 1)]
+        for start, end in sorted(areas):
+            if start < ends[-1]:
+                self._found.add("XATTR_ENTRY", place, f"two of its attributes are at {start}.")
+            ends.append(end)
+
+    def _check_value(self, place: str, data: bytearray, root: int, size: int) -> None:
+        raw = ValueRoot.read(data, root)
+        tree = _Tree(self._volume, f"{place}, value of an attribute", is_regular=False)
+        tree.walk_value(data, root, raw)
+        if tree.whole and not tree.clusters == tree.end == raw.clusters == -(-size // BLOCK_BYTES):
+            self._found.add(
+                "XATTR_VALUE",
+                place,
+                f"an attribute of {size} bytes has {tree.clusters} clusters, says {raw.clusters}.",
+            )
+        if tree.whole and not tree.clusters:
+            self._found.add("XATTR_VALUE", place, "an attribute outside has no cluster.")
 
     def _check_size(self, place: str, kind: int, raw: Dinode, tree: _Tree) -> None:
         if not tree.whole:
@@ -179,7 +251,18 @@ class _Tree:
             self.whole = False
             return
         self._list(data, ID2_OFFSET, DINODE_EXTENTS, head.depth)
-        self._check_leaves(raw)
+        self._check_leaves(raw.last_extent_block)
+
+    def walk_value(self, data: bytearray, root: int, raw: ValueRoot) -> None:
+        """The tree whose root is in an attribute block."""
+        offset = root + ValueRoot.STRUCT.size
+        head = ExtentListHeader.read(data, offset)
+        if head.depth > TREE_DEPTH_MAX:
+            self._bad("EXTENT_LIST_DEPTH", f"its extent tree has depth {head.depth}.")
+            self.whole = False
+            return
+        self._list(data, offset, VALUE_EXTENTS, head.depth)
+        self._check_leaves(raw.last_extent_block)
 
     def _bad(self, code: str, text: str) -> None:
         self._found.add(code, self._place, text)
@@ -273,7 +356,7 @@ class _Tree:
         for start, length in volume.own(self._place, "DUP_CLUSTERS_CLONE", block, count):
             self.own.append((first + start - block, start, length))
 
-    def _check_leaves(self, raw: Dinode) -> None:
+    def _check_leaves(self, last_said: int) -> None:
         if not self.whole:
             return
         blocks = [block for block, _next in self._leaves]
@@ -281,5 +364,5 @@ class _Tree:
             if behind != right:
                 self._bad("EB_NEXT_LEAF", f"the leaf after {block} is {right} and not {behind}.")
         last = blocks[-1] if blocks else 0
-        if raw.last_extent_block != last:
-            self._bad("EB_NEXT_LEAF", f"its last leaf is {last} and not {raw.last_extent_block}.")
+        if last_said != last:
+            self._bad("EB_NEXT_LEAF", f"its last leaf is {last} and not {last_said}.")

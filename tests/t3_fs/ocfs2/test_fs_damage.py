@@ -281,6 +281,7 @@ def test_wrong_inodes(populated: Volume) -> None:
         ("sparse,unwritten", "unwritten"),
         ("nosparse,nounwritten,metaecc", "metaecc"),
         ("nosparse,nounwritten,indexed-dirs", "indexed-dirs"),
+        ("nosparse,nounwritten,xattr", "xattr"),
     ],
 )
 def test_other_profiles_are_refused_by_name(tmp_path: Path, features: str, named: str) -> None:

@@ -86,7 +86,7 @@ class DeathRun:
             world = self.world(step)
             self.counts["deaths"] += 1
             if self._poisoned:
-                self.counts["checksums"] += checksums_hold(world.disk.copy())
+                self.counts += checksums_hold(world.disk.copy())
                 self.counts["mismatches"] += sum(one.mismatches for one in world.verifications)
             if self._somebody_recovered(world):
                 is_whole(world.disk)

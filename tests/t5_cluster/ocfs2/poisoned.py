@@ -7,18 +7,23 @@ the right one. It forgets nothing, whatever is flushed. Nobody may notice but in
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
 from fs.block.device import BLOCK_BYTES, BlockDevice
 from fs.directpages import DirectPages
 from fs.hooks import Extent, FileKey
+from fs.ocfs2.checksums import Capacity
 from fs.ocfs2.filesystem import Ocfs2
 from fs.vfs import Vfs
 from tests.support.ocfs2 import Clock
 
 POISONED: Final = "poisoned-"
 """Begins the name of a run with such a pool."""
+CAPACITY: Final = Capacity(inside_pages=1, block_pages=2, chunks=3)
+"""So small that files of two pages have their checksums outside, and those of three two blocks, and
+that memory has not all of a file of seven."""
 _NOISE: Final = b"\xa5" * BLOCK_BYTES
 
 
@@ -95,12 +100,14 @@ def mount_with_checksums(device: BlockDevice, node: int = 0) -> Vfs:
         node=node,
         keep_checksums=True,
         random_bytes=random.Random(0).randbytes,
+        checksums_capacity=CAPACITY,
     )
     return Vfs(fs, DirectPages(fs, fs.checksums))
 
 
-def checksums_hold(device: BlockDevice) -> int:
-    """Every checksum on the disk is that of what the disk holds; how many there are.
+def checksums_hold(device: BlockDevice) -> Counter[str]:
+    """Every checksum on the disk is that of what the disk holds; how many there are, and how many
+    of them outside of the inodes' blocks.
 
     `device` is changed: what a crash left is replayed.
     """
@@ -108,7 +115,7 @@ def checksums_hold(device: BlockDevice) -> int:
     fs = vfs.fs
     assert isinstance(fs, Ocfs2)
     assert fs.checksums is not None
-    checked = 0
+    counts: Counter[str] = Counter()
     for top, _, names in vfs.walk():
         for name in names:
             path = f"{top.rstrip('/')}/{name}"
@@ -122,5 +129,6 @@ def checksums_hold(device: BlockDevice) -> int:
                         data = vfs.pages.read(inode, index * BLOCK_BYTES, BLOCK_BYTES)
                         page = memoryview(data.ljust(BLOCK_BYTES, b"\0"))
                         assert fs.checksums.matches(inode, index, page), f"{path} page {index}"
-                        checked += 1
-    return checked
+                        counts["checksums"] += 1
+                        counts["outside"] += bool(inode.checksums and inode.checksums.epoch)
+    return counts

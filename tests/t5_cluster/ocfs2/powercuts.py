@@ -125,7 +125,7 @@ class PowerCutRun:
         device = disk.copy()
         try:
             if self._poisoned:
-                self.counts["checksums"] += checksums_hold(disk.copy())
+                self.counts += checksums_hold(disk.copy())
             vfs, seen = recovered(device, _mounter(name))
             self._must_be_allowed(cut, seen)
             works(vfs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -28,16 +29,18 @@ def test_checksums_are_of_what_the_disk_holds_after_each_power_cut(
     expect_warning("event=mismatch")
     run = PowerCutRun(seed, LENGTH, poisoned=True)
     states = PowerCuts(run._before, run._epochs)
-    checked = judged = 0
+    counts: Counter[str] = Counter()
+    judged = 0
     for number, cut in enumerate(run._cuts(CUTS)):
         if number % EVERY == seed % EVERY:
             try:
-                checked += checksums_hold(states.state(cut))
+                counts += checksums_hold(states.state(cut))
             except AssertionError as reason:
                 raise AssertionError(f"{run.name}/{cut}: {reason}") from reason
             judged += 1
     assert judged > 50
-    assert checked > 20 * judged
+    assert counts["checksums"] > 20 * judged
+    assert counts["outside"] > 10 * judged
 
 
 def test_the_volume_is_whole_as_well(expect_warning: Callable[[str], None]) -> None:
@@ -57,6 +60,7 @@ def test_a_node_dies_among_others_that_verify(expect_warning: Callable[[str], No
     assert run.counts["deaths"] > 3
     assert run.counts["mismatches"] > 50
     assert run.counts["checksums"] > 100
+    assert run.counts["outside"] > 50
 
 
 @pytest.mark.parametrize("honest", [True, False])

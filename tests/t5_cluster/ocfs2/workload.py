@@ -31,7 +31,7 @@ HELD: Final = "held"
 @functools.cache
 def volume(*, poisoned: bool = False) -> tuple[MemoryDevice, Model]:
     """The volume from before the workload, and what it holds; `poisoned`: checksums, too."""
-    parameters = Parameters(SLOTS, b"sixteen bytes id", 7, 1_735_689_600)
+    parameters = Parameters(SLOTS, b"sixteen bytes id", 7, 1_735_689_600, attributes=poisoned)
     device = MemoryDevice.empty(blocks_needed(parameters) + ROOM_BLOCKS)
     make_volume(device, parameters, fresh=True)
     operations = [*_all(Kind.JOIN), *_setup(), *_all(Kind.LEAVE)]

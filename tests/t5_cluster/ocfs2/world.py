@@ -40,6 +40,7 @@ from guests.verification import Verification
 from tests.support.ocfs2 import Clock
 from tests.t3_fs.dlm.rota import Program
 from tests.t5_cluster.ocfs2.operations import Kind, Operation, perform
+from tests.t5_cluster.ocfs2.poisoned import CAPACITY
 
 TURN_NS: Final = 5_000_000
 TURNS_MAX: Final = 20_000
@@ -291,6 +292,7 @@ class Node:
             live_nodes=self.guest.live,
             keep_checksums=self.world.pool is not None,
             random_bytes=self.world.salts.randbytes,
+            checksums_capacity=CAPACITY,
         )
         self.guest.mounted(fs)
         budget = Budget(FRAMES_MIN + TRANSFER_PAGES, FRAMES_MIN, TRANSFER_PAGES, 0, 0)
