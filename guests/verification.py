@@ -34,6 +34,8 @@ from fs.vfs import Vfs
 log = logging.getLogger(__name__)
 
 _CHUNK_BYTES: Final = 64 * 1024
+_SAVE_CHUNKS: Final = 256
+"""16 MiB of a file are learnt at a time: of more than 64 nobody keeps the checksums in memory."""
 TELL_SECONDS: Final = 1.0
 """At least between two lines of the log: a poisoner can't fill a disk with them."""
 
@@ -117,11 +119,14 @@ class Verification:
     def _learn_file(self, vfs: Vfs, path: str) -> None:
         handle = vfs.open(path)
         try:
-            while vfs.read(handle, _CHUNK_BYTES):
-                pass
             inode = vfs.inode_of(handle)
-            with vfs.fs.writing(inode):
-                self.checksums.save(inode)
+            more = True
+            while more:
+                more = all(vfs.read(handle, _CHUNK_BYTES) for _ in range(_SAVE_CHUNKS))
+                with vfs.fs.writing(inode):
+                    self.checksums.save(inode)
+                if more:
+                    vfs.fs.sync()
         finally:
             vfs.close(handle)
 

@@ -32,6 +32,7 @@ def make_image(
     uuid: bytes,
     cluster: bytes,
     journal_bytes: int,
+    verify: bool,
     generation: int,
     now_s: int,
     force: bool,
@@ -49,6 +50,7 @@ def make_image(
         label=label,
         cluster=cluster,
         journal_bytes=journal_bytes,
+        attributes=verify,
     )
     existed = path.exists()
     try:

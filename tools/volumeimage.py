@@ -2,7 +2,8 @@
 file system, cached by their content as the guests' own images are (`tools.image`).
 
 The tree, its manifest and its digest are as there.  The volume has room for a slot and a journal of
-each node, and for what nodes write.  One whose nodes verify pages has checksums of its files.
+each node, and for what nodes write.  One whose nodes verify pages has checksums of its files, and
+the feature that files of any size need for it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def build_volume(
     folder, files = choose_tree(tree, limit_bytes, seed)
     manifest = {file.name: hash_file(folder / file.name) for file in files}
     text = json.dumps(manifest, sort_keys=True, indent=0)
-    content = f"ocfs2 {_FORMAT} {slots}{' verify' if verify else ''}\n{text}".encode()
+    content = f"ocfs2 {_FORMAT} {slots}{' verify 2' if verify else ''}\n{text}".encode()
     digest = hashlib.sha256(content).hexdigest()[:32]
     image = Image(
         cache / f"{digest}.img",
@@ -73,6 +74,7 @@ def _make(
         generation=int.from_bytes(uuid[:4], "little") | 1,
         now_s=int(time.time()),
         label=b"tmem",
+        attributes=keep_checksums,
     )
     blocks = blocks_needed(parameters) + _ROOM_BYTES // BLOCK_BYTES
     parents = {parent for name in names for parent in Path(name).parents}

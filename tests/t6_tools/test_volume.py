@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.ocfs2 import Volume, debugfs, make_volume, write
+from tests.support.ocfs2 import Volume, debugfs, faults, make_volume, write
 from tests.support.tools import need_tool
 from tools.cli import main
 
@@ -55,6 +55,16 @@ def test_made_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     answer = json.loads(output)
     assert code == 1 and answer["damaged"] and not answer["clean"]
     assert "CLUSTER_ALLOC_BIT" in {problem["code"] for problem in answer["problems"]}
+
+
+def test_a_volume_for_who_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has the feature that files of any size need, and Linux puts nothing into inodes."""
+    image = tmp_path / "image"
+    assert run(capsys, "mkfs", image, "--size", "32M", "--slots", "2", "--verify")[0] == 0
+    assert "xattr" in run(capsys, "fs", "stat", image)[1]
+    assert "Extended Attributes Inline Size: 0" in debugfs(image, "stats")
+    assert faults(image) == []
+    assert run(capsys, "fsck", image)[0] == 0
 
 
 def test_what_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,10 @@ def mkfs(
         str, typer.Option(help="Name of the o2cb cluster, kept in the volume.")
     ] = "",
     journal: Annotated[str, typer.Option(help="Size of each slot's journal.")] = "4M",
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="For guests that verify: checksums of files of any size."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
 ) -> int:
     """Make an OCFS2 volume that several guests (and Linux) can mount together."""
@@ -53,6 +57,7 @@ def mkfs(
         uuid=secrets.token_bytes(16) if uuid is None else bytes.fromhex(uuid_of(uuid)),
         cluster=cluster.encode(),
         journal_bytes=size_of("--journal", journal),
+        verify=verify,
         generation=secrets.randbits(32) or 1,
         now_s=int(time.time()),
         force=force,

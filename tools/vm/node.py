@@ -31,6 +31,7 @@ from typing import Final
 from fs.block.file import FileDevice
 from fs.hooks import NoHooks
 from fs.ocfs2 import mkfs
+from fs.ocfs2.checksums import Capacity
 from fs.ocfs2.filesystem import Ocfs2
 from fs.vfs import Vfs
 from guests.memory import Memory, divide
@@ -44,15 +45,20 @@ MEMORY_BYTES: Final = 4 << 20
 """Small, so that pages are evicted and written back while the node works."""
 
 
+_CAPACITY: Final = Capacity(inside_pages=1, block_pages=16)
+
+
 def mount(image: Path, node: int, live_nodes: Collection[int] = ()) -> Vfs:
     """The volume as a guest has it: with a page cache, and alone in its cluster. It keeps checksums
-    of pages, which Linux does not know of and must not mind."""
+    of pages, which Linux does not know of and must not mind: those of small files in their inodes'
+    blocks, of others in attributes."""
     fs = Ocfs2(
         FileDevice(image),
         clock_ns=time.time_ns,
         node=node,
         live_nodes=lambda: live_nodes,
         keep_checksums=True,
+        checksums_capacity=_CAPACITY,
     )
     assert fs.checksums is not None
     hooks = NoHooks()
@@ -70,6 +76,7 @@ def _mkfs(image: Path, slots: int, cluster: bytes, random: Random) -> None:
         now_s=int(time.time()),
         label=b"judged by Linux",
         cluster=cluster,
+        attributes=True,
     )
     mkfs.make_volume(device, parameters)
     device.close()
@@ -113,6 +120,9 @@ def main() -> int:
         return 0
     taken_for_live = range(NODES_MAX) if options.command == "recover" else ()
     vfs = mount(options.image, options.node, taken_for_live)
+    fs = vfs.fs
+    assert isinstance(fs, Ocfs2)
+    assert fs.checksums is not None
     if options.command == "die":
         _die(vfs, random, options.folder)
         return 0
@@ -126,12 +136,11 @@ def main() -> int:
             contents.remove(vfs, f"/{name}".encode())
         contents.fill_for_linux(vfs, random)
     elif options.command == "recover":
-        fs = vfs.fs
-        assert isinstance(fs, Ocfs2)
         print(f"{fs.recover_slot(options.slot)} blocks replayed", file=sys.stderr)
     _tell(vfs)
     vfs.unmount()
-    return 0
+    # What Linux has changed has no checksum any more; what it has not still has the right one.
+    return 1 if fs.checksums.contradicted else 0
 
 
 if __name__ == "__main__":
