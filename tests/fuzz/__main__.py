@@ -13,12 +13,14 @@ say how to replay it; ID is that of a kept input.
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
 
 from ipc.errors import ExitCode
 from tests.fuzz import corpus
@@ -26,6 +28,10 @@ from tests.fuzz.targets import LENGTH_MAX, TARGETS
 
 _SEEDS = 16
 """Inputs at random, long ones: whoever begins with short ones needs hours to come as far."""
+_FUZZED = tuple(
+    str(Path(__file__).parents[2] / folder)
+    for folder in ("ipc", "hypervisor", "fs", "guests", "tools")
+)
 _RUNS = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
 
 
@@ -72,15 +78,45 @@ def keep(target: str, directory: Path) -> None:
     """Keep in the repository as few inputs as reach all that was reached so far, short ones."""
     inputs = directory / target
     corpus.unpack(target, inputs)
-    with tempfile.TemporaryDirectory(prefix="tmem-fuzz-") as chosen:
-        arguments = ["-merge=1", f"-max_len={LENGTH_MAX[target]}", chosen, str(inputs)]
-        command = [sys.executable, "-m", "tests.fuzz.explore", target, *arguments]
-        subprocess.run(command, capture_output=True, check=True)
-        needed = [path.read_bytes() for path in Path(chosen).iterdir()]
+    found = sorted((path.read_bytes() for path in inputs.iterdir()), key=len)
+    reached: set[tuple[CodeType, int, int]] = set()
+    needed = []
+    for first in range(8):
+        # What is made once, of whatever shape, is reached by no input.
+        TARGETS[target](bytes([first]))
+    for data in found:
+        steps = _steps(target, data)
+        if not steps <= reached:
+            reached |= steps
+            needed.append(data)
     kept = corpus.keep(target, needed)
-    print(
-        f"{target}: {kept} of {len(list(inputs.iterdir()))} inputs are kept, {len(needed)} needed"
-    )
+    print(f"{target}: {kept} inputs are kept; {len(needed)} of {len(found)} reach what all do")
+
+
+def _steps(target: str, data: bytes) -> set[tuple[CodeType, int, int]]:
+    """From which line to which one an input goes, in the code that is fuzzed."""
+    steps: set[tuple[CodeType, int, int]] = set()
+
+    def enter(frame: FrameType, _event: str, _argument: object) -> Any:
+        code, before = frame.f_code, 0
+        if not code.co_filename.startswith(_FUZZED):
+            return None
+
+        def step(frame: FrameType, event: str, _argument: object) -> Any:
+            nonlocal before
+            if event == "line":
+                steps.add((code, before, frame.f_lineno))
+                before = frame.f_lineno
+            return step
+
+        return step
+
+    sys.settrace(enter)
+    try:
+        TARGETS[target](data)
+    finally:
+        sys.settrace(None)
+    return steps
 
 
 def read_input(target: str, what: str) -> bytes:
@@ -111,6 +147,7 @@ def main() -> None:
     targets = [arguments.target] if arguments.target else sorted(TARGETS)
     seconds = max(1, arguments.seconds // len(targets))
     if arguments.keep:
+        logging.disable()
         for target in targets:
             keep(target, arguments.corpus)
         return

@@ -1,8 +1,8 @@
 """The inputs that are kept: one file a target, one input a line, in base64.
 
 libFuzzer writes down what reached something that nothing before it had reached; of that
-`python -m tests.fuzz --keep` keeps the shortest, up to `BYTES_MAX` a target.  `make fuzz` begins
-with these, and `make test` replays them.
+`python -m tests.fuzz --keep` keeps the few that reach all of it, up to `BYTES_MAX` a target.
+`make fuzz` begins with these, and `make test` replays them.
 """
 
 from __future__ import annotations
