@@ -10,7 +10,7 @@ Three things are measured on the machine at hand, and multiplied by what the dem
 
 Nothing that a hypervisor is for is in it: no room is made, nothing is found again after a kill,
 charged or ordered.  So what the demo takes beyond it is the machine's work.  Most of the floor is
-being woken, for which a C program takes some 17 us a side on two cores of our virtual machine.
+being woken, which is the kernel's.
 """
 
 from __future__ import annotations
