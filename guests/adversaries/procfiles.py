@@ -43,11 +43,11 @@ def run(cell: Cell) -> Iterator[None]:
         else:
             try:
                 # What its descriptors lead to can be had once they are open; the rest is read.
-                found = b"open" if name.startswith("fd/") else os.pread(fd, 64, address)
+                read = b"open" if name.startswith("fd/") else os.pread(fd, 64, address)
             finally:
                 os.close(fd)
             if name == "maps":
-                address = int(found.partition(b"-")[0], 16)
+                address = int(read.partition(b"-")[0], 16)
             report["attempts"] += 1
-            report["succeeded"] += bool(found)
+            report["succeeded"] += bool(read)
         yield
