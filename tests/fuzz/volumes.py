@@ -2,7 +2,7 @@
 
 `small`    a few files;
 `trees`    extent trees of three levels, as lists with room for few records make them, directories
-           of several blocks, links of both kinds, and checksums of pages;
+           of several blocks, links of both kinds, checksums of pages inside and outside of inodes;
 `crashed`  the same as a node left it that died: slot taken, journal dirty, files without a name;
 `foreign`  as Linux leaves it: clusters set aside, and a truncate log.
 
@@ -67,7 +67,8 @@ from tests.support.damage import attempt, used_hard
 
 _NOW_NS: Final = 1_767_225_600_000_000_000
 _UUID: Final = bytes(range(16))
-_ROOM_BLOCKS: Final = 400
+_ROOM_BLOCKS: Final = 1200
+_LARGE_PAGES: Final = 600
 _WORK_BLOCKS_MAX: Final = 60_000
 """Blocks read and written of an input; a sound volume needs a tenth of it."""
 _RECORDS_SHOWN: Final = 4
@@ -75,9 +76,10 @@ _ENTRIES_SHOWN: Final = 6
 _LIST_ROOM: Final = 3
 """Records in an extent list of the volume with deep trees."""
 _DATA: Final = (b"f", b"x")
-_KNOWN: Final = ("/one", "/two", "/d/f", "/moved", "/hard", "/link", "/long", "/d", "/a")
+_KNOWN: Final = ("/one", "/two", "/d/f", "/moved", "/hard", "/link", "/long", "/big", "/d", "/a")
 _MORE_PATHS: Final = 4
 _EMPTY_FILES_SHOWN: Final = 3
+_ATTRIBUTES_SIGNATURE: Final = b"XATTR01\0"
 
 
 def _clock() -> int:
@@ -153,6 +155,8 @@ def metadata_fields(content: bytes) -> list[Field]:
         return fields_of(GroupDescriptor.STRUCT) + fields_of("<8Q", GROUP_BITMAP_OFFSET)
     if signature[:4] == MAGIC_BYTES:
         return log_fields(content, 8)
+    if signature == _ATTRIBUTES_SIGNATURE:
+        return fields_of("<48I") + fields_of("<32I", BLOCK_BYTES - 128)
     return _directory(content) or fields_of("<16I")
 
 
@@ -183,7 +187,7 @@ def _image(device: MemoryDevice) -> Image:
             if empty_files > _EMPTY_FILES_SHOWN:
                 continue
         weight = 1
-        if signature == EXTENT_BLOCK_SIGNATURE:
+        if signature in (EXTENT_BLOCK_SIGNATURE, _ATTRIBUTES_SIGNATURE):
             weight = 4
         elif signature == DINODE_SIGNATURE and not raw.flags & InodeFlag.SYSTEM:
             weight = 3
@@ -200,8 +204,10 @@ def _mounted(device: MemoryDevice, *, keep_checksums: bool = False) -> Vfs:
     return Vfs(fs, DirectPages(fs, fs.checksums))
 
 
-def _blank(slots: int) -> MemoryDevice:
-    parameters = Parameters(slots=slots, uuid=_UUID, generation=7, now_s=_NOW_NS // 10**9)
+def _blank(slots: int, *, attributes: bool = False) -> MemoryDevice:
+    parameters = Parameters(
+        slots=slots, uuid=_UUID, generation=7, now_s=_NOW_NS // 10**9, attributes=attributes
+    )
     device = MemoryDevice.empty(blocks_needed(parameters) + _ROOM_BLOCKS)
     make_volume(device, parameters, fresh=True)
     return device
@@ -238,6 +244,8 @@ def _with_trees(device: MemoryDevice) -> Vfs:
     vfs.symlink("d/f", "/link")
     vfs.symlink("l" * 4000, "/long")
     vfs.link("/d/f", "/hard")
+    # More checksums than an inode's block has room for.
+    _write(vfs, "/big", b"f" * _LARGE_PAGES * BLOCK_BYTES)
     files = [fs.create(fs.root, name, 0o644) for name in (b"one", b"two")]
     for file in files:
         vfs.fs.allocate_blocks(file, 0, 1)
@@ -263,7 +271,7 @@ def _with_trees(device: MemoryDevice) -> Vfs:
 
 @functools.cache
 def _trees() -> Image:
-    device = _blank(2)
+    device = _blank(2, attributes=True)
     vfs = _with_trees(device)
     vfs.unmount()
     return _image(device)
@@ -271,7 +279,7 @@ def _trees() -> Image:
 
 @functools.cache
 def _crashed() -> Image:
-    device = _blank(3)
+    device = _blank(3, attributes=True)
     vfs = _with_trees(device)
     vfs.sync()
     # Open, and so without a name but not gone when the power fails.
@@ -377,9 +385,9 @@ def _refused() -> Iterator[None]:
 def _use(vfs: Vfs, fs: Ocfs2) -> None:
     attempt(lambda: volume_status(fs, ()))
     attempt(lambda: list(fs.scan_orphans()))
-    used_hard(vfs, _KNOWN, paths_max=len(_KNOWN) + _MORE_PATHS, written_bytes=9000)
     if fs.checksums is not None:
         attempt(lambda: _verify(vfs, fs))
+    used_hard(vfs, _KNOWN, paths_max=len(_KNOWN) + _MORE_PATHS, written_bytes=9000)
     for slot in range(len(fs.slot_nodes()) if not fs.read_only else 0):
         if slot != fs.slot:
             attempt(functools.partial(fs.recover_slot, slot))
@@ -390,10 +398,11 @@ def _use(vfs: Vfs, fs: Ocfs2) -> None:
 
 def _verify(vfs: Vfs, fs: Ocfs2) -> None:
     assert fs.checksums is not None
-    handle = vfs.open("/d/f")
-    inode = vfs.inode_of(handle)
-    with fs.reading(inode):
-        for index in range(3):
-            page = vfs.pread(handle, BLOCK_BYTES, index * BLOCK_BYTES).ljust(BLOCK_BYTES, b"\0")
-            fs.checksums.matches(inode, index, memoryview(page))
-    vfs.close(handle)
+    for path, indexes in (("/d/f", (0, 1, 2)), ("/big", (0, 1, 500))):
+        handle = vfs.open(path)
+        inode = vfs.inode_of(handle)
+        with fs.reading(inode):
+            for index in indexes:
+                page = vfs.pread(handle, BLOCK_BYTES, index * BLOCK_BYTES)
+                fs.checksums.matches(inode, index, memoryview(page.ljust(BLOCK_BYTES, b"\0")))
+        vfs.close(handle)
