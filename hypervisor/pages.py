@@ -5,11 +5,12 @@
 `Pages` knows the arena and everything that says what is in it; it moves no bytes and chooses no
 victims.  The store has layers, each of which knows those below:
 
-    store     pages between the guests' windows and the arena
-    vetting   pages that nobody may have
-    reclaim   whose pages go, and when
-    deferral  when pages are compressed
-    pages     what there is, and the one way in which a page stops being live
+    store      how pages come: puts
+    retrieval  how they are had and dropped: gets and flushes
+    vetting    pages that nobody may have
+    reclaim    whose pages go, and when
+    deferral   when pages are compressed
+    pages      what there is, and the one way in which a page stops being live
 """
 
 from __future__ import annotations

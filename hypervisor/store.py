@@ -1,4 +1,4 @@
-"""The store: pages between the guests' windows and the arena.
+"""The store: pages between the guests' windows and the arena.  Puts; `retrieval` has the rest.
 
 The way of a page is  pool -> object -> leaf -> page number -> frame or entry; what a refusal is
 called is `Machine`'s business.  One difference in mechanism from Xen: *room first, then look*.  A
@@ -21,28 +21,21 @@ from hypervisor.deferral import SPARE_FRAMES
 from hypervisor.fill import candidates
 from hypervisor.frames import EPHEMERAL, PERSISTENT
 from hypervisor.objects import LEAF_PAGES, NO_PAGES, TmemObject
-from hypervisor.pages import REMOVED, TAKEN, Run, StoreOptions
+from hypervisor.pages import REMOVED, StoreOptions
 from hypervisor.pagetokens import NEAR
 from hypervisor.pools import RAW_COST_BYTES, Member, Pool
-from hypervisor.reuse import SAMPLE_MASK, ReuseSampler
-from hypervisor.vetting import Vetting
-from ipc.abi import EXTENT_PAGES_MAX, PAGE_BYTES, CallFlag
-from ipc.limits import WINDOW_SLOTS
+from hypervisor.retrieval import MASKS, SLOTS, Retrieval
+from hypervisor.reuse import SAMPLE_MASK
+from ipc.abi import PAGE_BYTES
 from ipc.window import Window
 
 PAGE_WORDS: Final = PAGE_BYTES // 8
-_MASKS: Final = tuple((1 << n) - 1 for n in range(EXTENT_PAGES_MAX + 1))
-_SLOTS: Final = tuple(
-    slice(slot * PAGE_BYTES, (slot + 1) * PAGE_BYTES) for slot in range(WINDOW_SLOTS)
-)
-_KEEP: Final = int(CallFlag.KEEP)
-
 
 PutExtent = tuple[bytes, int, int, int]
 """Object id, index of the first page, count, hints."""
 
 
-class Store(Vetting):
+class Store(Retrieval):
     """The whole store; `pages` says how it is layered."""
 
     def __init__(self, arena: Arena, options: StoreOptions) -> None:
@@ -66,39 +59,6 @@ class Store(Vetting):
             self.evictions += self.flush_object(pool, oid)
 
     # --- one page: what `get` and `put` do, without their loops over leaves and runs
-
-    def get_one(
-        self, member: Member, oid: bytes, index: int, window: Window, slot: int, flags: int = 0
-    ) -> int:
-        """`get` of one page: 1 if it was there, else 0."""
-        pool = member.pool
-        keep = flags & _KEEP or not pool.exclusive
-        key = -1
-        if member.sampler is not None:
-            key = self.leaf_key(oid, index >> 6)
-            if key & SAMPLE_MASK < member.sampler.threshold:
-                member.sampler.get(key, index & 63, 1, keep=bool(keep))
-        found = pool.objects.get(oid)
-        if found is None:
-            return 0
-        leaf = found.leaf(index >> 6)
-        place = index & 63
-        if leaf is None or place >= len(leaf):
-            return 0
-        number = leaf[place]
-        if number < 0 or (pool.vets and not self._passes(found, number, index)):
-            return 0
-        start = number * PAGE_BYTES
-        window.slots[_SLOTS[slot]] = (
-            self._data[start : start + PAGE_BYTES]
-            if number < self._entry_base
-            else self.contents.read(number)
-        )
-        if not keep:
-            self._remove(found, index >> 6, leaf, place, [(0, 1, number)], TAKEN, key)
-        elif not pool.persistent:
-            self._use(pool, number, 1)
-        return 1
 
     def put_one(
         self, member: Member, oid: bytes, index: int, window: Window, slot: int, flags: int = 0
@@ -127,7 +87,7 @@ class Store(Vetting):
             target.lengthen(leaf, place + 1)
         frame = frames.take(PERSISTENT if pool.persistent else EPHEMERAL)
         start = frame * PAGE_BYTES
-        self._data[start : start + PAGE_BYTES] = window.slots[_SLOTS[slot]]
+        self._data[start : start + PAGE_BYTES] = window.slots[SLOTS[slot]]
         self.sequence = sequence = self.sequence + 1
         self._object_column[frame] = target.number
         self._index_column[frame] = index
@@ -157,73 +117,6 @@ class Store(Vetting):
             self._release(target, old, 1, REMOVED, 0, place)
         return 1, 0
 
-    # --- get
-
-    def get(
-        self,
-        member: Member,
-        oid: bytes,
-        index: int,
-        count: int,
-        window: Window,
-        slot: int,
-        flags: int = 0,
-    ) -> int:
-        """Copy pages to window slots; bits of those that were there.  A private ephemeral get
-        removes them, unless `flags` says KEEP."""
-        pool = member.pool
-        found = pool.objects.get(oid)
-        sampler = member.sampler
-        if found is None and sampler is None:
-            return 0
-        exclusive = pool.exclusive and not flags & _KEEP
-        bitmap = 0
-        at = 0
-        while at < count:
-            place = (index + at) & 63
-            leaf_number = (index + at) >> 6
-            wanted = count - at if place + count - at <= LEAF_PAGES else LEAF_PAGES - place
-            key = -1
-            if sampler is not None:
-                key = self.leaf_key(oid, leaf_number)
-                if key & SAMPLE_MASK < sampler.threshold:
-                    sampler.get(key, place, wanted, keep=not exclusive)
-            leaf = None if found is None else found.leaf(leaf_number)
-            if leaf is not None and found is not None:
-                runs = self._runs(leaf[place : place + wanted])
-                if pool.vets and runs:
-                    runs = self._passing(found, leaf_number, place, runs)
-                if runs:
-                    bitmap |= self._copy_out(runs, window.slots, slot + at) << at
-                    if exclusive:
-                        self._remove(found, leaf_number, leaf, place, runs, TAKEN, key)
-                    elif not pool.persistent:
-                        for _, length, first in runs:
-                            self._use(pool, first, length)
-            at += wanted
-        return bitmap
-
-    def _copy_out(self, runs: list[Run], slots: memoryview, slot: int) -> int:
-        """Bits of the pages that were copied to the window, from bit 0 for `slot`."""
-        bitmap = 0
-        data = self._data
-        for at, count, first in runs:
-            start = (slot + at) * PAGE_BYTES
-            if first < self._entry_base:
-                slots[start : start + count * PAGE_BYTES] = data[
-                    first * PAGE_BYTES : (first + count) * PAGE_BYTES
-                ]
-            else:
-                self.contents.read_run(first, count, slots[start:])
-            bitmap |= _MASKS[count] << at
-        return bitmap
-
-    def _use(self, pool: Pool, first: int, count: int) -> None:
-        """Pages were got and stay: their policies hear of it."""
-        for member, number, length in self._by_member(pool, first, count):
-            assert member.policy is not None
-            member.policy.used(number, length)
-
     # --- put
 
     def put(
@@ -244,7 +137,7 @@ class Store(Vetting):
             and not member.client.encodes
             and self.put_extents(member, [(oid, index, count, flags)], window, slot, count)
         ):
-            return _MASKS[count], 0
+            return MASKS[count], 0
         return self._put_any(member, oid, index, count, window, slot, flags)
 
     def put_extents(
@@ -331,7 +224,7 @@ class Store(Vetting):
         encodes = member.client.encodes and not self.defers(member, count)
         if encodes and self.deferred:
             self.squeeze_for(member, count)
-        filled = _MASKS[count] if encodes else candidates(window.words, slot, count)
+        filled = MASKS[count] if encodes else candidates(window.words, slot, count)
         frames = self.frames
         persistent = member.pool.persistent
         reserved = 0
@@ -371,7 +264,7 @@ class Store(Vetting):
                     filled >> at,
                     fits - storing,
                 )
-                bitmap |= _MASKS[storing] << at
+                bitmap |= MASKS[storing] << at
                 fits -= storing
             if storing < wanted:
                 bits = self._flush_in_leaf(target, leaf_number, place + storing, wanted - storing)
@@ -403,7 +296,7 @@ class Store(Vetting):
             target.lengthen(leaf, place + count)
         old = leaf[place : place + count]
         key = self.leaf_key(target.oid, leaf_number) if member.keyed else 0
-        if not encode & _MASKS[count]:
+        if not encode & MASKS[count]:
             index = leaf_number * LEAF_PAGES + place
             self._put_raw(member, target, leaf, index, count, slots, slot, flags, key)
             member.charge(count, count * RAW_COST_BYTES)
@@ -536,43 +429,6 @@ class Store(Vetting):
         if index + length <= len(self._indexes):
             return self._indexes[index : index + length]
         return array("I", range(index, index + length))
-
-    # --- flush
-
-    def flush(self, member: Member, oid: bytes, index: int, count: int) -> int:
-        """Drop pages; bits of those that were there."""
-        if member.sampler is not None:
-            self._sample_flush(member.sampler, oid, index, count)
-        found = member.pool.objects.get(oid)
-        bitmap = 0
-        at = 0
-        while found is not None and at < count:
-            place = (index + at) & 63
-            wanted = min(count - at, LEAF_PAGES - place)
-            bitmap |= self._flush_in_leaf(found, (index + at) >> 6, place, wanted) << at
-            at += wanted
-        return bitmap
-
-    def _sample_flush(self, sampler: ReuseSampler, oid: bytes, index: int, count: int) -> None:
-        at = 0
-        while at < count:
-            place = (index + at) & 63
-            wanted = min(count - at, LEAF_PAGES - place)
-            key = self.leaf_key(oid, (index + at) >> 6)
-            if key & SAMPLE_MASK < sampler.threshold:
-                sampler.flush(key, place, wanted)
-            at += wanted
-
-    def _flush_in_leaf(self, found: TmemObject, leaf_number: int, place: int, wanted: int) -> int:
-        leaf = found.leaf(leaf_number)
-        bitmap = 0
-        if leaf is not None:
-            runs = self._runs(leaf[place : place + wanted])
-            for at, length, _ in runs:
-                bitmap |= _MASKS[length] << at
-            if runs:
-                self._remove(found, leaf_number, leaf, place, runs, REMOVED)
-        return bitmap
 
 
 def _first(extents: Sequence[PutExtent], limit_pages: int) -> tuple[Sequence[PutExtent], int]:
