@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fs.block.file import FileDevice
+from fs.ocfs2 import mkfs
 from fs.vfs import Vfs
 from tests.support.ocfs2 import Volume, make_volume
 
@@ -61,3 +63,21 @@ def volume(make_image: MakeVolume) -> Volume:
 def vfs(volume: Volume) -> Vfs:
     """The same, mounted for writing."""
     return volume.mount()
+
+
+@pytest.fixture
+def volume_with_attributes(tmp_path: Path) -> Iterator[Volume]:
+    """One whose inodes may have extended attributes."""
+    path = tmp_path / "volume"
+    with path.open("wb") as file:
+        file.truncate(40 << 20)
+    device = FileDevice(path)
+    parameters = mkfs.Parameters(2, bytes(range(16)), 0x1234, 1_700_000_000, attributes=True)
+    mkfs.make_volume(device, parameters, fresh=True)
+    device.close()
+    volume = Volume(path)
+    yield volume
+    if volume.judged:
+        volume.judge(tmp_path / "dump")
+    else:
+        volume.unmount()
