@@ -29,12 +29,13 @@ from guests import ksm
 from guests.attachment import Attachment
 from guests.cleancache import Cleancache
 from guests.memory import Memory, divide
-from guests.node import Fenced, KeptDevice, Node, NodeSpec
+from guests.node import Fenced, Node, NodeSpec
 from guests.nodeview import lock_resources, node_status
 from guests.pagecache import PageCache
 from guests.privatecache import TokenNames
 from guests.process import ProcessKilled
 from guests.sharedcache import SharedCleancache
+from guests.shareddisk import KeptDevice
 from guests.userland import Userland
 from guests.verification import Verification
 from guests.volumeview import volume_status

@@ -33,9 +33,8 @@ from pathlib import Path
 from random import Random
 from typing import Final
 
-from fs.block.device import BLOCK_BYTES, BlockDevice, Bytes
-from fs.block.file import FileDevice
-from fs.block.shared import SECTOR_BYTES, SharedDevice
+from fs.block.device import BlockDevice
+from fs.block.shared import SharedDevice
 from fs.cluster.config import Timing, node_label
 from fs.cluster.node import ClusterNode
 from fs.cluster.region import Region
@@ -49,6 +48,7 @@ from fs.ocfs2.volume import Volume
 from guests.orphanscanner import INTERVAL_NS as ORPHAN_SCAN_NS
 from guests.orphanscanner import OrphanScanner
 from guests.rangequeries import RangeQueries
+from guests.shareddisk import KeptDevice, read_layout
 from ipc.errors import ExitCode, OperatorError
 from ipc.mesh.addresses import UnixAddress
 from ipc.mesh.faults import RandomFaults
@@ -454,60 +454,6 @@ class _LockTransport:
 
     def send(self, to_node: int, message: bytes) -> None:
         self._send(to_node, LOCKS + message)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a node must know of a volume before it may lock anything."""
-
-    uuid: bytes
-    slots: int
-    heartbeat_sector: int
-    heartbeat_nodes: int
-
-
-def read_layout(image: Path) -> Layout:
-    """Where the heartbeat area is; it never moves.  Raises ImageError."""
-    device = FileDevice(image, read_only=True, made_by="tmem mkfs")
-    try:
-        volume = Volume(device, LocalLocks(), 0, lambda: 0, 64)
-        blocks = volume.system_blocks(b"heartbeat")
-        run = 1
-        while run < len(blocks) and blocks[run] == blocks[0] + run:
-            run += 1
-        if not blocks or not blocks[0]:
-            raise ImageError("has no heartbeat area; make it anew with tmem mkfs")
-        nodes = min(run * BLOCK_BYTES // SECTOR_BYTES, 255)
-        sector = blocks[0] * (BLOCK_BYTES // SECTOR_BYTES)
-        return Layout(volume.super.uuid, volume.super.slots, sector, nodes)
-    except ImageError as reason:
-        raise ImageError(f"image {image}: {reason}") from None
-    except OSError as reason:
-        raise ImageError(f"image {image}: {reason.strerror}") from None
-    finally:
-        device.close()
-
-
-class KeptDevice:
-    """The shared device for a file system that closes it at unmount: the heartbeat goes on."""
-
-    def __init__(self, device: BlockDevice) -> None:
-        self._device = device
-        self.block_bytes = device.block_bytes
-        self.blocks = device.blocks
-        self.read_only = device.read_only
-        self.flush = device.flush
-
-    def read(self, block: int, count: int, into: memoryview) -> None:
-        """Fill `into`."""
-        self._device.read(block, count, into)
-
-    def write(self, block: int, count: int, data: Bytes) -> None:
-        """Write whole blocks."""
-        self._device.write(block, count, data)
-
-    def close(self) -> None:
-        """Not ours to close."""
 
 
 def _difference(mine: bytes, theirs: bytes) -> str:

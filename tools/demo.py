@@ -24,7 +24,8 @@ from typing import Any, Final, Protocol
 
 from fs.errors import ImageError
 from fs.mount import mount_image
-from guests.node import NodeSpec, read_layout
+from guests.node import NodeSpec
+from guests.shareddisk import read_layout
 from ipc.codec import Record
 from ipc.errors import Disconnected, ExitCode, OperatorError
 from ipc.jail import check_strict

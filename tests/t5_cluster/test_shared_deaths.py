@@ -25,7 +25,7 @@ from fs.block.reservations import Reservations
 from fs.block.shared import SECTOR_BYTES
 from fs.ocfs2.format import HEARTBEAT_BLOCKS
 from fs.ocfs2.fsck.checker import check as check_volume
-from guests.node import read_layout
+from guests.shareddisk import read_layout
 from ipc.codec import Record
 from ipc.errors import Disconnected
 from tests.support.clusters import (

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from fs.cluster.config import Timing
-from guests.node import NodeSpec, read_layout
+from guests.node import NodeSpec
+from guests.shareddisk import read_layout
 from tools.image import copy_image
 from tools.scenario.stage import MIB, Grant, Player, Stage, adversary, write_tree
 from tools.volumeimage import build_volume

@@ -36,6 +36,7 @@ from fs.vfs import Vfs
 from guests import node as guest
 from guests.memory import FRAMES_MIN, TRANSFER_PAGES, Budget, Memory
 from guests.pagecache import PageCache
+from guests.shareddisk import Layout
 from guests.verification import Verification
 from tests.support.ocfs2 import Clock
 from tests.t3_fs.dlm.rota import Program
@@ -217,7 +218,7 @@ class Node:
         self.program = Program(self._life)
 
     def _make_guest(self) -> guest.Node:
-        layout = guest.Layout(b"", SLOTS, 0, NODES_MAX)
+        layout = Layout(b"", SLOTS, 0, NODES_MAX)
         names = tuple(f"guest{number}" for number in range(SLOTS))
         spec = guest.NodeSpec(
             "data", self.number, names, bytes(32), orphan_scan_ns=ORPHAN_SCAN_TURNS * TURN_NS
