@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from hypervisor.audit import BURST_LINES, LINES_PER_SECOND
 from ipc.codec import Record
+from tools.scenario.model import Figure
 from tools.scenario.scenario import Scenario
 from tools.scenario.stage import JAILED, MIB, Grant, Player, Stage, World, adversary
 
@@ -44,7 +45,9 @@ def _disturb(stage: Stage, world: World, by: tuple[str, ...] = (), **parameters:
         found.get("rounds", 0) / seconds
         for found, seconds in ((before, _SECONDS / 2), (during, _SECONDS))
     ]
-    stage.tally.figures["alpha's rounds a second"] = f"{rate[0]:.0f} alone, {rate[1]:.0f} disturbed"
+    stage.tally.figures["alpha's rounds a second"] = Figure(
+        f"{rate[0]:.0f} alone, {rate[1]:.0f} disturbed", {"alone": rate[0], "disturbed": rate[1]}
+    )
     if during.get("rounds", 0) < _ROUNDS_LEAST:
         stage.tally.succeeded += 1
         stage.say("alpha is starved")
@@ -122,7 +125,10 @@ def _thrash(stage: Stage) -> None:
             world.count_check("alpha", one)
             asked = one.get("checked", 0) + one.get("missing", 0)
             shares.append(one.get("checked", 0) / asked if asked else 0.0)
-        stage.tally.figures["alpha's hits"] = f"{shares[0]:.1%} alone, {shares[1]:.1%} disturbed"
+        stage.tally.figures["alpha's hits"] = Figure(
+            f"{shares[0]:.1%} alone, {shares[1]:.1%} disturbed",
+            {"alone": shares[0], "disturbed": shares[1]},
+        )
         pools = world.ask("list", guest="mallory")["guests"]["mallory"]["pools"]
         gone = report.get("kept", 0) - sum(pool["pages"] for pool in pools)
         stage.say(

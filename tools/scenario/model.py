@@ -17,6 +17,17 @@ from ipc.errors import ExitCode
 Verdict = Literal["held", "broken", "unknown"]
 
 
+@dataclass(frozen=True)
+class Figure:
+    """What was measured, for people and for programs."""
+
+    text: str
+    measured: dict[str, Any]
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @dataclass
 class Tally:
     """Counts of one run."""
@@ -32,7 +43,7 @@ class Tally:
     """Those that were not, and persistent pages that were lost."""
     problems: list[str] = field(default_factory=list)
     """Why it can't be told."""
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Figure] = field(default_factory=dict)
     """What else was measured."""
 
 

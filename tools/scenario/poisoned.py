@@ -20,7 +20,7 @@ from guests.adversaries.raw import file_oid
 from hypervisor.provenance import parse_oid
 from ipc.codec import Record
 from tools.audit import Event
-from tools.scenario.model import Part, Scene
+from tools.scenario.model import Figure, Part, Scene
 from tools.scenario.scenario import Scenario
 from tools.scenario.stage import MIB, Stage, World
 from tools.scenario.volume import make_volume
@@ -158,9 +158,14 @@ class _Act:
             f"{self._name}: {scene.poisoned:,} wrong pages put, {scene.served:,} files read wrong, "
             f"{scene.caught:,} pages caught"
         )
-        tally.figures[self._name] = (
+        tally.figures[self._name] = Figure(
             f"poisoned {scene.poisoned:,} pages, served {scene.served:,} files, caught "
-            f"{scene.caught:,} pages"
+            f"{scene.caught:,} pages",
+            {
+                "poisoned_pages": scene.poisoned,
+                "served_files": scene.served,
+                "caught_pages": scene.caught,
+            },
         )
         if self._judged:
             tally.attempts += scene.poisoned

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from ipc.codec import Record
+from tools.scenario.model import Figure
 from tools.scenario.scenario import Scenario
 from tools.scenario.stage import JAILED, MIB, Player, Stage, World, adversary
 from tools.scenario.timing import Batch, Distinguished, distinguish
@@ -96,7 +97,10 @@ def _time_twins(stage: Stage, scope: str, groups: dict[str, str]) -> Distinguish
         found = distinguish(_batches(world, file))
         # An ephemeral get takes the page: last of all.
         world.check("alpha", pool=pool, **file)
-    stage.tally.figures[f"sharing {scope}"] = str(found)
+    stage.tally.figures[f"sharing {scope}"] = Figure(
+        str(found),
+        {"accuracy": found.accuracy, "error": found.error, "trials": found.trials},
+    )
     stage.say(f"mallory, sharing {scope}: {found}")
     return found
 

@@ -33,7 +33,7 @@ from tools.image import build_image, copy_image
 from tools.interrupts import Interrupts
 from tools.jails import missing_here
 from tools.rundir import ClusterDirectory
-from tools.scenario.model import Scene, Tally
+from tools.scenario.model import Figure, Scene, Tally
 
 MIB: Final = 1 << 20
 WITNESS: Final = "guests.adversaries.witness"
@@ -239,8 +239,9 @@ class World:
         events = self.reports()
         putters = Counter(event.get("put_by", "nobody any more") for event in events)
         told = ", ".join(f"{name} {count}" for name, count in putters.most_common())
-        self._tally.figures["audit log"] = (
-            f"{counted:,} pages reported, {len(events):,} lines, put by: {told or '-'}"
+        self._tally.figures["audit log"] = Figure(
+            f"{counted:,} pages reported, {len(events):,} lines, put by: {told or '-'}",
+            {"reported_pages": counted, "lines": len(events), "put_by": dict(putters)},
         )
         if putter not in putters:
             self.stage.problem(f"the audit log does not name {putter}")
