@@ -121,6 +121,8 @@ def _recover(device: MemoryDevice, expected: dict[int, bytes] | None) -> None:
     counting = CountingDevice(device)
     before = list(device.contents)
     in_log = {before[block] for block in area.blocks}
+    # Of a block that is said to have begun with the magic number the log's first word is ignored.
+    behind_word = {content[4:] for content in in_log}
     try:
         found = recover(area_of(counting))
     except ImageError as reason:
@@ -139,8 +141,8 @@ def _recover(device: MemoryDevice, expected: dict[int, bytes] | None) -> None:
     hold(changed <= {*range(HOME_BLOCKS), area.blocks[0]}, "a write beside the home blocks")
     for block in changed - {area.blocks[0]}:
         image = device.contents[block]
-        stored = bytes(4) + image[4:] if image[:4] == jbd2.MAGIC_BYTES else image
-        hold(image in in_log or stored in in_log, "a home block with what no log has said")
+        escaped = image[:4] == jbd2.MAGIC_BYTES and image[4:] in behind_word
+        hold(image in in_log or escaped, "a home block with what no log has said")
     hold(not unreplayed(area_of(device)), "something is left to replay")
     if expected is not None:
         home = {block: device.contents[block] for block in changed - {area.blocks[0]}}
