@@ -27,7 +27,7 @@ from ipc.limits import WINDOW_SLOTS
 from tools.bench.cluster import Cluster
 from tools.bench.timing import cpu_ns, median
 
-_CALLS: Final = 2000
+CALLS: Final = 2000
 _WORK_NS: Final = 300_000
 """The demo's guests read, hash and compile for about so long between two calls."""
 _ROUNDS: Final = 5
@@ -46,8 +46,8 @@ class Floor(NamedTuple):
         return self.start_us + calls * self.call_us + pages * self.page_us
 
 
-def measure(frames: int, pages_a_call: int, seed: int = 1) -> Floor:
-    """For an arena of this size."""
+def measure(frames: int, pages_a_call: int, seed: int = 1, calls: int = CALLS) -> Floor:
+    """For an arena of this size, from so many calls."""
     cluster = Cluster(frames)
     try:
         channel = attach.connect(
@@ -55,11 +55,11 @@ def measure(frames: int, pages_a_call: int, seed: int = 1) -> Floor:
         )
         start_ns = cpu_ns(cluster.pid)
         try:
-            calls = Hypercalls(channel)
-            for _ in range(_CALLS):
+            hypercalls = Hypercalls(channel)
+            for _ in range(calls):
                 _compute(_WORK_NS)
-                calls.version()
-            call_ns = (cpu_ns(cluster.pid) - start_ns) / _CALLS
+                hypercalls.version()
+            call_ns = (cpu_ns(cluster.pid) - start_ns) / calls
         finally:
             channel.close()
     finally:
