@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from guests.nodeview import split_lock_name
-from tests.support.clusters import left_behind, tmem, tmem_here, volume_toml, write_tree
+from tests.support.clusters import (
+    left_behind,
+    tmem,
+    tmem_here,
+    volume_toml,
+    wait_until,
+    write_tree,
+)
 
 pytestmark = pytest.mark.cluster
 
@@ -37,7 +45,17 @@ def test_people_see_nodes_locks_and_slots_by_name(folder: Path, cluster_name: st
         assert all(node["fenced"] is None for node in nodes)
         assert {"NODE", "SLOT", "MASTERS"} <= set(tmem_here("ps", cwd=folder).stdout.split())
 
-        locks = json.loads(tmem_here("locks", "--json", cwd=folder).stdout)
+        def list_locks() -> list[dict[str, Any]]:
+            found: list[dict[str, Any]] = json.loads(
+                tmem_here("locks", "--json", cwd=folder).stdout
+            )
+            return found
+
+        # The first scan comes between two steps of a node, at its own time.
+        wait_until(
+            lambda: "orphan scan" in {lock["kind"] for lock in list_locks()}, "an orphan scan"
+        )
+        locks = list_locks()
         mastered = [sum(lock["master"] == name for lock in locks) for name in ("red", "blue")]
         assert all(mastered)
         assert {"meta", "super", "dentry", "orphan scan"} <= {lock["kind"] for lock in locks}
