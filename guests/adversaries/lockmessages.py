@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+from fs.cluster import messages as cluster
+from fs.dlm import codec as dlm
 from guests.adversary import Cell
 from guests.node import LOCKS, MEMBERSHIP, RANGES
 
@@ -42,10 +44,24 @@ def run(cell: Cell) -> Iterator[None]:
             # Something real to say, and to copy.
             cell.kernel.vfs.stat(f"/{cell.random.choice(names)}")
         payload = _payload(cell, real)
+        while _is_message(payload):
+            # By chance: a lie, which is not what is tried here.
+            payload += b"\0"
         for other in others:
             report["attempts"] += send(other, payload)
         yield
     node.mesh.send = send  # type: ignore[method-assign]
+
+
+def _is_message(payload: bytes) -> bool:
+    decode = {LOCKS: dlm.decode, MEMBERSHIP: cluster.decode}.get(payload[:1])
+    if decode is None:
+        return False
+    try:
+        decode(payload[1:])
+    except ValueError:
+        return False
+    return True
 
 
 def _payload(cell: Cell, real: list[bytes]) -> bytes:
