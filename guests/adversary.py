@@ -89,6 +89,10 @@ class Cell:
             raise BadParameters("this guest is no node of a volume; by hand: --nodes 2")
         return node
 
+    def check_node(self) -> None:
+        """BadParameters if this guest is no node."""
+        _ = self.node
+
     @property
     def channel(self) -> Channel:
         """To the hypervisor, below everything that a well-behaved kernel would do; Disconnected."""

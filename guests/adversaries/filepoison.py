@@ -28,7 +28,8 @@ _MARK = b"poisoned by %s: "
 def run(cell: Cell) -> Iterator[None]:
     """Parameters: folder, files (how many of it), pages (of each), rounds, pause_seconds (after
     each file), seconds (the most that it takes).  `paths` are files by inode number."""
-    report, _ = cell.report, cell.node
+    cell.check_node()
+    report = cell.report
     report |= {"attempts": 0, "succeeded": 0, "caught": 0, "reasons": {}, "paths": {}}
     until = time.monotonic() + cell.number("seconds", 600.0, 0.0, 3600.0)
     folder = cell.text("folder", "/")

@@ -1,8 +1,8 @@
 """Malformed messages from one node of a cluster to the others.
 
 Tries: it is a member with the cluster's key, so its messages arrive.  It sends random bytes under
-every heading, real messages of its own with bytes changed, cut short and made longer, and the same
-message many times, while it goes on taking part.
+every heading, and real messages of its own with bytes changed, cut short and made longer, while it
+goes on taking part.  What is a message all the same is made longer until it is none.
 
 Stopped by: parsers that take any bytes (`fs.dlm.codec`, `fs.cluster`): what is not exactly one
 message of this version is dropped and counted.  Well-formed lies of a member are not stopped: nodes
@@ -45,7 +45,7 @@ def run(cell: Cell) -> Iterator[None]:
             cell.kernel.vfs.stat(f"/{cell.random.choice(names)}")
         payload = _payload(cell, real)
         while _is_message(payload):
-            # By chance: a lie, which is not what is tried here.
+            # A lie, which is not what is tried here.
             payload += b"\0"
         for other in others:
             report["attempts"] += send(other, payload)
@@ -71,15 +71,11 @@ def _payload(cell: Cell, real: list[bytes]) -> bytes:
     message = bytearray(numbers.choice(real))
     change = numbers.randrange(4)
     if change == 0 and len(message) > 1:
-        # A byte behind the version and the sequence: still a message, perhaps, of another meaning;
-        # so what is changed is its length, too.
         message[numbers.randrange(1, len(message))] ^= 1 << numbers.randrange(8)
-        del message[-1]
     elif change == 1:
         del message[numbers.randrange(len(message)) :]
     elif change == 2:
         message += numbers.randbytes(numbers.randrange(1, 64))
     else:
         message[1:2] = numbers.randbytes(1)
-        message += b"\0"
     return bytes(message)

@@ -27,7 +27,8 @@ _PAUSE_SECONDS = 0.1
 
 def run(cell: Cell) -> Iterator[None]:
     """Parameters: path, seconds (how long it is deaf)."""
-    report, vfs, _ = cell.report, cell.kernel.vfs, cell.node
+    cell.check_node()
+    report, vfs = cell.report, cell.kernel.vfs
     report |= {"attempts": 0, "succeeded": 0, "caught": 0, "reasons": {}}
     seconds = cell.number("seconds", 8.0, 0.1, 600.0)
     handle = vfs.open(cell.text("path"))
